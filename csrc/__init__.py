@@ -1,0 +1,1 @@
+"""C++ CPU kernels, built on first use."""

@@ -1,0 +1,28 @@
+"""NVTX ranges for Nsight, and nothing at all when no profiler can listen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+
+@functools.cache
+def _open() -> Callable[[str], contextlib.AbstractContextManager] | None:
+    """What opens a range: the nvtx package, else torch's binding, else None."""
+    try:
+        import nvtx
+    except ImportError:
+        import torch
+
+        return torch.cuda.nvtx.range if torch.cuda.is_available() else None
+    domain = nvtx.get_domain("fasttta")
+    if type(domain).__name__ == "DisabledDomain":  # the package's own switch: NVTX_DISABLE
+        return None
+    return functools.partial(nvtx.annotate, domain="fasttta")
+
+
+def span(name: str) -> contextlib.AbstractContextManager:
+    """A named range around a block: ``with span("encode"): ...``."""
+    opener = _open()
+    return contextlib.nullcontext() if opener is None else opener(name)

@@ -1,0 +1,1 @@
+"""Triton kernels. They import torch, triton and each other, nothing of fasttta."""
