@@ -1,0 +1,296 @@
+"""The fine-tuned contrastive audio-visual masked autoencoder (CAV-MAE), cut into encode and fuse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..protocols import Slot
+from ..trace import span
+from .checkpoint import infer_sizes, read_state_dict
+from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
+
+MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a set of LayerNorms for each way of being called."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm1_a, self.norm1_v = (nn.LayerNorm(dim) for _ in range(3))
+        self.attn = SelfAttention(dim, heads)
+        self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(dim) for _ in range(3))
+        self.mlp = MLP(dim, hidden)
+
+    def forward(self, x: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
+        """x [B, T, D]; modality "a" or "v" takes that modality's LayerNorms, "" the shared ones."""
+        suffix = f"_{modality}" if modality else ""
+        y, attention = self.attn(getattr(self, f"norm1{suffix}")(x))
+        x = x + y
+        return x + self.mlp(getattr(self, f"norm2{suffix}")(x)), attention
+
+
+class CAVMAE(nn.Module):
+    """Fine-tuned CAV-MAE: two frozen encoders and a fusion block that attends over both.
+
+    Source: Gong et al., "Contrastive Audio-Visual Masked Autoencoder", ICLR 2023; parameter names
+    are those of the official checkpoints. ``from_checkpoint`` is the usual way to make one.
+
+    Args:
+        num_classes: C.
+        dim: D, the width; num_heads must divide it.
+        audio_tokens, video_tokens: Ta and Tv.
+        depth: (audio blocks, video blocks, fusion blocks).
+        hidden: width of the MLPs, 4 D unless given.
+        patch_audio, patch_video: patch sizes (mel bins, frames) and (rows, columns).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        dim: int = 768,
+        num_heads: int = 12,
+        audio_tokens: int = 512,
+        video_tokens: int = 196,
+        depth: tuple[int, int, int] = (11, 11, 1),
+        hidden: int | None = None,
+        patch_audio: tuple[int, int] = (16, 16),
+        patch_video: tuple[int, int] = (16, 16),
+        video_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not divide the width {dim}; official CAV-MAE has "
+                "num_heads=12 at width 768"
+            )
+        hidden = 4 * dim if hidden is None else hidden
+        self.num_classes, self.dim, self.num_heads = num_classes, dim, num_heads
+        self.patch_embed_a = PatchEmbed(1, patch_audio, dim)
+        self.patch_embed_v = PatchEmbed(video_channels, patch_video, dim)
+        self.modality_a = nn.Parameter(torch.zeros(1, 1, dim))
+        self.modality_v = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed_a = nn.Parameter(torch.zeros(1, audio_tokens, dim))
+        self.pos_embed_v = nn.Parameter(torch.zeros(1, video_tokens, dim))
+        self.blocks_a, self.blocks_v, self.blocks_u = (
+            nn.ModuleList(Block(dim, num_heads, hidden) for _ in range(n)) for n in depth
+        )
+        self.norm_a, self.norm_v, self.norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_classes))
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
+        *,
+        num_heads: int = 12,
+    ) -> CAVMAE:
+        """The model of an official checkpoint.
+
+        Every size but the head count follows from the tensors' shapes. Names may carry the prefix
+        ``module.``; the layouts with 478 keys (CAV-MAE), 484 (READ) and 490 (ABPEM) are known.
+        The split q, k, v of the latter two are ignored, as the official code overwrites them with
+        the rows of the packed qkv. Weights stored in half precision are widened to float32.
+
+        Args:
+            path_or_state_dict: a safetensors file, a torch file (read with ``weights_only=True``,
+                so that no code in it is run), or a state dict.
+            num_heads: heads of every attention layer.
+
+        Raises:
+            ValueError: the file is damaged or holds more than tensors; keys are missing, unknown
+                or of a wrong shape (all named); num_heads does not divide the width.
+        """
+        state = read_state_dict(path_or_state_dict)
+        with torch.device("meta"):
+            model = cls(**infer_sizes(state), num_heads=num_heads)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        missing = sorted(expected.keys() - state.keys())
+        unknown = sorted(state.keys() - expected.keys())
+        wrong = [
+            f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in state and state[name].shape != shape
+        ]
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            for what, names in (
+                ("missing keys", missing),
+                ("unknown keys", unknown),
+                ("keys of another shape", wrong),
+            )
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                "this is not a fine-tuned CAV-MAE checkpoint: " + "; ".join(problems)
+            )
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    # ------------------------------------------------------------------ protocol
+
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Token counts (Ta, Tv) of the fused sequence, audio first."""
+        return self.pos_embed_a.shape[1], self.pos_embed_v.shape[1]
+
+    @property
+    def input_names(self) -> tuple[str, str]:
+        return "audio", "video"
+
+    def tunable(self, group: str) -> dict[str, Slot]:
+        """What a method may tune: name -> where it lies among this module's parameters.
+
+        ``"norm"``: the LayerNorms on the multi-modal path (the ``_a`` and ``_v`` ones never run
+        there). ``"fusion_qkv"``: the query, key and value projections of the fusion blocks.
+        """
+        if group == "norm":
+            norms = {}
+            for name, module in self.named_modules():
+                leaf = name.rpartition(".")[2]
+                if isinstance(module, nn.LayerNorm) and not leaf.endswith(("_a", "_v")):
+                    norms |= {f"{name}.{part}": Slot(f"{name}.{part}") for part in ("weight", "bias")}
+            return norms
+        if group == "fusion_qkv":
+            slots = {}
+            for i in range(len(self.blocks_u)):
+                for part in ("weight", "bias"):
+                    packed = f"blocks_u.{i}.attn.qkv.{part}"
+                    for row, which in enumerate("qkv"):
+                        rows = (row * self.dim, (row + 1) * self.dim)
+                        slots[f"blocks_u.{i}.attn.{which}.{part}"] = Slot(packed, rows)
+            return slots
+        raise ValueError(f'group={group!r} is unknown; known: "norm", "fusion_qkv"')
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Multiply in this precision; the residual stream, LayerNorms and the head keep theirs."""
+        for module in self.modules():
+            if isinstance(module, (Linear, PatchEmbed)):
+                module.compute_dtype = dtype
+        self.mlp_head[1].compute_dtype = None
+
+    def check_inputs(self, audio: Tensor, video: Tensor) -> None:
+        """Raises if the two tensors cannot be one batch for this model.
+
+        audio: [B, frames, mel bins], normalised log-mel features. video: [B, channels, rows,
+        columns], one normalised RGB frame a sample.
+        """
+        ta, tv = self.spans
+        for name, x, embed, tokens, rank, layout in (
+            ("audio", audio, self.patch_embed_a, ta, 3, "[B, frames, mel bins]"),
+            ("video", video, self.patch_embed_v, tv, 4, "[B, channels, rows, columns]"),
+        ):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
+            shape = tuple(x.shape)
+            if x.ndim != rank:
+                raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
+            if not x.is_floating_point():
+                raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
+            if x.device != self.modality_a.device:
+                raise ValueError(
+                    f"{name} is on {x.device}, the model on {self.modality_a.device}; "
+                    f"move one: {name}.to({str(self.modality_a.device)!r})"
+                )
+            if shape[0] == 0:
+                raise ValueError(f"{name} is an empty batch, shape {shape}; needed at least 1 sample")
+            ph, pw = embed.proj.kernel_size
+            # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
+            h, w = (shape[2], shape[1]) if rank == 3 else (shape[2], shape[3])
+            channels = 1 if rank == 3 else shape[1]
+            if channels != embed.proj.in_channels:
+                raise ValueError(
+                    f"{name} has {channels} channels, needed {embed.proj.in_channels}; shape {shape}"
+                )
+            if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
+                raise ValueError(
+                    f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of {ph} x {pw}, "
+                    f"the checkpoint has positions for {tokens} tokens"
+                )
+        if audio.shape[0] != video.shape[0]:
+            raise ValueError(
+                f"audio has {audio.shape[0]} samples, video {video.shape[0]}; needed equal batches"
+            )
+
+    # ------------------------------------------------------------------ computation
+
+    def encode_audio(self, audio: Tensor) -> Tensor:
+        """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
+        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
+        x = x + self.pos_embed_a + self.modality_a
+        for block in self.blocks_a:
+            x, _ = block(x)
+        return x
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
+        x = self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+        for block in self.blocks_v:
+            x, _ = block(x)
+        return x
+
+    def encode(self, audio: Tensor, video: Tensor) -> Tensor:
+        """Both encoders: tokens [B, Ta + Tv, D], audio first."""
+        with span("encode"):
+            return torch.cat((self.encode_audio(audio), self.encode_video(video)), dim=1)
+
+    def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
+        """Fusion blocks, final LayerNorm and mean over tokens: [B, T, D] -> [B, D].
+
+        Also queries and keys of the last fusion block, from whose raw scores ABPEM takes its
+        statistics (the published models have one block).
+        """
+        x = tokens
+        for block in self.blocks_u:
+            x, attention = block(x, modality)
+        norm = getattr(self, f"norm_{modality}") if modality else self.norm
+        return norm(x).mean(dim=1), attention
+
+    def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, Attention]:
+        """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""
+        with span("fuse"):
+            pooled, attention = self.pool(tokens)
+            return self.mlp_head(pooled), attention
+
+    def fuse(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, Ta + Tv, D] -> logits [B, C]."""
+        return self.fuse_attention(tokens)[0]
+
+    def forward(
+        self, audio: Tensor | None, video: Tensor | None, mode: str = "multimodal"
+    ) -> Tensor:
+        """Logits [B, C].
+
+        Args:
+            audio: [B, frames, mel bins]; unused, and may be None, in the video modes.
+            video: [B, 3, rows, columns]; unused, and may be None, in the audio modes.
+            mode: ``"multimodal"``; ``"audioonly"`` / ``"videoonly"``: a model fine-tuned on one
+                modality, through that modality's LayerNorms; ``"missingaudioonly"`` /
+                ``"missingvideoonly"``: a model fine-tuned on both that is *given* only audio /
+                video: the mean of both normalisations' features (official mode names).
+
+        Raises:
+            ValueError: an unknown mode, a needed input is None, or wrong shapes.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; known: {', '.join(MODES)}")
+        if mode == "multimodal":
+            self.check_inputs(audio, video)
+            return self.fuse(self.encode(audio, video))
+        modality = "a" if "audio" in mode else "v"
+        name, x = ("audio", audio) if modality == "a" else ("video", video)
+        if x is None:
+            raise ValueError(f"mode={mode!r} needs {name}, found None")
+        tokens = self.encode_audio(x) if modality == "a" else self.encode_video(x)
+        pooled, _ = self.pool(tokens, modality)
+        if mode.startswith("missing"):
+            pooled = (self.pool(tokens)[0] + pooled) / 2
+        return self.mlp_head(pooled)

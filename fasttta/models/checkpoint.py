@@ -1,0 +1,118 @@
+"""Reading official CAV-MAE checkpoints: file formats, key layouts, sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
+_SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
+
+
+def _looks_like_safetensors(path: str | os.PathLike) -> bool:
+    """safetensors begins with the length of a JSON header; torch files with PK or a pickle."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**40
+
+
+def _read_file(path: str | os.PathLike) -> Mapping:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint at {os.fspath(path)!r}")
+    if os.path.isdir(path):
+        raise ValueError(f"{os.fspath(path)!r} is a folder; needed a checkpoint file")
+    if _looks_like_safetensors(path):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is a damaged safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a plain checkpoint of tensors and was not run: {reason}. "
+            "Re-save its state dict with safetensors or torch.save(model.state_dict(), path)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is damaged, truncated or no checkpoint: {error}"
+        ) from error
+
+
+def read_state_dict(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by plain names: no ``module.`` prefix, no split q/k/v, no half precision."""
+    state = source if isinstance(source, Mapping) else _read_file(source)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the checkpoint holds a {type(state).__name__}, needed a state dict")
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    alien = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if alien or not state:
+        found = f"other entries: {', '.join(alien[:6])}" if alien else "nothing"
+        raise ValueError(f"needed a state dict of named tensors, found {found}")
+    plain = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.")
+        if not _SPLIT_QKV.fullmatch(name):
+            half = tensor.dtype in (torch.float16, torch.bfloat16)
+            plain[name] = tensor.detach().float() if half else tensor.detach()
+    return plain
+
+
+def infer_sizes(state: Mapping[str, Tensor]) -> dict:
+    """The arguments of ``CAVMAE`` that shapes determine.
+
+    Raises:
+        ValueError: a tensor that decides a size is missing or of the wrong rank.
+    """
+    ranks = {
+        "pos_embed_a": 3,
+        "pos_embed_v": 3,
+        "patch_embed_a.proj.weight": 4,
+        "patch_embed_v.proj.weight": 4,
+        "blocks_u.0.mlp.fc1.weight": 2,
+        "mlp_head.1.weight": 2,
+    }
+    if "mlp_head.1.weight" not in state and any(name.startswith("decoder_") for name in state):
+        raise ValueError(
+            "this is a pre-training CAV-MAE checkpoint (it has decoder_* and no mlp_head); "
+            "needed one fine-tuned for classification"
+        )
+    missing = [name for name in ranks if name not in state]
+    if missing:
+        raise ValueError(
+            f"this is not a fine-tuned CAV-MAE checkpoint: {', '.join(missing)} missing; "
+            f"found {len(state)} keys: {', '.join(list(state)[:4])}, ..."
+        )
+    for name, rank in ranks.items():
+        if state[name].ndim != rank:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, needed {rank} dimensions")
+
+    def blocks(prefix: str) -> int:
+        found = re.compile(rf"{prefix}\.(\d+)\.")
+        return 1 + max((int(m[1]) for m in map(found.match, state) if m), default=-1)
+
+    audio, video = state["patch_embed_a.proj.weight"], state["patch_embed_v.proj.weight"]
+    return {
+        "num_classes": state["mlp_head.1.weight"].shape[0],
+        "dim": state["pos_embed_a"].shape[2],
+        "audio_tokens": state["pos_embed_a"].shape[1],
+        "video_tokens": state["pos_embed_v"].shape[1],
+        "depth": (blocks("blocks_a"), blocks("blocks_v"), blocks("blocks_u")),
+        "hidden": state["blocks_u.0.mlp.fc1.weight"].shape[0],
+        "patch_audio": tuple(audio.shape[2:]),
+        "patch_video": tuple(video.shape[2:]),
+        "video_channels": video.shape[1],
+    }
