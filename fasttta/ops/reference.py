@@ -1,0 +1,98 @@
+"""Every operation in plain PyTorch, differentiated by autograd: what the others are compared with.
+
+Attention statistics are the official formulation: all heads' T x T score maps, their mean over
+heads, slices of it. Half-precision inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the precision statistics and losses are computed in: at least float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """KL(N(mean_p, std_p^2) || N(mean_q, std_q^2)), elementwise."""
+    squares = std_p.square() + (mean_p - mean_q).square()
+    return torch.log(std_q / std_p) + squares / (2 * std_q.square()) - 0.5
+
+
+def score_moments(
+    q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    scores = scale * (wide(q) @ wide(k).transpose(-2, -1))  # [B, H, T, T]
+    if not per_head:
+        scores = scores.mean(dim=1)  # [B, T, T]
+    blocks = [row.split(spans, dim=-1) for row in scores.split(spans, dim=-2)]
+    mean = torch.stack([torch.stack([b.mean((-2, -1)) for b in row], -1) for row in blocks], -2)
+    std = torch.stack([torch.stack([b.std((-2, -1)) for b in row], -1) for row in blocks], -2)
+    return mean, std
+
+
+def attention_bootstrap(
+    q: Tensor,
+    k: Tensor,
+    spans: list[int],
+    scale: float,
+    per_head: bool,
+    pair_query: bool,
+    anchor_mean: Tensor | None = None,
+    anchor_std: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, std = score_moments(q, k, spans, scale, per_head)
+    loss = 0
+    for i in range(len(spans)):
+        for j in range(len(spans)):
+            if i != j:
+                a = i if pair_query else j
+                mean_s = mean[..., a, a].detach() if anchor_mean is None else anchor_mean[..., a]
+                std_s = std[..., a, a].detach() if anchor_std is None else anchor_std[..., a]
+                loss = loss + gaussian_kl(mean[..., i, j], std[..., i, j], mean_s, std_s)
+    return (loss.mean(dim=1) if per_head else loss), mean, std
+
+
+def entropy(logits: Tensor) -> Tensor:
+    log_p = wide(logits).log_softmax(dim=-1)
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_p, 0).sum(dim=-1)
+
+
+def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:
+    logits = wide(logits)
+    index = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    p = logits.softmax(dim=-1).gather(-1, index)
+    return -torch.where(p + eps > 0, p * torch.log(p + eps), 0).sum(dim=-1)
+
+
+def balance_entropy(logits: Tensor, softmax_sum: bool, weight: Tensor | None = None) -> Tensor:
+    p = wide(logits).softmax(dim=-1)
+    if weight is not None:
+        p = p * weight.to(p.dtype).unsqueeze(-1)
+    if softmax_sum:
+        q = p.sum(dim=0).softmax(dim=0)
+    else:
+        q = p.sum(dim=0) / (p.shape[0] if weight is None else weight.to(p.dtype).sum())
+    return -torch.where(q > 0, q * torch.log(q), 0).sum()
+
+
+def adaptation_head(
+    logits: Tensor,
+    k: int,
+    entropy_weight: float,
+    balance_weight: float,
+    softmax_sum: bool,
+    eps: float,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_sample = principal_entropy(logits, k, eps)
+    if weight is None:
+        principal = per_sample.mean()
+    else:
+        weight = weight.to(per_sample.dtype)
+        principal = (per_sample * weight).sum() / weight.sum()
+    balance = balance_entropy(logits, softmax_sum, weight)
+    return entropy_weight * principal - balance_weight * balance, principal, balance
