@@ -1,0 +1,33 @@
+"""fasttta: label-free adaptation of multi-modal models to shifted data while they predict."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "adapt": "entry",
+    "load": "entry",
+    "Adapted": "adapted",
+    "StepResult": "engine.step",
+    "SourceStats": "source_stats",
+    "collect_stats": "source_stats",
+}
+_MODULES = ("data", "functional", "methods", "models")
+
+__all__ = [*_PUBLIC, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,244 @@
+"""A model that adapts while it predicts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .engine import delta
+from .engine.precision import Precision
+from .engine.state import State, working_copy
+from .engine.step import Step, StepResult
+from .methods.base import Method
+from .protocols import FusionModel
+
+
+class Adapted(nn.Module):
+    """The model, adapting to what it is called on. Made by ``fasttta.adapt``.
+
+    The wrapped model is never modified: frozen weights are shared with it, tuned tensors are
+    private. ``train()`` and ``eval()`` change nothing, ``torch.no_grad()`` and
+    ``torch.inference_mode()`` make no difference.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fusion: FusionModel,
+        method: Method,
+        precision: Precision,
+        *,
+        engine: str,
+        seed: int,
+        constants: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.method, self.precision = method.name, precision.name
+        self.options, self.engine, self.seed = method, engine, seed
+        method.check_model(fusion)
+        parameter = next(fusion.parameters())
+        device = parameter.device
+        slots = method.tuned(fusion)
+        working, leaves = working_copy(fusion, {s.parameter for s in slots.values()}, precision)
+        constants = {
+            name: x.to(device=device, dtype=precision.master)
+            for name, x in constants.items()
+        }
+        state = State(leaves, slots, method, constants, seed)
+        # not registered as children: .to(), .train() and .parameters() must not reach the user's
+        # model, nor move tensors from under the optimiser
+        self._hidden = (model, working)
+        self._state = state
+        self._step = Step(working, method, state, precision, device, device.type != "cuda")
+        self._in_source = False
+        self._warned_single = False
+
+    # ------------------------------------------------------------------ calls
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Adapts on this batch and predicts it: logits [B, C], as the wrapped model returns."""
+        return self.step(*inputs).logits
+
+    def step(self, *inputs: Tensor, trace: bool = False) -> StepResult:
+        """Adapts on this batch and predicts it.
+
+        Args:
+            inputs: one batch, as the wrapped model takes it.
+            trace: also return gradients and the method's intermediates.
+
+        Raises:
+            ValueError, TypeError: the inputs cannot be used; the state is as before.
+        """
+        prepared = self._step.prepare(inputs)
+        if self._in_source:
+            logits = self._step.predict(prepared)
+            return StepResult(logits=logits, logits_before=logits.clone())
+        self._warn_single(prepared)
+        return self._step(prepared, trace=trace)
+
+    def predict(self, *inputs: Tensor) -> Tensor:
+        """Logits [B, C] with the current state; adapts nothing."""
+        return self._step.predict(self._step.prepare(inputs))
+
+    def stream(
+        self, loader: Iterable, encode_batch: int | None = None
+    ) -> Iterator[StepResult]:
+        """Steps on every batch of a loader, in order, yielding a result each.
+
+        Args:
+            loader: yields one batch at a time as a tuple or list of the model's inputs (without
+                labels), or the input itself where there is one.
+            encode_batch: samples that the frozen encoders take at a time, ahead of the steps that
+                use them; None: as the batches come. Methods that tune inside the encoders have
+                nothing to encode ahead and ignore it. Different batch shapes may change the
+                numbers within float noise.
+
+        Raises:
+            ValueError, TypeError: a batch cannot be used; those before it have been adapted on.
+        """
+        if encode_batch is not None and (not isinstance(encode_batch, int) or encode_batch < 1):
+            raise ValueError(f"encode_batch={encode_batch!r}: needed a positive integer or None")
+        return self._stream(loader, encode_batch)
+
+    def _stream(self, loader: Iterable, encode_batch: int | None) -> Iterator[StepResult]:
+        batches = (self._step.prepare(_as_inputs(batch)) for batch in loader)
+        ahead = encode_batch is not None and self._step.method.frozen_encoder
+        for group in _groups(batches, encode_batch) if ahead else ([b] for b in batches):
+            for inputs, features in zip(
+                group, self._encode(group, encode_batch) if ahead else [None], strict=True
+            ):
+                if self._in_source:
+                    yield self.step(*inputs)
+                    continue
+                self._warn_single(inputs)
+                yield self._step(inputs, features=features)
+
+    def _encode(self, group: list[tuple[Tensor, ...]], size: int) -> list[Tensor]:
+        """Features of several batches, encoded together ``size`` samples at a time."""
+        joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*group, strict=True)]
+        pieces = zip(*(x.split(size) for x in joined), strict=True)
+        features = torch.cat([self._step.encode(piece) for piece in pieces])
+        return list(features.split([len(inputs[0]) for inputs in group]))
+
+    def _warn_single(self, inputs: tuple[Tensor, ...]) -> None:
+        method, single = self._step.method, inputs[0].shape[0] == 1
+        if single and method.balanced and not self._warned_single and not self._state.method:
+            self._warned_single = True
+            warnings.warn(
+                f"{type(method).__name__} on a single sample: the balance term is the entropy of "
+                "that one prediction and works against the entropy term. Give larger batches, or "
+                "a window of past batches (window=...)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def tuned(self) -> dict[str, Tensor]:
+        """Copies of what is adapted, by name."""
+        return self._state.tuned()
+
+    def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets some or all of the tuned tensors; optimiser and method state stay.
+
+        Raises:
+            ValueError, TypeError: an unknown name, wrong shape or type, non-finite values; then
+                nothing is changed.
+        """
+        self._state.load_tuned(tensors)
+
+    def reset(self) -> None:
+        """The state of a fresh ``adapt``, bit for bit."""
+        self._state.reset()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes what ``fasttta.load(model, folder)`` needs: the delta, not the model.
+
+        ``fasttta.json`` (method, options, fingerprint of the model) and a safetensors file with
+        tuned tensors, optimiser and method state. An existing save in the folder stays whole
+        until the new one is.
+        """
+        record = {
+            "method": self.method,
+            "options": {n: getattr(self.options, n) for n in self.options.option_names()},
+            "precision": self.precision,
+            "seed": self.seed,
+            "base": delta.fingerprint(self._hidden[0], self._state),
+        }
+        delta.write(folder, record, self._state.tensors())
+
+    @contextlib.contextmanager
+    def source(self) -> Iterator[Adapted]:
+        """The untouched source model inside the block: calls predict with it and adapt nothing."""
+        if self._in_source:
+            yield self
+            return
+        working = self._hidden[1]
+        holders = {name: _owner(working, name) for name in self._state.leaves}
+        try:
+            for name, (module, leaf) in holders.items():
+                source = self._state.source[name]
+                module._parameters[leaf] = nn.Parameter(source, requires_grad=False)
+            self._in_source = True
+            yield self
+        finally:
+            self._in_source = False
+            for name, (module, leaf) in holders.items():
+                module._parameters[leaf] = self._state.leaves[name]
+
+    def unwrap(self, merge: bool = False) -> nn.Module:
+        """A plain module: the user's own, or (merge) a copy of it with the adapted weights."""
+        model = self._hidden[0]
+        if not merge:
+            return model
+        merged = copy.deepcopy(model)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, leaf in self._state.leaves.items():
+                merged.get_parameter(name).copy_(leaf)
+        return merged
+
+    # ------------------------------------------------------------------ nn.Module
+
+    def _apply(self, fn, recurse: bool = True):
+        # .to(), .cuda(), .half(): a no-op where nothing would change, else refused
+        parameter = next(self._hidden[1].parameters())
+        probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        moved = fn(probe)
+        if moved.device != probe.device or moved.dtype != probe.dtype:
+            raise RuntimeError(
+                f"an adapted model stays on {probe.device} in its precision; move or convert the "
+                "model first and call fasttta.adapt on it"
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        tuned = sum(view.numel() for view in self._state.leaves.values())
+        return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
+
+
+def _as_inputs(batch: object) -> tuple:
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
+    """Consecutive batches of at least ``size`` samples together."""
+    group: list[tuple] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(len(inputs[0]) for inputs in group) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

@@ -1,0 +1,71 @@
+"""What a step computes in, and a clean numerical environment for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """name: as asked for, "auto" resolved; master: type of tuned tensors, the residual stream and
+    the losses; compute: type of the matrix products."""
+
+    name: str
+    master: torch.dtype
+    compute: torch.dtype
+
+
+def resolve(name: str, device: torch.device, model_dtype: torch.dtype) -> Precision:
+    """The precision of a name on a device.
+
+    ``"auto"`` keeps a float64 model in float64, else takes bf16 on GPUs that have it, else fp32.
+    """
+    if name not in PRECISIONS:
+        known = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision={name!r} is unknown; known: {known}")
+    if name == "auto":
+        if model_dtype == torch.float64:
+            name = "fp64"
+        elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "bf16"
+        else:
+            name = "fp32"
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError(f'precision="tf32" needs CUDA, the model is on {device}; use "fp32"')
+    if name == "fp64":
+        return Precision(name, torch.float64, torch.float64)
+    return Precision(name, torch.float32, torch.bfloat16 if name == "bf16" else torch.float32)
+
+
+@contextlib.contextmanager
+def environment(device: torch.device, precision: Precision, grad: bool) -> Iterator[None]:
+    """No inference mode, no autocast, gradients as asked, float32 products in IEEE float32."""
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        torch.autocast(device.type, enabled=False),
+        _float32_products(device, "tf32" if precision.name == "tf32" else "ieee"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _float32_products(device: torch.device, mode: str) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = mode
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value

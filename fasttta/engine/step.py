@@ -1,0 +1,213 @@
+"""One adaptation step: encode, objective, backward, update, predict."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.base import Method, Objective
+from ..trace import span
+from .precision import Precision, environment
+from .state import State
+
+
+@dataclass
+class StepResult:
+    """What a step returns: fresh tensors on the model's device; nothing synchronises.
+
+    Attributes:
+        logits: [B, C], the prediction (before or after the update, as the method scores).
+        logits_before: [B, C], of the current batch before the update.
+        losses: 0-d tensors of the first inner step, unweighted except ``"total"``.
+        stats: tensors the method's docstring describes.
+        n_used: 0-d int64, samples in the loss of the update (past batches of a window included);
+            0 where nothing was updated.
+        grads: with ``trace=True``: gradients of the first inner step, named as ``tuned``.
+        trace: with ``trace=True``: the method's intermediates.
+    """
+
+    logits: Tensor
+    logits_before: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    n_used: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    grads: dict[str, Tensor] | None = None
+    trace: dict[str, Tensor] | None = None
+
+
+class Step:
+    """Runs a method on a model eagerly.
+
+    Args:
+        model: working copy whose tuned parameters are ``state.leaves``.
+        host_checks: read values on the host: non-finite input is an error and a non-finite loss
+            warns. Without (on a GPU) the same is decided on the device: the update is skipped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        state: State,
+        precision: Precision,
+        device: torch.device,
+        host_checks: bool,
+    ) -> None:
+        self.model, self.method, self.state = model, method, state
+        self.precision, self.device, self.host_checks = precision, device, host_checks
+
+    # ------------------------------------------------------------------ inputs
+
+    def prepare(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Checked inputs in the master precision, usable by autograd; the caller's are kept.
+
+        Raises:
+            ValueError, TypeError: they cannot be one batch, or (host checks) are not finite.
+        """
+        names = self.model.input_names
+        if len(inputs) != len(names):
+            raise TypeError(
+                f"needed {len(names)} inputs ({', '.join(names)}), found {len(inputs)}"
+            )
+        self.model.check_inputs(*inputs)
+        prepared = []
+        with torch.inference_mode(False), torch.no_grad():
+            for name, x in zip(names, inputs, strict=True):
+                if self.host_checks and not torch.isfinite(x).all():
+                    raise ValueError(f"{name} holds non-finite values (NaN or infinity)")
+                x = x.detach().to(self.precision.master)
+                prepared.append(x.clone() if x.is_inference() else x)
+        return tuple(prepared)
+
+    def encode(self, inputs: tuple[Tensor, ...]) -> Any:
+        """What the method's steps on one batch share."""
+        with environment(self.device, self.precision, grad=False):
+            return self.method.features(self.model, inputs)
+
+    def _valid(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """0-d float on the device: 1 if every input value is finite."""
+        valid = torch.ones((), dtype=self.precision.master, device=self.device)
+        if self.host_checks:
+            return valid  # prepare has refused anything else
+        for x in inputs:
+            valid = valid * torch.isfinite(x).all()
+        return valid
+
+    # ------------------------------------------------------------------ predictions
+
+    def predict(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Logits [B, C] with the current weights; changes nothing."""
+        with span("predict"), environment(self.device, self.precision, grad=False):
+            return self.method.logits(self.model, self.method.features(self.model, inputs))
+
+    # ------------------------------------------------------------------ adaptation
+
+    def __call__(
+        self, inputs: tuple[Tensor, ...], *, features: Any = None, trace: bool = False
+    ) -> StepResult:
+        """One step on prepared inputs (``features``: already encoded ones)."""
+        if features is None:
+            features = self.encode(inputs)
+        with environment(self.device, self.precision, grad=True):
+            valid = self._valid(inputs)
+            if not self.method.updates:
+                with torch.no_grad():
+                    objective = self._objective(features, valid)
+                self.state.method = objective.state
+                return self._result(objective, objective.logits, valid, 0, None, trace)
+            restore = self.state.snapshot()
+            try:
+                return self._adapt(features, valid, trace)
+            except BaseException:
+                restore()
+                raise
+
+    def _objective(self, features: Any, valid: Tensor) -> Objective:
+        with span("objective"):
+            return self.method.objective(
+                self.model,
+                features,
+                state=self.state.method,
+                constants=self.state.constants,
+                valid=valid,
+            )
+
+    def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
+        method, state = self.method, self.state
+        names, leaves = list(state.leaves), list(state.leaves.values())
+        first: Objective | None = None
+        used: Tensor | int = 0
+        for _ in range(method.steps):
+            objective = self._objective(features, valid)
+            with span("backward"):
+                grads = torch.autograd.grad(
+                    objective.losses["total"], leaves, allow_unused=True, materialize_grads=True
+                )
+            finite = valid * torch.isfinite(objective.losses["total"].detach())
+            for grad in grads:
+                finite = finite * torch.isfinite(grad).all()
+            with span("update"):
+                self._update(leaves, grads, finite)
+            if first is None:
+                first, used = objective, objective.n_used * finite
+                first_grads = dict(zip(names, grads, strict=True))
+        with torch.no_grad():
+            after = method.logits(self.model, features) if method.score_at == "after" else None
+            state.method = {name: x.detach() for name, x in first.state.items()}
+            logits = first.logits if after is None else after
+            return self._result(first, logits, valid, used, first_grads if trace else None, trace)
+
+    def _update(self, leaves: list[Tensor], grads: tuple[Tensor, ...], finite: Tensor) -> None:
+        optimizer = self.state.optimizer
+        if self.host_checks and not finite:
+            warnings.warn(
+                "the loss or a gradient is not finite although the input is; this update was "
+                "skipped (n_used = 0)",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+            return
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        try:
+            if not self.host_checks:
+                # fused Adam leaves parameters, moments and step count as they are where this is 1
+                optimizer.found_inf = (1 - finite).float()
+            optimizer.step()
+        finally:
+            optimizer.found_inf = None
+            optimizer.zero_grad(set_to_none=True)
+
+    def _result(
+        self,
+        objective: Objective,
+        logits: Tensor,
+        valid: Tensor,
+        used: Tensor | int,
+        grads: Mapping[str, Tensor] | None,
+        trace: bool,
+    ) -> StepResult:
+        def fresh(x: Tensor) -> Tensor:
+            return x.detach().clone()
+
+        def shown(x: Tensor) -> Tensor:
+            # a batch that did not count was computed from zeros: say so rather than show it
+            x = fresh(x)
+            return x if self.host_checks else torch.where(valid > 0, x, torch.nan)
+
+        if not isinstance(used, Tensor):
+            used = torch.full((), used, device=self.device)
+        return StepResult(
+            logits=shown(logits),
+            logits_before=shown(objective.logits),
+            losses={name: fresh(x) for name, x in objective.losses.items()},
+            stats={name: fresh(x) for name, x in objective.stats.items()},
+            n_used=used.detach().to(torch.int64),
+            grads=None if grads is None else {n: fresh(g) for n, g in self.state.named(grads).items()},
+            trace={name: fresh(x) for name, x in objective.trace.items()} if trace else None,
+        )

@@ -1,0 +1,137 @@
+"""From a user's model to one that adapts."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from . import methods
+from .adapted import Adapted
+from .engine import delta
+from .engine.precision import resolve
+from .families import recognise
+from .methods.base import Method
+
+_ENGINES = ("auto", "eager", "graph")
+
+
+def adapt(
+    model: nn.Module,
+    method: str | Method = "auto",
+    *,
+    spec: object = None,
+    classes: object = None,
+    precision: str = "auto",
+    engine: str = "auto",
+    guard: object = None,
+    seed: int = 0,
+    source_stats: object = None,
+    **options: object,
+) -> Adapted:
+    """Makes a model adapt, label-free, to what it is called on.
+
+    Args:
+        model: a ``fasttta.models`` model. It is never modified: frozen weights are shared, tuned
+            tensors are private copies.
+        method: a name (``fasttta.methods.names()``), a method object, or ``"auto"``: ``"abpem"``
+            for two-modality fusion models.
+        precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
+            stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors are fp32
+            (fp64 under ``"fp64"``); fp32 means IEEE fp32.
+        engine: ``"eager"`` or ``"auto"``. Captured steps (``"graph"``) are not in this version.
+        spec, classes, guard: for model families that this version does not have; must be None.
+        seed: of the random state.
+        source_stats: ``SourceStats`` for methods that need them (``ABPEM(anchor="source")``).
+        options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
+
+    Raises:
+        TypeError: not a model that fasttta knows, or an option that the method does not have.
+        ValueError: an unknown name or a value out of range.
+    """
+    for name, value in (("spec", spec), ("classes", classes), ("guard", guard)):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r}: this version adapts fasttta.models.CAVMAE, which takes no {name}"
+            )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, found {seed!r}")
+    fusion = recognise(model)
+    chosen = _method(method, options)
+    parameter = next(fusion.parameters())
+    return Adapted(
+        model,
+        fusion,
+        chosen,
+        resolve(precision, parameter.device, parameter.dtype),
+        engine=_engine(engine),
+        seed=seed,
+        constants=chosen.constants(fusion, source_stats),
+    )
+
+
+def _method(method: str | Method, options: dict[str, object]) -> Method:
+    if isinstance(method, Method):
+        if options:
+            raise TypeError(
+                f"{', '.join(options)}: options are given to the method object itself, "
+                f"{type(method).__name__}(...)"
+            )
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a method object, found {method!r}")
+    cls = methods.by_name("abpem" if method == "auto" else method)
+    unknown = [name for name in options if name not in cls.option_names()]
+    if unknown:
+        raise TypeError(
+            f"{cls.__name__} has no option {', '.join(unknown)}; known: "
+            f"{', '.join(cls.option_names())}"
+        )
+    return cls(**options)
+
+
+def _engine(engine: str) -> str:
+    if engine not in _ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown; known: {', '.join(map(repr, _ENGINES))}")
+    if engine == "graph":
+        missing = "captured steps are not in this version"
+        if not torch.cuda.is_available():
+            missing = "it needs CUDA, which is not available"
+        raise ValueError(f'engine="graph": {missing}; use engine="eager"')
+    return "eager"
+
+
+def load(model: nn.Module, folder: str | os.PathLike, *, engine: str = "auto") -> Adapted:
+    """Goes on where ``Adapted.save(folder)`` stopped: the state is bit-identical.
+
+    Args:
+        model: the model that the state was saved for.
+        folder: where it was saved.
+        engine: as in ``adapt``.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+        ValueError: the files are damaged or of another model.
+    """
+    record, tensors = delta.read(folder)
+    fusion = recognise(model)
+    method = _method(record["method"], record["options"])
+    parameter = next(fusion.parameters())
+    constants = {
+        name.removeprefix("constant."): x
+        for name, x in tensors.items()
+        if name.startswith("constant.")
+    }
+    adapted = Adapted(
+        model,
+        fusion,
+        method,
+        resolve(record["precision"], parameter.device, parameter.dtype),
+        engine=_engine(engine),
+        seed=record["seed"],
+        constants=constants,
+    )
+    delta.check_fingerprint(record["base"], model, adapted._state)
+    adapted._state.load(tensors)
+    return adapted

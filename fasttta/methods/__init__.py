@@ -1,0 +1,30 @@
+"""Adaptation methods, one frozen dataclass each."""
+
+from __future__ import annotations
+
+from .abpem import ABPEM
+from .base import Method
+from .read import READ
+from .source import Source
+from .tent import Tent
+
+_METHODS: tuple[type[Method], ...] = (Source, Tent, READ, ABPEM)
+
+__all__ = ["ABPEM", "READ", "Method", "Source", "Tent", "by_name", "names"]
+
+
+def names() -> list[str]:
+    """Names that ``fasttta.adapt`` takes as ``method``."""
+    return [method.name for method in _METHODS]
+
+
+def by_name(name: str) -> type[Method]:
+    """The class of a method's name.
+
+    Raises:
+        ValueError: no such method.
+    """
+    for method in _METHODS:
+        if method.name == name:
+            return method
+    raise ValueError(f"method={name!r} is unknown; known: {', '.join(map(repr, names()))}")

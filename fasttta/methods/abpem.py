@@ -1,0 +1,156 @@
+"""ABPEM: attention bootstrapping with principal entropy minimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..protocols import FusionModel
+from .base import Method, Objective, require, require_int, require_number
+
+
+@dataclass(frozen=True)
+class ABPEM(Method):
+    """Tune the fusion block's q, k, v so that cross-modal attention scores are distributed like
+    self-attention ones, and the k most probable classes are sharpened.
+
+    total = entropy_weight * entropy - balance_weight * balance + attention_weight * attention,
+    over the current batch and the encoder outputs of the last ``window - 1`` batches.
+
+    Args:
+        k: classes in the principal entropy.
+        window: batches in the loss, the current one included; 1 = no queue of past batches.
+        entropy_weight, balance_weight, attention_weight: weights of the three terms.
+        balance: ``"mean"``: entropy of the mean prediction; ``"softmax-sum"``: READ's form.
+        heads: statistics of the head-mean of the scores (``"mean"``), or of each head.
+        pair: self block that a cross block is matched with: that of its ``"key"`` modality (the
+            official code) or of its ``"query"`` modality (figure 2 of the paper).
+        anchor: ``"self"``: statistics of the batch's own self-attention blocks; ``"source"``:
+            fixed ones of source data, ``adapt(..., source_stats=fasttta.collect_stats(...))``.
+        lr: Adam's learning rate.
+
+    ``losses``: ``"entropy"``, ``"balance"`` (the positive entropy), ``"attention"``, ``"total"``.
+    ``stats``, over the whole window, oldest sample first: ``"score_mean"`` and ``"score_std"``
+    [n, M, M] ([n, H, M, M] for heads="each"; row = query, column = key modality) and
+    ``"attention_gap"`` [n], the attention loss of each sample, KL(va, aa) + KL(av, vv).
+    The prediction is the one after the update.
+
+    Source: ABPEM and its official code (golden vectors follow the code). Presets are its four
+    scripts; run them with these batch sizes: ``"ks50-video"`` and ``"ks50-audio"`` 8,
+    ``"vgg-video"`` and ``"vgg-audio"`` 32.
+    """
+
+    name: ClassVar[str] = "abpem"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "ks50-video": {"k": 8, "window": 4},
+        "ks50-audio": {"k": 7, "window": 4, "attention_weight": 5.0},
+        "vgg-video": {"k": 28, "window": 4},
+        "vgg-audio": {"k": 30, "window": 2},
+    }
+    group: ClassVar[str | None] = "fusion_qkv"
+    frozen_encoder: ClassVar[bool] = True
+
+    k: int = 8
+    window: int = 4
+    entropy_weight: float = 1.0
+    balance_weight: float = 1.0
+    attention_weight: float = 1.0
+    balance: str = "mean"
+    heads: str = "mean"
+    pair: str = "key"
+    anchor: str = "self"
+    lr: float = 1e-4
+    score_at: str = field(default="after", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("k", self.k, 1)
+        require_int("window", self.window, 1)
+        for name in ("entropy_weight", "balance_weight", "attention_weight"):
+            require_number(name, getattr(self, name))
+        for name, known in (
+            ("balance", ("mean", "softmax-sum")),
+            ("heads", ("mean", "each")),
+            ("pair", ("key", "query")),
+            ("anchor", ("self", "source")),
+        ):
+            value = getattr(self, name)
+            require(value in known, name, value, " or ".join(map(repr, known)))
+
+    @property
+    def updates(self) -> bool:
+        return any((self.entropy_weight, self.balance_weight, self.attention_weight))
+
+    @property
+    def balanced(self) -> bool:
+        return self.balance_weight != 0
+
+    def check_model(self, model: FusionModel) -> None:
+        require(self.k <= model.num_classes, "k", self.k,
+                f"at most the model's {model.num_classes} classes")  # fmt: skip
+
+    def constants(self, model: FusionModel, source_stats: Any) -> dict[str, Tensor]:
+        if self.anchor == "self":
+            return super().constants(model, source_stats)
+        if source_stats is None:
+            raise ValueError(
+                'anchor="source" needs source_stats, found None; make them from a few clean '
+                "batches: source_stats=fasttta.collect_stats(model, loader)"
+            )
+        std, mean = source_stats.self_scores(self.heads)
+        m = len(model.spans)
+        if mean.shape[-1] != m:
+            raise ValueError(f"source_stats are of {mean.shape[-1]} modalities, the model has {m}")
+        return {"anchor_mean": mean, "anchor_std": std}
+
+    def _window(
+        self, tokens: Tensor, state: Mapping[str, Tensor], valid: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Encoder outputs in the loss, oldest batch first, and whether each batch counts."""
+        past = range(min(self.window - 1, sum(key.startswith("queue.") for key in state)))
+        # a batch that does not count is kept as zeros: what is multiplied by 0 must be finite
+        current = torch.where(valid > 0, tokens, 0)
+        queue = [state[f"queue.{i}"] for i in past]
+        return [*queue, current], [*(state[f"valid.{i}"] for i in past), valid]
+
+    def objective(self, model, features, *, state, constants, valid) -> Objective:
+        batches, counts = self._window(features, state, valid)
+        x = torch.cat(batches) if len(batches) > 1 else batches[0]  # [n, T, D]
+        weight = torch.cat([c.expand(len(b)) for b, c in zip(batches, counts, strict=True)])
+        logits, (q, k, scale) = model.fuse_attention(x)
+        total, entropy, balance = F.adaptation_head(
+            logits, self.k, self.entropy_weight, self.balance_weight, self.balance, weight=weight
+        )
+        anchor = None
+        if self.anchor == "source":
+            anchor = F.Moments(constants["anchor_mean"], constants["anchor_std"])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_weight != 0):
+            gap, moments = F.attention_bootstrap(
+                q, k, model.spans, scale, self.heads, self.pair, anchor=anchor, return_moments=True
+            )
+            used = weight.to(gap.dtype)
+            attention = torch.where(used > 0, gap * used, 0).sum() / used.sum()
+        if self.attention_weight != 0:
+            total = total + self.attention_weight * attention
+        keep = batches[len(batches) - min(len(batches), self.window - 1) :]
+        counts = counts[len(counts) - len(keep) :]
+        return Objective(
+            losses={
+                "entropy": entropy, "balance": balance, "attention": attention, "total": total
+            },
+            logits=logits[-len(features) :],
+            n_used=weight.sum(),
+            stats={
+                "score_mean": moments.mean,
+                "score_std": moments.std,
+                "attention_gap": gap,
+            },
+            state={f"queue.{i}": b for i, b in enumerate(keep)}
+            | {f"valid.{i}": c for i, c in enumerate(counts)},
+            trace={"tokens": features, "window_logits": logits, "q": q, "k": k},
+        )  # fmt: skip

@@ -1,0 +1,139 @@
+"""What every adaptation method is: a frozen set of options and an objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..protocols import FusionModel, Slot
+
+
+@dataclass
+class Objective:
+    """What one evaluation of a method's objective hands to the step."""
+
+    losses: dict[str, Tensor]  # 0-d, unweighted, and "total"
+    logits: Tensor  # [B, C] of the current batch
+    n_used: Tensor | int  # samples that entered the loss
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)  # method state once the step succeeds
+    trace: dict[str, Tensor] = field(default_factory=dict)
+
+
+def require(condition: bool, name: str, value: Any, needed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r}: needed {needed}")
+
+
+def require_int(name: str, value: Any, least: int) -> None:
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        name, value, f"an integer of at least {least}",
+    )  # fmt: skip
+
+
+def require_number(name: str, value: Any, *, positive: bool = False) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(good and (value > 0 or not positive), name, value,
+            "a finite number" + (" above 0" if positive else ""))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Options that every method has.
+
+    Args:
+        steps: updates on each batch.
+        score_at: which prediction is ``StepResult.logits``: ``"before"`` the update or
+            ``"after"`` it, from a second forward pass. The default is the published protocol.
+    """
+
+    name: ClassVar[str]
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: what of the model is tuned ("norm", "fusion_qkv"; None: nothing)
+    group: ClassVar[str | None]
+    #: everything before ``fuse`` is frozen: encoded once a batch, without autograd
+    frozen_encoder: ClassVar[bool]
+
+    steps: int = 1
+    score_at: str = "before"
+
+    def __post_init__(self) -> None:
+        require_int("steps", self.steps, 1)
+        require(self.score_at in ("before", "after"), "score_at", self.score_at,
+                '"before" or "after"')  # fmt: skip
+        require_number("lr", self.lr, positive=self.group is not None)
+
+    @classmethod
+    def preset(cls, name: str) -> Method:
+        """The method with published settings; the class docstring gives their source."""
+        if name not in cls.PRESETS:
+            known = ", ".join(map(repr, cls.PRESETS)) or "none"
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; known: {known}")
+        return cls(**cls.PRESETS[name])
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    @property
+    def updates(self) -> bool:
+        """Whether a step changes anything."""
+        return self.group is not None
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the loss has a class-balance term, which a single sample degenerates."""
+        return False
+
+    def tuned(self, model: FusionModel) -> dict[str, Slot]:
+        """Names of the tuned tensors and where they lie in the model."""
+        return {} if self.group is None else model.tunable(self.group)
+
+    def check_model(self, model: FusionModel) -> None:
+        """Raises ValueError if the options do not fit the model."""
+
+    def constants(self, model: FusionModel, source_stats: Any) -> dict[str, Tensor]:
+        """Tensors fixed at the start, from the source statistics; saved with the state."""
+        if source_stats is not None:
+            raise TypeError(f"{type(self).__name__} takes no source_stats")
+        return {}
+
+    def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """Adam (0.9, 0.999), no weight decay: what all published runs of this benchmark use."""
+        parameters = list(parameters)
+        cuda = parameters[0].is_cuda
+        return torch.optim.Adam(parameters, lr=self.lr, fused=True, capturable=cuda)
+
+    def features(self, model: FusionModel, inputs: tuple[Tensor, ...]) -> Any:
+        """What the steps on one batch share: encoder outputs where these are frozen."""
+        return model.encode(*inputs) if self.frozen_encoder else inputs
+
+    def logits(self, model: FusionModel, features: Any) -> Tensor:
+        """Prediction [B, C] with the current weights."""
+        return model.fuse(features if self.frozen_encoder else model.encode(*features))
+
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Losses of one batch, differentiable with respect to what is tuned.
+
+        Args:
+            features: what ``features`` returned for this batch.
+            state: the method's state before this batch; never written to.
+            constants: what ``constants`` returned.
+            valid: 0-d float, 0 if the batch holds non-finite values (then the step skips the
+                update on the device and this batch must not spoil later ones).
+        """
+        raise TypeError(f"{type(self).__name__} defines no objective")

@@ -1,0 +1,27 @@
+"""The unadapted model, as a method: the baseline of every table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .base import Method, Objective
+
+
+@dataclass(frozen=True)
+class Source(Method):
+    """Predict with the source model and change nothing; lr and steps have no effect."""
+
+    name: ClassVar[str] = "source"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    group: ClassVar[str | None] = None
+    frozen_encoder: ClassVar[bool] = True
+
+    lr: float = 0.0
+
+    def objective(self, model, features, *, state, constants, valid) -> Objective:
+        logits: Tensor = model.fuse(features)
+        return Objective(losses={}, logits=logits, n_used=0)
