@@ -1,0 +1,94 @@
+"""Shared fixtures: golden vectors, the small official model, tolerances."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the checkout on sys.path, and with it a top-level `kernels`
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def golden_root() -> Path:
+    """The fullest set of golden vectors there is."""
+    places = [ROOT / ".golden", ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden"]
+    if named := os.environ.get("FASTTTA_GOLDEN"):
+        if not Path(named, "abpem").is_dir():
+            raise FileNotFoundError(f"FASTTTA_GOLDEN={named!r} holds no abpem folder")
+        return Path(named)
+    return next(p for p in places if (p / "abpem").is_dir())
+
+
+class Golden:
+    """The vectors of the audio-visual methods."""
+
+    def __init__(self) -> None:
+        self.root = golden_root() / "abpem"
+        self.json = json.loads((self.root / "golden.json").read_text())
+        self.inputs = self.load("inputs")
+        self.steps = sum(f"step{s}.audio" in self.inputs for s in range(3))
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.root / f"{name}.safetensors")
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inputs[f"step{step}.audio"], self.inputs[f"step{step}.video"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    return Golden()
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden):
+    """The official model of width 48; nothing may change it."""
+    from fasttta.models import CAVMAE
+
+    return CAVMAE.from_checkpoint(golden.root / "model.safetensors", num_heads=4)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _tiny(seed: int = 0, **sizes):
+    from fasttta.models import CAVMAE
+
+    torch.manual_seed(seed)
+    sizes = {
+        "dim": 12, "num_heads": 3, "audio_tokens": 6, "video_tokens": 4, "depth": (1, 2, 1),
+        "patch_audio": (4, 2), "patch_video": (3, 3), **sizes,
+    }  # fmt: skip
+    model = CAVMAE(7, **sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model():
+    """Makes CAV-MAEs of odd sizes: 6 + 4 tokens of width 12, 7 classes."""
+    return _tiny
+
+
+@pytest.fixture
+def tiny_batch():
+    """Makes batches for tiny_model: audio [n, 6, 8], video [n, 3, 6, 6]."""
+
+    def make(n: int = 5, seed: int = 1, dtype: torch.dtype = torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        audio = torch.randn(n, 6, 8, generator=generator, dtype=dtype)
+        return audio, torch.randn(n, 3, 6, 6, generator=generator, dtype=dtype)
+
+    return make
