@@ -45,12 +45,13 @@ class Adapted(nn.Module):
         parameter = next(fusion.parameters())
         device = parameter.device
         slots = method.tuned(fusion)
-        working, leaves = working_copy(fusion, {s.parameter for s in slots.values()}, precision)
-        constants = {
-            name: x.to(device=device, dtype=precision.master)
-            for name, x in constants.items()
-        }
-        state = State(leaves, slots, method, constants, seed)
+        with torch.inference_mode(False), torch.no_grad():
+            working, leaves = working_copy(fusion, {s.parameter for s in slots.values()}, precision)
+            fixed = {
+                name: x.detach().to(device=device, dtype=precision.master, copy=True)
+                for name, x in constants.items()
+            }
+            state = State(leaves, slots, method, fixed, seed)
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
         # model, nor move tensors from under the optimiser
         self._hidden = (model, working)
@@ -86,9 +87,7 @@ class Adapted(nn.Module):
         """Logits [B, C] with the current state; adapts nothing."""
         return self._step.predict(self._step.prepare(inputs))
 
-    def stream(
-        self, loader: Iterable, encode_batch: int | None = None
-    ) -> Iterator[StepResult]:
+    def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
         """Steps on every batch of a loader, in order, yielding a result each.
 
         Args:
@@ -121,7 +120,9 @@ class Adapted(nn.Module):
 
     def _encode(self, group: list[tuple[Tensor, ...]], size: int) -> list[Tensor]:
         """Features of several batches, encoded together ``size`` samples at a time."""
-        joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*group, strict=True)]
+        joined = [
+            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*group, strict=True)
+        ]
         pieces = zip(*(x.split(size) for x in joined), strict=True)
         features = torch.cat([self._step.encode(piece) for piece in pieces])
         return list(features.split([len(inputs[0]) for inputs in group]))

@@ -53,7 +53,7 @@ def adapt(
     for name, value in (("spec", spec), ("classes", classes), ("guard", guard)):
         if value is not None:
             raise ValueError(
-                f"{name}={value!r}: this version adapts fasttta.models.CAVMAE, which takes no {name}"
+                f"{name}={value!r}: this version adapts models.CAVMAE, which takes no {name}"
             )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, found {seed!r}")

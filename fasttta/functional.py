@@ -36,7 +36,7 @@ def _implementation(name: str, backend: str | None):
         return getattr(reference, name)
     if backend in ("triton", "cpp"):
         raise ValueError(
-            f'backend={backend!r}: {name} has no {backend} kernel in this version of fasttta; '
+            f"backend={backend!r}: {name} has no {backend} kernel in this version of fasttta; "
             'available: None (default), "reference"'
         )
     raise ValueError(f'backend={backend!r} is unknown; known: None, "reference", "triton", "cpp"')

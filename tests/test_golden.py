@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fasttta
 import pytest
 import torch
+
+import fasttta
 
 # float32 within 5x the official float32-to-float64 difference, float64 to 1e-9
 FACTOR, EXACT = 5, 1e-9

@@ -71,9 +71,7 @@ class Step:
         """
         names = self.model.input_names
         if len(inputs) != len(names):
-            raise TypeError(
-                f"needed {len(names)} inputs ({', '.join(names)}), found {len(inputs)}"
-            )
+            raise TypeError(f"needed {len(names)} inputs ({', '.join(names)}), found {len(inputs)}")
         self.model.check_inputs(*inputs)
         prepared = []
         with torch.inference_mode(False), torch.no_grad():
@@ -208,6 +206,8 @@ class Step:
             losses={name: fresh(x) for name, x in objective.losses.items()},
             stats={name: fresh(x) for name, x in objective.stats.items()},
             n_used=used.detach().to(torch.int64),
-            grads=None if grads is None else {n: fresh(g) for n, g in self.state.named(grads).items()},
+            grads=None
+            if grads is None
+            else {n: fresh(g) for n, g in self.state.named(grads).items()},
             trace={name: fresh(x) for name, x in objective.trace.items()} if trace else None,
         )

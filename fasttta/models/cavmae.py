@@ -1,4 +1,4 @@
-"""The fine-tuned contrastive audio-visual masked autoencoder (CAV-MAE), cut into encode and fuse."""
+"""The fine-tuned contrastive audio-visual masked autoencoder, cut into encode and fuse."""
 
 from __future__ import annotations
 
@@ -129,9 +129,7 @@ class CAVMAE(nn.Module):
             if names
         ]
         if problems:
-            raise ValueError(
-                "this is not a fine-tuned CAV-MAE checkpoint: " + "; ".join(problems)
-            )
+            raise ValueError("this is not a fine-tuned CAV-MAE checkpoint: " + "; ".join(problems))
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -157,7 +155,9 @@ class CAVMAE(nn.Module):
             for name, module in self.named_modules():
                 leaf = name.rpartition(".")[2]
                 if isinstance(module, nn.LayerNorm) and not leaf.endswith(("_a", "_v")):
-                    norms |= {f"{name}.{part}": Slot(f"{name}.{part}") for part in ("weight", "bias")}
+                    norms |= {
+                        f"{name}.{part}": Slot(f"{name}.{part}") for part in ("weight", "bias")
+                    }
             return norms
         if group == "fusion_qkv":
             slots = {}
@@ -192,7 +192,9 @@ class CAVMAE(nn.Module):
                 raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
             shape = tuple(x.shape)
             if x.ndim != rank:
-                raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
+                raise ValueError(
+                    f"{name} must have {rank} dimensions {layout}, found shape {shape}"
+                )
             if not x.is_floating_point():
                 raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
             if x.device != self.modality_a.device:
@@ -201,19 +203,22 @@ class CAVMAE(nn.Module):
                     f"move one: {name}.to({str(self.modality_a.device)!r})"
                 )
             if shape[0] == 0:
-                raise ValueError(f"{name} is an empty batch, shape {shape}; needed at least 1 sample")
+                raise ValueError(
+                    f"{name} is an empty batch, shape {shape}; needed at least 1 sample"
+                )
             ph, pw = embed.proj.kernel_size
             # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
             h, w = (shape[2], shape[1]) if rank == 3 else (shape[2], shape[3])
             channels = 1 if rank == 3 else shape[1]
             if channels != embed.proj.in_channels:
                 raise ValueError(
-                    f"{name} has {channels} channels, needed {embed.proj.in_channels}; shape {shape}"
+                    f"{name} has {channels} channels, needed {embed.proj.in_channels}; "
+                    f"found shape {shape}"
                 )
             if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
                 raise ValueError(
-                    f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of {ph} x {pw}, "
-                    f"the checkpoint has positions for {tokens} tokens"
+                    f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of "
+                    f"{ph} x {pw}, the checkpoint has positions for {tokens} tokens"
                 )
         if audio.shape[0] != video.shape[0]:
             raise ValueError(

@@ -35,7 +35,9 @@ def _read_file(path: str | os.PathLike) -> Mapping:
         try:
             return load_file(path)
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is a damaged safetensors file: {error}") from error
+            raise ValueError(
+                f"{os.fspath(path)!r} is a damaged safetensors file: {error}"
+            ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -98,7 +100,9 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict:
         )
     for name, rank in ranks.items():
         if state[name].ndim != rank:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, needed {rank} dimensions")
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)}, needed {rank} dimensions"
+            )
 
     def blocks(prefix: str) -> int:
         found = re.compile(rf"{prefix}\.(\d+)\.")

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .reference import gaussian_kl, wide
+from .reference import gaussian_kl, log, wide
 
 _TILE_ELEMENTS = 2**18  # 1 MiB of float32
 
@@ -314,7 +314,7 @@ def _principal(logits: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor, Tens
     """p, -ln(p + eps) on the selected classes (0 elsewhere), the selection."""
     p = logits.softmax(dim=-1)
     selected = _top(logits, k)
-    return p, torch.where(selected & (p + eps > 0), -torch.log(p + eps), 0), selected
+    return p, torch.where(selected, -log(p + eps), 0), selected
 
 
 def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:
@@ -342,13 +342,9 @@ def _class_mass(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> Tensor:
     return total / (p.shape[0] if weight is None else weight.to(p.dtype).sum())
 
 
-def _negative_log(m: Tensor) -> Tensor:
-    return torch.where(m > 0, -torch.log(m), 0)
-
-
 def balance_entropy(logits: Tensor, softmax_sum: bool, weight: Tensor | None = None) -> Tensor:
     m = _class_mass(wide(logits).softmax(dim=-1), softmax_sum, weight)
-    return (m * _negative_log(m)).sum()
+    return -(m * log(m)).sum()
 
 
 def _balance_grad(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> Tensor:
@@ -357,7 +353,7 @@ def _balance_grad(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> Tensor
     Form "mean": p (h - <p, h>) w / sum w with h = -ln m; "softmax-sum": h = m (-ln m - entropy).
     """
     m = _class_mass(p, softmax_sum, weight)
-    h = _negative_log(m)
+    h = -log(m)
     if softmax_sum:
         h = m * (h - (m * h).sum())
     elif weight is None:
@@ -390,7 +386,7 @@ def adaptation_head(
         weight = weight.to(p.dtype)
         principal = (weight @ (p * surprise)).sum() / weight.sum()
     m = _class_mass(p, softmax_sum, weight)
-    balance = (m * _negative_log(m)).sum()
+    balance = -(m * log(m)).sum()
     return entropy_weight * principal - balance_weight * balance, principal, balance
 
 

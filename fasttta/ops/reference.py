@@ -15,6 +15,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def log(p: Tensor) -> Tensor:
+    """ln p of probabilities, 0 (value and gradient) where p is 0: p ln p ends there."""
+    return torch.where(p > 0, torch.log(torch.where(p > 0, p, 1)), 0)
+
+
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
     """KL(N(mean_p, std_p^2) || N(mean_q, std_q^2)), elementwise."""
     squares = std_p.square() + (mean_p - mean_q).square()
@@ -44,7 +49,7 @@ def attention_bootstrap(
     anchor_std: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, std = score_moments(q, k, spans, scale, per_head)
-    loss = 0
+    loss = torch.zeros_like(mean[..., 0, 0])
     for i in range(len(spans)):
         for j in range(len(spans)):
             if i != j:
@@ -58,14 +63,14 @@ def attention_bootstrap(
 def entropy(logits: Tensor) -> Tensor:
     log_p = wide(logits).log_softmax(dim=-1)
     p = log_p.exp()
-    return -torch.where(p > 0, p * log_p, 0).sum(dim=-1)
+    return -(p * torch.where(p > 0, log_p, 0)).sum(dim=-1)
 
 
 def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:
     logits = wide(logits)
     index = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     p = logits.softmax(dim=-1).gather(-1, index)
-    return -torch.where(p + eps > 0, p * torch.log(p + eps), 0).sum(dim=-1)
+    return -(p * log(p + eps)).sum(dim=-1)
 
 
 def balance_entropy(logits: Tensor, softmax_sum: bool, weight: Tensor | None = None) -> Tensor:
@@ -76,7 +81,7 @@ def balance_entropy(logits: Tensor, softmax_sum: bool, weight: Tensor | None = N
         q = p.sum(dim=0).softmax(dim=0)
     else:
         q = p.sum(dim=0) / (p.shape[0] if weight is None else weight.to(p.dtype).sum())
-    return -torch.where(q > 0, q * torch.log(q), 0).sum()
+    return -(q * log(q)).sum()
 
 
 def adaptation_head(
