@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import delta
+from .engine.inputs import as_inputs
 from .engine.precision import Precision
 from .engine.state import State, working_copy
 from .engine.step import Step, StepResult
@@ -79,7 +80,8 @@ class Adapted(nn.Module):
         prepared = self._step.prepare(inputs)
         if self._in_source:
             logits = self._step.predict(prepared)
-            return StepResult(logits=logits, logits_before=logits.clone())
+            none = torch.zeros((), dtype=torch.int64, device=logits.device)
+            return StepResult(logits=logits, logits_before=logits.clone(), n_used=none)
         self._warn_single(prepared)
         return self._step(prepared, trace=trace)
 
@@ -106,7 +108,7 @@ class Adapted(nn.Module):
         return self._stream(loader, encode_batch)
 
     def _stream(self, loader: Iterable, encode_batch: int | None) -> Iterator[StepResult]:
-        batches = (self._step.prepare(_as_inputs(batch)) for batch in loader)
+        batches = (self._step.prepare(as_inputs(batch)) for batch in loader)
         ahead = encode_batch is not None and self._step.method.frozen_encoder
         for group in _groups(batches, encode_batch) if ahead else ([b] for b in batches):
             for inputs, features in zip(
@@ -222,10 +224,6 @@ class Adapted(nn.Module):
     def extra_repr(self) -> str:
         tuned = sum(view.numel() for view in self._state.leaves.values())
         return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
-
-
-def _as_inputs(batch: object) -> tuple:
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def _groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:

@@ -46,4 +46,4 @@ class FusionModel(Protocol):
         """What can be tuned under a group's name ("norm", "fusion_qkv")."""
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Multiply in this precision; None: in the weights' own."""
+        """Multiply in this precision (None: in the weights' own), converting frozen weights."""

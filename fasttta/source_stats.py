@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .engine.inputs import as_inputs, prepare
 from .engine.precision import environment, resolve
 from .engine.state import working_copy
 from .families import recognise
@@ -110,9 +111,8 @@ def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStat
     seen, sums = 0, {}
     with environment(parameter.device, precision, grad=False):
         for batch in loader:
-            inputs = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-            working.check_inputs(*inputs)
-            inputs = tuple(x[: n - seen].to(precision.master) for x in inputs)
+            inputs = prepare(working, as_inputs(batch), precision.master, True)
+            inputs = tuple(x[: n - seen] for x in inputs)
             _, (q, k, scale) = working.fuse_attention(working.encode(*inputs))
             for heads in ("mean", "each"):
                 moments = F.score_moments(q, k, working.spans, scale, heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 import fasttta
 from fasttta import methods
+from fasttta.engine.precision import _float32_products
 
 METHODS = {
     "source": {},
@@ -614,3 +616,33 @@ def test_several_fusion_blocks(tiny_model, tiny_batch):
     result = adapted.step(*tiny_batch(), trace=True)
     assert len(adapted.tuned) == 12
     assert all(g.abs().sum() > 0 for n, g in result.grads.items() if "v." in n)
+
+
+def test_float32_products_are_set_and_given_back():
+    """The switches that decide TF32 on CUDA; they can be turned on any build."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [s.fp32_precision for s in switches]
+    try:
+        for outside in ("tf32", "ieee"):
+            for s in switches:
+                s.fp32_precision = outside
+            for mode in ("ieee", "tf32"):
+                with contextlib.suppress(KeyError), _float32_products(torch.device("cuda"), mode):
+                    assert {s.fp32_precision for s in switches} == {mode}
+                    raise KeyError
+                assert {s.fp32_precision for s in switches} == {outside}
+    finally:
+        for s, value in zip(switches, before, strict=True):
+            s.fp32_precision = value
+
+
+def test_deepcopy_is_independent(tiny_model, tiny_batch):
+    adapted = fasttta.adapt(tiny_model(), "read", lr=1e-3)
+    adapted(*tiny_batch())
+    twin = copy.deepcopy(adapted)
+    state = adapted._state.tensors()
+    assert _same(twin.step(*tiny_batch(seed=2)), twin_expected := copy.deepcopy(adapted).step(
+        *tiny_batch(seed=2)
+    ))  # fmt: skip
+    assert all(torch.equal(x, state[name]) for name, x in adapted._state.tensors().items())
+    assert _same(adapted.step(*tiny_batch(seed=2)), twin_expected)

@@ -54,6 +54,8 @@ def test_bad_statistics(tiny_model, tiny_batch, tmp_path):
         fasttta.collect_stats(model, [])
     with pytest.raises(ValueError, match="audio must have 3 dimensions"):
         fasttta.collect_stats(model, [(torch.zeros(3), torch.zeros(3))])
+    with pytest.raises(TypeError, match=r"needed 2 inputs \(audio, video\), found 3; labels"):
+        fasttta.collect_stats(model, [(*tiny_batch(), torch.zeros(5))])
     one, two = torch.ones(2), torch.ones(3, 2)
     for changes, match in (
         ({"scores": (one, two)}, "scores must be"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods.base import Method, Objective
 from ..trace import span
+from .inputs import prepare
 from .precision import Precision, environment
 from .state import State
 
@@ -33,9 +34,9 @@ class StepResult:
 
     logits: Tensor
     logits_before: Tensor
+    n_used: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
-    n_used: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     grads: dict[str, Tensor] | None = None
     trace: dict[str, Tensor] | None = None
 
@@ -64,23 +65,8 @@ class Step:
     # ------------------------------------------------------------------ inputs
 
     def prepare(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Checked inputs in the master precision, usable by autograd; the caller's are kept.
-
-        Raises:
-            ValueError, TypeError: they cannot be one batch, or (host checks) are not finite.
-        """
-        names = self.model.input_names
-        if len(inputs) != len(names):
-            raise TypeError(f"needed {len(names)} inputs ({', '.join(names)}), found {len(inputs)}")
-        self.model.check_inputs(*inputs)
-        prepared = []
-        with torch.inference_mode(False), torch.no_grad():
-            for name, x in zip(names, inputs, strict=True):
-                if self.host_checks and not torch.isfinite(x).all():
-                    raise ValueError(f"{name} holds non-finite values (NaN or infinity)")
-                x = x.detach().to(self.precision.master)
-                prepared.append(x.clone() if x.is_inference() else x)
-        return tuple(prepared)
+        """Checked inputs in the master precision."""
+        return prepare(self.model, inputs, self.precision.master, self.host_checks)
 
     def encode(self, inputs: tuple[Tensor, ...]) -> Any:
         """What the method's steps on one batch share."""
@@ -155,7 +141,10 @@ class Step:
                 first, used = objective, objective.n_used * finite
                 first_grads = dict(zip(names, grads, strict=True))
         with torch.no_grad():
-            after = method.logits(self.model, features) if method.score_at == "after" else None
+            after = None
+            if method.score_at == "after":
+                with span("predict"):
+                    after = method.logits(self.model, features)
             state.method = {name: x.detach() for name, x in first.state.items()}
             logits = first.logits if after is None else after
             return self._result(first, logits, valid, used, first_grads if trace else None, trace)

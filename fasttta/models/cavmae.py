@@ -171,11 +171,18 @@ class CAVMAE(nn.Module):
         raise ValueError(f'group={group!r} is unknown; known: "norm", "fusion_qkv"')
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Multiply in this precision; the residual stream, LayerNorms and the head keep theirs."""
+        """Multiply in this precision (None: in the weights' own), frozen weights converted once.
+
+        The residual stream, LayerNorms and the head keep theirs.
+        """
         for module in self.modules():
-            if isinstance(module, (Linear, PatchEmbed)):
+            if isinstance(module, (Linear, PatchEmbed)) and module is not self.mlp_head[1]:
                 module.compute_dtype = dtype
-        self.mlp_head[1].compute_dtype = None
+                holder = module.proj if isinstance(module, PatchEmbed) else module
+                for name, parameter in holder.named_parameters(recurse=False):
+                    if dtype is not None and not parameter.requires_grad:
+                        frozen = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                        setattr(holder, name, frozen)
 
     def check_inputs(self, audio: Tensor, video: Tensor) -> None:
         """Raises if the two tensors cannot be one batch for this model.

@@ -1,0 +1,38 @@
+"""One batch, from a caller or a loader, made fit for a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..protocols import FusionModel
+
+
+def as_inputs(batch: object) -> tuple:
+    """What a loader yields -> the inputs of one call."""
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def prepare(
+    model: FusionModel, inputs: tuple, dtype: torch.dtype, check_finite: bool
+) -> tuple[Tensor, ...]:
+    """Checked inputs in a precision, usable by autograd; the caller's tensors are kept.
+
+    Raises:
+        ValueError, TypeError: they cannot be one batch, or (check_finite) are not finite.
+    """
+    names = model.input_names
+    if len(inputs) != len(names):
+        raise TypeError(
+            f"needed {len(names)} inputs ({', '.join(names)}), found {len(inputs)}; "
+            "labels and the like stay out of it"
+        )
+    model.check_inputs(*inputs)
+    prepared = []
+    with torch.inference_mode(False), torch.no_grad():
+        for name, x in zip(names, inputs, strict=True):
+            if check_finite and not torch.isfinite(x).all():
+                raise ValueError(f"{name} holds non-finite values (NaN or infinity)")
+            x = x.detach().to(dtype)
+            prepared.append(x.clone() if x.is_inference() else x)
+    return tuple(prepared)
