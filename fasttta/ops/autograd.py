@@ -7,7 +7,6 @@ register_autograd 36 us (torch 2.13, CPU).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import schema
@@ -49,38 +48,53 @@ class _AttentionBootstrap(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-class _OnLogits(torch.autograd.Function):
-    """An op (logits, *options) -> one tensor, whose backward op is (grad, logits, *options)."""
+class _PerSample(torch.autograd.Function):
+    """An op (logits, *options) -> [n], whose backward op is (grad, logits, *options)."""
 
     @staticmethod
     def forward(ctx, name, logits, *options):
-        ctx.name = name
-        ctx.weight = isinstance(options[-1], Tensor) if options else False
-        ctx.options = options[:-1] if ctx.weight else options
-        ctx.save_for_backward(logits, *options[-1:] if ctx.weight else ())
+        ctx.name, ctx.options = name, options
+        ctx.save_for_backward(logits)
         return getattr(ops, name)(logits, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        logits, *weight = ctx.saved_tensors
-        grad = getattr(ops, f"{ctx.name}_backward")(grad, logits, *ctx.options, *weight)
-        return None, grad, *(None for _ in (*ctx.options, *weight))
+        (logits,) = ctx.saved_tensors
+        grad = getattr(ops, f"{ctx.name}_backward")(grad, logits, *ctx.options)
+        return None, grad, *(None for _ in ctx.options)
+
+
+class _Balance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, softmax_sum, weight):
+        balance, grad = ops.balance_entropy(logits, softmax_sum, weight)
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
+        return balance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
 class _AdaptationHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, weight, *options):
-        ctx.save_for_backward(logits, weight)
-        ctx.options = options
-        return ops.adaptation_head(logits, *options, weight)
+    def forward(ctx, logits, k, entropy_weight, balance_weight, softmax_sum, eps, weight):
+        entropy, balance, *grads = ops.adaptation_head(logits, k, softmax_sum, eps, weight)
+        ctx.save_for_backward(*grads)
+        ctx.weights, ctx.dtype = (entropy_weight, balance_weight), logits.dtype
+        return entropy_weight * entropy - balance_weight * balance, entropy, balance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
-        logits, weight = ctx.saved_tensors
-        grad = ops.adaptation_head_backward(*grads, logits, *ctx.options, weight)
-        return grad, None, *(None for _ in ctx.options)
+    def backward(ctx, grad_total, grad_entropy, grad_balance):
+        rows, columns = ctx.saved_tensors
+        of_entropy = grad_total * ctx.weights[0] + grad_entropy
+        of_balance = grad_balance - grad_total * ctx.weights[1]
+        grad = of_entropy * rows + of_balance * columns
+        return grad.to(ctx.dtype), *(None for _ in range(6))
 
 
 def score_moments(q, k, spans, scale, per_head):
@@ -96,18 +110,18 @@ def attention_bootstrap(
 
 
 def entropy(logits):
-    return _OnLogits.apply("entropy", logits)
+    return _PerSample.apply("entropy", logits)
 
 
 def principal_entropy(logits, k, eps):
-    return _OnLogits.apply("principal_entropy", logits, k, eps)
+    return _PerSample.apply("principal_entropy", logits, k, eps)
 
 
 def balance_entropy(logits, softmax_sum, weight=None):
-    return _OnLogits.apply("balance_entropy", logits, softmax_sum, weight)
+    return _Balance.apply(logits, softmax_sum, weight)
 
 
 def adaptation_head(logits, k, entropy_weight, balance_weight, softmax_sum, eps, weight=None):
     return _AdaptationHead.apply(
-        logits, weight, k, entropy_weight, balance_weight, softmax_sum, eps
+        logits, k, entropy_weight, balance_weight, softmax_sum, eps, weight
     )

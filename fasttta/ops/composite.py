@@ -305,8 +305,11 @@ def _top(logits: Tensor, k: int) -> Tensor:
     if k >= logits.shape[-1]:
         return torch.ones_like(logits, dtype=torch.bool)
     threshold = logits.topk(k, dim=-1).values[..., -1:]
+    selected = logits >= threshold
+    if logits.device.type == "cpu" and selected.sum() == k * logits.shape[0]:
+        return selected  # no ties; on a GPU the question would wait for the device
     above = logits > threshold
-    tied = logits == threshold
+    tied = selected & ~above
     return above | (tied & (tied.cumsum(dim=-1) <= k - above.sum(dim=-1, keepdim=True)))
 
 
@@ -336,80 +339,48 @@ def principal_entropy_backward(grad: Tensor, logits: Tensor, k: int, eps: float)
 
 def _class_mass(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> Tensor:
     """Class distribution [C] of the batch whose entropy is the balance term."""
-    total = p.sum(dim=0) if weight is None else weight.to(p.dtype) @ p
+    total = p.sum(dim=0) if weight is None else weight @ p
     if softmax_sum:
         return total.softmax(dim=0)
-    return total / (p.shape[0] if weight is None else weight.to(p.dtype).sum())
+    return total / (p.shape[0] if weight is None else weight.sum())
 
 
-def balance_entropy(logits: Tensor, softmax_sum: bool, weight: Tensor | None = None) -> Tensor:
-    m = _class_mass(wide(logits).softmax(dim=-1), softmax_sum, weight)
-    return -(m * log(m)).sum()
-
-
-def _balance_grad(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> Tensor:
-    """d balance / d logits [n, C].
+def _balance(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The balance entropy of predictions p [n, C] and its gradient [n, C] on their logits.
 
     Form "mean": p (h - <p, h>) w / sum w with h = -ln m; "softmax-sum": h = m (-ln m - entropy).
     """
     m = _class_mass(p, softmax_sum, weight)
     h = -log(m)
-    if softmax_sum:
-        h = m * (h - (m * h).sum())
-    elif weight is None:
-        h = h / p.shape[0]
-    else:
-        h = h / weight.to(p.dtype).sum()
+    value = m @ h
+    h = m * (h - value) if softmax_sum else h / (p.shape[0] if weight is None else weight.sum())
     grad = p * (h - (p @ h).unsqueeze(-1))
-    return grad if weight is None else grad * weight.to(p.dtype).unsqueeze(-1)
+    return value, grad if weight is None else grad * weight.unsqueeze(-1)
 
 
-def balance_entropy_backward(
-    grad: Tensor, logits: Tensor, softmax_sum: bool, weight: Tensor | None = None
-) -> Tensor:
-    return (grad * _balance_grad(wide(logits).softmax(-1), softmax_sum, weight)).to(logits.dtype)
+def balance_entropy(
+    logits: Tensor, softmax_sum: bool, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    p = wide(logits).softmax(dim=-1)
+    return _balance(p, softmax_sum, None if weight is None else weight.to(p.dtype))
 
 
 def adaptation_head(
-    logits: Tensor,
-    k: int,
-    entropy_weight: float,
-    balance_weight: float,
-    softmax_sum: bool,
-    eps: float,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p, surprise, _ = _principal(wide(logits), k, eps)
-    if weight is None:
-        principal = (p * surprise).sum() / p.shape[0]
-    else:
-        weight = weight.to(p.dtype)
-        principal = (weight @ (p * surprise)).sum() / weight.sum()
-    m = _class_mass(p, softmax_sum, weight)
-    balance = -(m * log(m)).sum()
-    return entropy_weight * principal - balance_weight * balance, principal, balance
-
-
-def adaptation_head_backward(
-    grad_total: Tensor,
-    grad_entropy: Tensor,
-    grad_balance: Tensor,
-    logits: Tensor,
-    k: int,
-    entropy_weight: float,
-    balance_weight: float,
-    softmax_sum: bool,
-    eps: float,
-    weight: Tensor | None = None,
-) -> Tensor:
-    parts = _principal(wide(logits), k, eps)
-    p = parts[0]
+    logits: Tensor, k: int, softmax_sum: bool, eps: float, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean principal entropy, balance entropy, and the gradients [n, C] of both: the softmax and
+    the selection are shared, so value and gradient together cost little more than the value."""
+    z = wide(logits)
+    parts = _principal(z, k, eps)
+    p, surprise, _ = parts
     rows = _principal_grad(*parts, eps)
     if weight is None:
+        principal = (p * surprise).sum() / p.shape[0]
         rows = rows / p.shape[0]
     else:
         weight = weight.to(p.dtype)
-        rows = rows * (weight / weight.sum()).unsqueeze(-1)
-    columns = _balance_grad(p, softmax_sum, weight)
-    grad = (grad_total * entropy_weight + grad_entropy) * rows
-    return (grad + (grad_balance - grad_total * balance_weight) * columns).to(logits.dtype)
+        share = weight / weight.sum()
+        principal = (share @ (p * surprise)).sum()
+        rows = rows * share.unsqueeze(-1)
+    balance, columns = _balance(p, softmax_sum, weight)
+    return principal, balance, rows, columns

@@ -13,7 +13,6 @@ from . import composite
 from .reference import wide
 
 _ANCHORS = "Tensor? anchor_mean=None, Tensor? anchor_std=None"
-_HEAD = "int k, float entropy_weight, float balance_weight, bool softmax_sum, float eps"
 
 SCHEMAS = {
     "score_moments": "(Tensor q, Tensor k, int[] spans, float scale, bool per_head)"
@@ -28,13 +27,10 @@ SCHEMAS = {
     "entropy_backward": "(Tensor grad, Tensor logits) -> Tensor",
     "principal_entropy": "(Tensor logits, int k, float eps) -> Tensor",
     "principal_entropy_backward": "(Tensor grad, Tensor logits, int k, float eps) -> Tensor",
-    "balance_entropy": "(Tensor logits, bool softmax_sum, Tensor? weight=None) -> Tensor",
-    "balance_entropy_backward": "(Tensor grad, Tensor logits, bool softmax_sum,"
-    " Tensor? weight=None) -> Tensor",
-    "adaptation_head": f"(Tensor logits, {_HEAD}, Tensor? weight=None)"
-    " -> (Tensor total, Tensor entropy, Tensor balance)",
-    "adaptation_head_backward": "(Tensor grad_total, Tensor grad_entropy, Tensor grad_balance,"
-    f" Tensor logits, {_HEAD}, Tensor? weight=None) -> Tensor",
+    "balance_entropy": "(Tensor logits, bool softmax_sum, Tensor? weight=None)"
+    " -> (Tensor balance, Tensor grad)",
+    "adaptation_head": "(Tensor logits, int k, bool softmax_sum, float eps, Tensor? weight=None)"
+    " -> (Tensor entropy, Tensor balance, Tensor grad_entropy, Tensor grad_balance)",
 }
 
 
@@ -51,8 +47,9 @@ def _bootstrap(q, k, spans, scale, per_head, *rest):
     return _like_logits(q, (q.shape[0],)), *_moments(q, k, spans, scale, per_head)
 
 
-def _scalars(logits, *rest):
-    return tuple(_like_logits(logits, ()) for _ in range(3))
+def _with_grads(logits: Tensor, count: int) -> tuple[Tensor, ...]:
+    values = tuple(_like_logits(logits, ()) for _ in range(count))
+    return *values, *(_like_logits(logits, logits.shape) for _ in range(count))
 
 
 # What torch.compile traces in place of the work: shapes, types and strides of the results.
@@ -65,10 +62,8 @@ _FAKES = {
     "entropy_backward": lambda grad, logits: torch.empty_like(logits),
     "principal_entropy": lambda logits, *_: _like_logits(logits, logits.shape[:-1]),
     "principal_entropy_backward": lambda grad, logits, *_: torch.empty_like(logits),
-    "balance_entropy": lambda logits, *_: _like_logits(logits, ()),
-    "balance_entropy_backward": lambda grad, logits, *_: torch.empty_like(logits),
-    "adaptation_head": _scalars,
-    "adaptation_head_backward": lambda gt, ge, gb, logits, *_: torch.empty_like(logits),
+    "balance_entropy": lambda logits, *_: _with_grads(logits, 1),
+    "adaptation_head": lambda logits, *_: _with_grads(logits, 2),
 }
 
 LIBRARY = torch.library.Library("fasttta", "DEF")

@@ -1,0 +1,164 @@
+"""The benches' results files, their table in the README, and the benches' names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHES = ROOT / "benches"
+MACHINE = {
+    "gpu": "NVIDIA H200", "cpu": "Some(R) CPU @ 2.00GHz", "cores": 8, "python": "3.12.1",
+    "torch": "2.12.0", "cuda": "13.0", "triton": "3.7.0", "commit": None,
+}  # fmt: skip
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"tested_benches_{name}", BENCHES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report():
+    return load("report")
+
+
+def entry(name: str = "bench_attention[mean-8]", **changed):
+    return {
+        "id": name, "name": name.partition("[")[0], "params": {"heads": "mean", "batch": 8},
+        "torch": "2.12.0", "triton": "3.7.0", "clock": "cuda_events", "threads": 4,
+        "median_us": 41.0, "min_us": 40.0, "reference_us": 1230.0, "reference_min_us": 1200.0,
+        "ratio": 30.0, "peak_bytes": 2**20, "reference_peak_bytes": 3 * 2**27,
+        "samples_per_s": None, **changed,
+    }  # fmt: skip
+
+
+def test_table_of_a_results_file(report, tmp_path, capsys):
+    report.upsert(tmp_path, MACHINE, [entry()])
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (
+        "**NVIDIA H200, torch 2.12.0, triton 3.7.0, CUDA 13.0**\n\n"
+        "| bench | case | median (min) | reference | speed-up | extra memory |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        "| attention | mean, batch 8 | 41 µs (40 µs) | 1.23 ms (1.2 ms) | 30.00x | 1 / 384 MiB |\n"
+        "\nExtra memory: peak beyond inputs and outputs, ours / the reference's.\n"
+    )
+
+
+def test_cpu_rows_name_threads_and_throughput(report, tmp_path):
+    step = entry(
+        "bench_step[tent]", params={"method": "tent"}, clock="perf_counter", threads=1,
+        median_us=4.2e6, samples_per_s=0.952, peak_bytes=None,
+    )  # fmt: skip
+    report.upsert(tmp_path, MACHINE | {"gpu": None}, [step])
+    rendered = report.render(tmp_path)
+    assert "**Some(R) CPU @ 2.00GHz, 8 cores, torch 2.12.0**" in rendered
+    assert "| step | tent, 1 thread | 4.2 s (40 µs) |" in rendered
+    assert "| samples/s |" in rendered
+    assert "| 0.952 |" in rendered
+    assert "memory" not in rendered  # nothing to show
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "name"),
+    [
+        ("NVIDIA H200", "AMD EPYC 9B14", "nvidia-h200"),
+        (None, "AMD EPYC 9B14", "cpu-amd-epyc-9b14"),
+        (None, "Intel(R) Xeon(R) CPU @ 2.50GHz", "cpu-intel-xeon-2.50ghz"),
+    ],
+)
+def test_files_are_named_after_the_device(report, gpu, cpu, name):
+    assert report.slug({"gpu": gpu, "cpu": cpu}) == name
+
+
+def test_an_entry_takes_the_place_of_the_one_with_its_id(report, tmp_path):
+    report.upsert(tmp_path, MACHINE, [entry("bench_a[1]"), entry("bench_b[1]")])
+    path = report.upsert(tmp_path, MACHINE, [entry("bench_a[1]", ratio=7.0)])
+    assert path == tmp_path / "nvidia-h200.json"
+    found = json.loads(path.read_text())["benches"]
+    assert [(e["id"], e["ratio"], e["device"]) for e in found] == [
+        ("bench_a[1]", 7.0, "nvidia-h200"),
+        ("bench_b[1]", 30.0, "nvidia-h200"),
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["nvidia-h200.json"]
+
+
+def test_ids_are_unique_in_a_file(report, tmp_path):
+    path = report.upsert(tmp_path, MACHINE, [entry("bench_a[1]")])
+    results = json.loads(path.read_text())
+    results["benches"] *= 2
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"several entries of bench_a\[1\]"):
+        report.read(path)
+    assert report.main(["--results", str(tmp_path)]) == 1
+
+
+def test_stale_readme_is_noticed_and_mended(report, tmp_path, capsys):
+    results = tmp_path / "results"
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- benches -->\n<!-- /benches -->\nbelow\n")
+    check = ["--results", str(results), "--check", str(readme)]
+    write = ["--results", str(results), "--write", str(readme)]
+    assert report.main(check) == 0  # no results, no table
+    report.upsert(results, MACHINE, [entry()])
+    assert report.main(check) == 1
+    assert f"--write {readme}" in capsys.readouterr().err
+    assert report.main(write) == 0
+    assert report.main(check) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n<!-- benches -->\n\n**NVIDIA H200")
+    assert text.endswith("\n\n<!-- /benches -->\nbelow\n")
+    report.upsert(results, MACHINE, [entry(median_us=39.0)])
+    assert report.main(check) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- benches -->", "<!-- /benches --><!-- benches -->", "<!-- benches -->" * 2]
+)
+def test_readme_without_the_markers_is_an_error(report, tmp_path, capsys, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert report.main(["--results", str(tmp_path), "--check", str(readme)]) == 1
+    assert "<!-- /benches -->" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_no_ratio_where_outputs_disagree():
+    agreement = load("conftest")._agreement
+    exact = torch.linspace(-2, 1, 7, dtype=torch.float64)
+    reference, ours = exact.float(), exact.float() * (1 + 1e-6)
+    assert agreement((ours,), (reference,), (exact[:5],), None)[1] == pytest.approx(1e-6, rel=0.2)
+    for tolerance, wrong in ((None, ours + 1e-4), (1e-6, ours + 1e-4), (0.1, ours * torch.nan)):
+        with pytest.raises(AssertionError):
+            agreement((wrong,), (reference,), (exact,), tolerance)
+
+
+def test_peak_memory_is_beyond_what_is_returned():
+    x = torch.zeros(256, 256)  # 256 KiB
+
+    def run():
+        y = (x + 1) + 2  # two of them at a time
+        return (y.sum(dim=0),)
+
+    found = load("clock").peak_bytes(run, x.device)
+    assert 2 * x.nbytes - 2048 <= found <= 2 * x.nbytes + 2048
+
+
+def test_ids_of_the_benches_are_unique():
+    """Over all files: the id is what a results file knows a bench by."""
+    command = [sys.executable, "-P", "-m", "pytest", "benches", "--collect-only", "-q",
+               "--benchmark", "--compile", "-p", "no:cacheprovider"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ids = Counter(line.split("::", 1)[1] for line in done.stdout.splitlines() if "::" in line)
+    assert len(ids) > 10, done.stdout
+    assert set(ids.values()) == {1}, ids.most_common(3)
