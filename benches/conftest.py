@@ -1,0 +1,267 @@
+"""`pytest benches`: every bench once on tiny shapes. `pytest benches --benchmark`: real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+
+
+def _module(name: str) -> ModuleType:
+    """A module of this folder, which is not on sys.path."""
+    spec = importlib.util.spec_from_file_location(f"fasttta_benches_{name}", HERE / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+clock, report = _module("clock"), _module("report")
+
+_ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fasttta benches")
+    group.addoption("--benchmark", action="store_true", help="real shapes, timed")
+    group.addoption(
+        "--save-results",
+        action="store_true",
+        help=f"with --benchmark: update {HERE.name}/results/<device>.json",
+    )
+    group.addoption(
+        "--compile",
+        action="store_true",
+        help="with --benchmark: also time torch.compile of the references (slow to compile)",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiled: runs torch.compile; needs --benchmark --compile")
+    config.stash[_ENTRIES] = []
+    if not config.option.benchmark:
+        for needs in ("save_results", "compile"):
+            if getattr(config.option, needs):
+                raise pytest.UsageError(f"--{needs.replace('_', '-')} needs --benchmark")
+        config.option.benchmark_disable = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.compile:
+        compiled = [item for item in items if item.get_closest_marker("compiled")]
+        config.hook.pytest_deselected(items=compiled)
+        items[:] = [item for item in items if item not in compiled]
+
+
+# --------------------------------------------------------------------------- the machine
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, read from its files; None outside one."""
+    folder = HERE.parent / ".git"
+    try:
+        head = (folder / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (folder / name).is_file():
+            return (folder / name).read_text().strip()
+        packed = (folder / "packed-refs").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
+
+
+def machine() -> dict[str, Any]:
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton,
+        "commit": _commit(),
+    }
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["fasttta"] = machine()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    entries = session.config.stash.get(_ENTRIES, [])
+    if entries and session.config.option.save_results:
+        report.upsert(report.RESULTS, machine(), entries)
+
+
+# --------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether to take real shapes."""
+    return request.config.option.benchmark
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """Largest error of the leading samples that ``wanted`` has: absolute, and as a share of the
+    largest value wanted."""
+    assert found.isfinite().all(), "the outputs are not finite"
+    wanted = wanted.detach().double()
+    found = found.detach().double()[: len(wanted)] if wanted.ndim else found.detach().double()
+    worst = (found - wanted).abs().max().item()
+    return worst, worst / max(wanted.abs().max().item(), torch.finfo(torch.float64).tiny)
+
+
+def _agreement(
+    outputs: tuple[Tensor, ...],
+    expected: tuple[Tensor, ...],
+    exact: tuple[Tensor, ...] | None,
+    tolerance: float | None,
+) -> tuple[float, float]:
+    """Errors of the outputs against ``exact``, else the reference; fails where they disagree.
+
+    Without a tolerance the reference's own error in the same type is the measure: four times that,
+    or 16 units in the last place of float32.
+    """
+    errors = []
+    truth = expected if exact is None else exact
+    for i, (found, reference, wanted) in enumerate(zip(outputs, expected, truth, strict=True)):
+        allowed = tolerance
+        if allowed is None:
+            allowed = max(4 * difference(reference, wanted)[1], 16 * torch.finfo(torch.float32).eps)
+        errors.append(difference(found, wanted))
+        apart = difference(found, reference)[1]
+        assert errors[-1][1] <= allowed, f"output {i} is {errors[-1][1]:.1e} off, not {allowed:.1e}"
+        assert apart <= 2 * allowed, f"output {i} is {apart:.1e} from the reference's: no ratio"
+    return max(e[0] for e in errors), max(e[1] for e in errors)
+
+
+@pytest.fixture
+def measure(
+    benchmark, device: torch.device, full: bool, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., None]]:
+    """Checks a bench's outputs against its reference, then times both, call by call in turn."""
+
+    def measure(
+        run: clock.Run,
+        reference: clock.Run | None = None,
+        *,
+        exact: tuple[Tensor, ...] | None = None,
+        tolerance: float | None = None,
+        checks: int = 1,
+        rounds: int,
+        warmup: int = 1,
+        queued: bool = True,
+        memory: bool = False,
+        samples: int | None = None,
+        threads: int | None = None,
+        **facts: Any,
+    ) -> None:
+        """
+        Args:
+            run, reference: what is timed and what it is compared with; both return tensors, and
+                carry the same state, if any. Without a reference, ``run`` is the reference path.
+            exact: float64 outputs, possibly of the first samples only.
+            tolerance: allowed difference, a share of the largest output; None: four times the
+                reference's own error.
+            checks: calls after each of which the outputs are compared.
+            queued: see ``clock.DeviceClock``.
+            memory: also measure peak memory.
+            samples: in one call, for a throughput.
+            threads: of PyTorch on the CPU; None: its own choice. Operations of milliseconds take
+                one: on a busy machine the second makes them several times slower.
+            facts: what the results file says besides: ``bytes``, ``flops``, ``shape``, ...
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        for _ in range(checks):
+            outputs = run()
+            expected = outputs if reference is None else reference()
+            errors = _agreement(outputs, expected, exact, tolerance)
+        if not full:
+            benchmark.pedantic(lambda: None)  # the checks were the smoke test
+            return
+        peak = clock.peak_bytes(run, device) if memory else None
+        reference_peak = clock.peak_bytes(reference, device) if memory and reference else peak
+
+        watch = clock.HostClock()
+        target = run
+        if device.type == "cuda":
+            watch = clock.DeviceClock(device, queued)
+            target = lambda: watch.time(run)  # noqa: E731
+        benchmark._timer = watch
+        turns: list[float] = []
+        benchmark.pedantic(
+            target,
+            setup=None if reference is None else lambda: turns.append(watch.time(reference)),
+            rounds=rounds,
+            warmup_rounds=warmup,
+        )
+        seconds = benchmark.stats.stats.data
+        turns = turns[warmup:] or seconds
+        median, reference_median = statistics.median(seconds), statistics.median(turns)
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        name, params = request.node.originalname, dict(request.node.callspec.params)
+        entry = {
+            "id": request.node.name,
+            "name": name,
+            "params": {key: report.plain(value) for key, value in params.items()},
+            **{key: machine()[key] for key in ("torch", "triton", "commit")},
+            **{key: report.plain(value) for key, value in facts.items()},
+            "clock": watch.__name__,
+            "threads": torch.get_num_threads(),
+            "rounds": rounds,
+            "median_us": round(median * 1e6, 2),
+            "p20_us": round(fifths[0] * 1e6, 2),
+            "p80_us": round(fifths[-1] * 1e6, 2),
+            "min_us": round(min(seconds) * 1e6, 2),
+            "reference_us": round(reference_median * 1e6, 2),
+            "reference_min_us": round(min(turns) * 1e6, 2),
+            "ratio": round(reference_median / median, 3),
+            "min_ratio": round(min(turns) / min(seconds), 3),
+            "max_abs_error": errors[0],
+            "relative_error": errors[1],
+            "against": "reference" if exact is None else "float64",
+            "peak_bytes": peak,
+            "reference_peak_bytes": reference_peak,
+            "samples_per_s": None if samples is None else round(samples / median, 3),
+        }
+        benchmark.extra_info.update(entry)
+        request.config.stash[_ENTRIES].append(entry)
+
+    before = torch.get_num_threads()
+    yield measure
+    torch.set_num_threads(before)
