@@ -26,12 +26,12 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
         description="Adapts a small trained audio-visual transformer, label-free, on corrupted "
         "streams of handwritten and spoken digits, and prints accuracy next to the source model.",
     )
-    demo.add_argument("--quick", action="store_true", help="three streams of 597 samples")
+    demo.add_argument("--quick", action="store_true", help="three streams of 448 samples")
     demo.add_argument("--json", action="store_true", help="print the report as JSON")
     demo.add_argument("--streams", type=_words, metavar="A,B", help="corruptions to run")
     demo.add_argument("--methods", type=_words, metavar="A,B", help="methods to run")
     demo.add_argument("--severity", type=float, default=5, help="1 to 8 (default 5)")
-    demo.add_argument("--samples", type=int, help="samples in a stream (default 1194)")
+    demo.add_argument("--samples", type=int, help="samples in a stream (default 960)")
     demo.add_argument("--batch", type=int, default=64, help="samples in a batch (default 64)")
     demo.add_argument("--seeds", type=_numbers, default=[0], metavar="0,1", help="(default 0)")
     demo.set_defaults(command=_demo)
@@ -40,11 +40,11 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from .demo import run as demo
 
+    given = {name: getattr(options, name) for name in ("streams", "methods", "samples")}
+    chosen = {name: value for name, value in given.items() if value is not None}
     report = demo.run(
-        options.streams or (demo.QUICK_STREAMS if options.quick else demo.STREAMS),
-        options.methods,
+        **{**(demo.QUICK if options.quick else {}), **chosen},
         severity=options.severity,
-        samples=options.samples or (597 if options.quick else 1194),
         batch=options.batch,
         seeds=options.seeds,
         progress=demo.ProgressBar(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,17 +19,18 @@ from ..methods import Method, by_name, names
 from ..models import CAVMAE
 from .digits import CORRUPTIONS, load_model, stream
 
-# Learning rates are not the published 1e-4: this model is 500 times smaller than a ViT-B and sees
-# 19 batches a stream. They were set once, for all streams, without looking at the table. ABPEM's k
-# keeps the published share of classes (8 of 50).
+# Not the published 1e-4: this model is 600 times smaller than a ViT-B and sees 15 batches a stream.
+# 3e-3 was the best of 3e-4, 1e-3 and 3e-3 for each of the methods by their mean over corruptions
+# that are not in the table below (gaussian, impulse, occlusion, reverb, hum, gaussian+babble; seed
+# 1000). ABPEM's k keeps the published share of classes, 8 of 50.
 SETTINGS: dict[str, dict[str, Any]] = {
     "source": {},
-    "tent": {"lr": 1e-3},
+    "tent": {"lr": 3e-3},
     "read": {"lr": 3e-3},
     "abpem": {"lr": 3e-3, "k": 2, "window": 4},
 }
-STREAMS = ("blur", "contrast", "fog", "white", "babble", "low-pass", "contrast+hum")
-QUICK_STREAMS = ("contrast", "white", "babble")
+STREAMS = ("contrast", "fog", "white", "babble", "low-pass", "contrast+hum")
+QUICK = {"streams": ("contrast", "white", "babble"), "samples": 448}
 
 
 def _accuracy(logits: list[Tensor], labels: list[Tensor]) -> float:
@@ -73,7 +75,7 @@ def run(
     methods: Sequence[str] | None = None,
     *,
     severity: float = 5,
-    samples: int = 1194,
+    samples: int = 960,
     batch: int = 64,
     seeds: Sequence[int] = (0,),
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -116,9 +118,8 @@ def run(
                 done += 1
     progress(done, total, "done")
     return {
-        "toy": "real handwritten digits with the same digit in synthetic speech, a model of "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; orderings of methods here "
-        "are no evidence about models of published size",
+        "toy": "real handwritten digits with the same digit in synthetic speech and a model of "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "protocol": {
             "severity": severity,
             "samples": samples,
@@ -197,18 +198,17 @@ def table(report: dict[str, Any]) -> str:
     )
     p = report["protocol"]
     settings = [f"{n} lr {p['lr'][n]:g} scored {p['score_at'][n]}" for n in adapting]
-    lines += [
-        "",
-        "a → b: predictions of each batch before and after its update; the published protocol "
-        "scores",
-        "TENT before, READ and ABPEM after.",
-        f"protocol: severity {p['severity']:g}, {p['samples']} samples a stream, "
-        f"batch {p['batch']}, 1 step a batch, one pass,",
-        f"  {'; '.join(settings)}; seeds {', '.join(map(str, p['seeds']))};",
-        f"  order: {p['order']}; {p['reset']}.",
-        f"a toy: {report['toy']}.",
-    ]
-    return "\n".join(lines)
+    notes = (
+        "a → b: accuracy of each batch's predictions before and after the update on it; samples/s "
+        "are of the method's own steps",
+        f"protocol: severity {p['severity']:g}, {p['samples']} samples a stream, batch "
+        f"{p['batch']}, {p['steps']} step a batch, one pass; {'; '.join(settings)}; seeds "
+        f"{', '.join(map(str, p['seeds']))}; {p['order']}; {p['reset']}",
+        f"a toy: {report['toy']}; orderings of methods here are no evidence about models of "
+        "published size",
+    )
+    wrapped = [textwrap.fill(note, 92, subsequent_indent="  ") for note in notes]
+    return "\n".join([*lines, "", *wrapped])
 
 
 class ProgressBar:

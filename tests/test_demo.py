@@ -1,0 +1,131 @@
+"""The demo: its report, its command, and that adapting helps where it should."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import fasttta
+from fasttta import cli
+from fasttta.demo import run as demo
+from fasttta.methods import names
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def report():
+    calls = []
+    found = demo.run(["contrast"], samples=448, progress=lambda *call: calls.append(call))
+    assert [done for done, _, _ in calls] == [0, 1, 2, 3, 4]
+    assert {total for _, total, _ in calls} == {4}
+    return found
+
+
+def test_report(report):
+    assert json.loads(json.dumps(report)) == report
+    assert list(report["streams"]) == ["contrast"]
+    assert list(report["streams"]["contrast"]) == names()
+    for name, found in report["streams"]["contrast"].items():
+        assert found["score"] == found[{"tent": "before", "source": "before"}.get(name, "after")]
+        assert 0 < found["before"] < 100
+        assert found["samples_per_s"] > 0
+    source = report["streams"]["contrast"]["source"]
+    assert source["before"] == source["after"]
+    protocol = report["protocol"]
+    assert (protocol["samples"], protocol["batch"], protocol["seeds"]) == (448, 64, [0])
+    assert protocol["score_at"] == {"tent": "before", "read": "after", "abpem": "after"}
+    assert report["machine"]["fasttta"] == fasttta.__version__
+
+
+def test_adapting_helps_against_low_contrast(report):
+    """Seeded; the margins are a third of what it gains (source 80 %, others above 88 %)."""
+    scores = {name: found["score"] for name, found in report["streams"]["contrast"].items()}
+    for name in ("tent", "read", "abpem"):
+        assert scores[name] > scores["source"] + 3, scores
+
+
+def test_same_seed_same_numbers(report):
+    def accuracies(found):
+        return {name: (x["before"], x["after"]) for name, x in found["streams"]["contrast"].items()}
+
+    two = demo.run(["contrast"], ["source", "read"], samples=448, seeds=(0, 1))
+    one = accuracies(report)
+    again = demo.run(["contrast"], ["source", "read"], samples=448)
+    assert accuracies(again) == {name: one[name] for name in ("source", "read")}
+    assert two["streams"]["contrast"]["read"]["score_std"] > 0
+    assert accuracies(two) != accuracies(again)
+
+
+def test_table(report):
+    text = demo.table(report)
+    for word in (*names(), "contrast", "mean", "samples/s", "protocol: severity 5", "a toy"):
+        assert word in text
+    tent = report["streams"]["contrast"]["tent"]
+    assert f"{tent['before']:.1f} → {tent['after']:.1f}" in text
+    alone = demo.table(demo.run(["white"], ["source"], samples=64))
+    assert "read" not in alone
+    spread = demo.table(demo.run(["white"], ["read"], samples=64, seeds=(0, 1)))
+    assert "±" in spread
+
+
+def test_command(capsys):
+    assert cli.main(["demo", "--quick", "--samples", "64", "--methods", "source", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert list(found["streams"]) == list(demo.QUICK["streams"])
+    assert found["protocol"]["samples"] == 64
+    assert err == ""  # no bar where nobody watches
+    assert cli.main(["demo", "--streams", "white,fog", "--samples", "64", "--methods", "read"]) == 0
+    out = capsys.readouterr().out
+    assert "white" in out
+    assert "torch" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--streams", "rain"], "rain unknown; known: clean, gaussian"),
+        (["--methods", "magic"], "method='magic' is unknown; known: 'source'"),
+        (["--severity", "99"], "severity=99.0 is out of range"),
+        (["--samples", "0"], "samples=0"),
+        (["--batch", "0"], "batch=0"),
+    ],
+)
+def test_command_errors(capsys, arguments, message):
+    assert cli.main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_what_works(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == ["demo"]
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert fasttta.__version__ in capsys.readouterr().out
+
+
+def test_progress_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bar = demo.ProgressBar(width=4)
+    bar(1, 2, "white, read")
+    assert "██·· 1/2" in capsys.readouterr().err
+    bar(2, 2, "done")
+    assert capsys.readouterr().err.endswith("\x1b[K")
+
+
+def test_readme_shows_todays_demo():
+    """Its figures are measured; at least its rows, columns and protocol are what the code does."""
+    text = README.read_text()
+    shown = text.split("<!-- demo-table -->")[1].split("<!-- /demo-table -->")[0]
+    rows = [line.split()[0] for line in shown.splitlines() if "→" in line and "%" not in line]
+    assert [row for row in rows if row not in ("mean", "a")] == list(demo.STREAMS)
+    header = next(line for line in shown.splitlines() if "source" in line)
+    assert header.split()[2:] == names()
+    for name, options in demo.SETTINGS.items():
+        if options:
+            assert f"{name} lr {options['lr']:g}" in shown
