@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
+import torch
 
 import fasttta
 from fasttta import trace
@@ -56,3 +58,13 @@ def test_the_nvtx_package_decides(monkeypatch, attached):
         pass
     trace._open.cache_clear()
     assert opened == (["encode"] if attached else [])
+
+
+def test_without_the_nvtx_package(monkeypatch):
+    """torch's own binding where there is CUDA, nothing elsewhere."""
+    monkeypatch.setitem(sys.modules, "nvtx", None)  # importing it fails
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        trace._open.cache_clear()
+        assert trace._open() is (torch.cuda.nvtx.range if cuda else None)
+    trace._open.cache_clear()
