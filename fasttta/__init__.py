@@ -11,8 +11,9 @@ _PUBLIC = {
     "load": "entry",
     "Adapted": "adapted",
     "StepResult": "engine.step",
-    "SourceStats": "source_stats",
-    "collect_stats": "source_stats",
+    "SourceStats": "protocols",
+    "collect_stats": "collect",
+    "collect_fisher": "collect",
 }
 _MODULES = ("data", "functional", "methods", "models")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -15,7 +14,7 @@ from .engine import delta
 from .engine.inputs import as_inputs
 from .engine.precision import Precision
 from .engine.state import State, working_copy
-from .engine.step import Step, StepResult
+from .engine.step import Step, StepResult, warn
 from .methods.base import Method
 from .protocols import FusionModel
 
@@ -80,8 +79,12 @@ class Adapted(nn.Module):
         prepared = self._step.prepare(inputs)
         if self._in_source:
             logits = self._step.predict(prepared)
-            none = torch.zeros((), dtype=torch.int64, device=logits.device)
-            return StepResult(logits=logits, logits_before=logits.clone(), n_used=none)
+            with torch.inference_mode(False):
+                none = torch.zeros((), dtype=torch.int64, device=logits.device)
+                return StepResult(
+                    logits=logits, logits_before=logits.clone(), n_used=none,
+                    grads={} if trace else None, trace={} if trace else None,
+                )  # fmt: skip
         self._warn_single(prepared)
         return self._step(prepared, trace=trace)
 
@@ -133,12 +136,12 @@ class Adapted(nn.Module):
         method, single = self._step.method, inputs[0].shape[0] == 1
         if single and method.balanced and not self._warned_single and not self._state.method:
             self._warned_single = True
-            warnings.warn(
+            advice = "" if getattr(method, "window", 2) > 1 else ", or a window of past batches"
+            warn(
                 f"{type(method).__name__} on a single sample: the balance term is the entropy of "
-                "that one prediction and works against the entropy term. Give larger batches, or "
-                "a window of past batches (window=...)",
+                "that one prediction and works against the entropy term. Give larger batches"
+                + advice,
                 UserWarning,
-                stacklevel=4,
             )
 
     # ------------------------------------------------------------------ state
@@ -146,7 +149,8 @@ class Adapted(nn.Module):
     @property
     def tuned(self) -> dict[str, Tensor]:
         """Copies of what is adapted, by name."""
-        return self._state.tuned()
+        with torch.inference_mode(False):
+            return self._state.tuned()
 
     def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets some or all of the tuned tensors; optimiser and method state stay.
@@ -201,8 +205,8 @@ class Adapted(nn.Module):
         model = self._hidden[0]
         if not merge:
             return model
-        merged = copy.deepcopy(model)
         with torch.inference_mode(False), torch.no_grad():
+            merged = copy.deepcopy(model)
             for name, leaf in self._state.leaves.items():
                 merged.get_parameter(name).copy_(leaf)
         return merged
@@ -221,19 +225,31 @@ class Adapted(nn.Module):
             )
         return self
 
+    def __deepcopy__(self, memo: dict) -> Adapted:
+        with torch.inference_mode(False):
+            new = memo[id(self)] = self.__class__.__new__(self.__class__)
+            new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
     def extra_repr(self) -> str:
         tuned = sum(view.numel() for view in self._state.leaves.values())
         return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
 
 
 def _groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    """Consecutive batches of at least ``size`` samples together."""
+    """Consecutive batches of at least ``size`` samples together; where the loader fails, what
+    came before it is given out first."""
     group: list[tuple] = []
-    for batch in batches:
-        group.append(batch)
-        if sum(len(inputs[0]) for inputs in group) >= size:
+    try:
+        for batch in batches:
+            group.append(batch)
+            if sum(len(inputs[0]) for inputs in group) >= size:
+                yield group
+                group = []
+    except Exception:
+        if group:
             yield group
-            group = []
+        raise
     if group:
         yield group
 

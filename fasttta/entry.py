@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -27,7 +28,6 @@ def adapt(
     engine: str = "auto",
     guard: object = None,
     seed: int = 0,
-    source_stats: object = None,
     **options: object,
 ) -> Adapted:
     """Makes a model adapt, label-free, to what it is called on.
@@ -43,8 +43,9 @@ def adapt(
         engine: ``"eager"`` or ``"auto"``. Captured steps (``"graph"``) are not in this version.
         spec, classes, guard: for model families that this version does not have; must be None.
         seed: of the random state.
-        source_stats: ``SourceStats`` for methods that need them (``ABPEM(anchor="source")``).
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
+            Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
+            ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA).
 
     Raises:
         TypeError: not a model that fasttta knows, or an option that the method does not have.
@@ -55,10 +56,12 @@ def adapt(
             raise ValueError(
                 f"{name}={value!r}: this version adapts models.CAVMAE, which takes no {name}"
             )
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, found {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
     fusion = recognise(model)
-    chosen = _method(method, options)
+    chosen, resources = _method(method, options)
     parameter = next(fusion.parameters())
     return Adapted(
         model,
@@ -66,29 +69,34 @@ def adapt(
         chosen,
         resolve(precision, parameter.device, parameter.dtype),
         engine=_engine(engine),
-        seed=seed,
-        constants=chosen.constants(fusion, source_stats),
+        seed=int(seed),
+        constants=chosen.constants(fusion, resources),
     )
 
 
-def _method(method: str | Method, options: dict[str, object]) -> Method:
+def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, dict[str, object]]:
+    """The method object, and those options that are tensors from source data."""
+    if not isinstance(method, (str, Method)):
+        raise TypeError(f"method must be a name or a method object, found {method!r}")
+    cls = type(method)
+    if isinstance(method, str):
+        cls = methods.by_name("abpem" if method == "auto" else method)
+    resources = {name: value for name, value in options.items() if name in cls.RESOURCES}
+    options = {name: value for name, value in options.items() if name not in resources}
     if isinstance(method, Method):
         if options:
             raise TypeError(
                 f"{', '.join(options)}: options are given to the method object itself, "
-                f"{type(method).__name__}(...)"
+                f"{cls.__name__}(...)"
             )
-        return method
-    if not isinstance(method, str):
-        raise TypeError(f"method must be a name or a method object, found {method!r}")
-    cls = methods.by_name("abpem" if method == "auto" else method)
+        return method, resources
     unknown = [name for name in options if name not in cls.option_names()]
     if unknown:
         raise TypeError(
             f"{cls.__name__} has no option {', '.join(unknown)}; known: "
-            f"{', '.join(cls.option_names())}"
+            f"{', '.join((*cls.option_names(), *cls.RESOURCES))}"
         )
-    return cls(**options)
+    return cls(**options), resources
 
 
 def _engine(engine: str) -> str:
@@ -116,7 +124,7 @@ def load(model: nn.Module, folder: str | os.PathLike, *, engine: str = "auto") -
     """
     record, tensors = delta.read(folder)
     fusion = recognise(model)
-    method = _method(record["method"], record["options"])
+    method, _ = _method(record["method"], record["options"])
     parameter = next(fusion.parameters())
     constants = {
         name.removeprefix("constant."): x

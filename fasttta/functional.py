@@ -8,7 +8,9 @@ and losses returned, in float32; gradients have the input's type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 from torch import Tensor
@@ -72,7 +74,11 @@ def _check_scores(
     _same(ValueError, "device", q, k, "q and k")
     if q.shape[1] < 1 or q.shape[3] < 1:
         raise ValueError(f"q needs at least one head and one channel, found {tuple(q.shape)}")
+    if not all(isinstance(count, Integral) for count in spans):
+        raise TypeError(f"spans must be integers, found {list(spans)}")
     spans = [int(count) for count in spans]
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
     if sum(spans) != q.shape[2] or not spans:
         raise ValueError(
             f"spans={spans} must sum to the token count {q.shape[2]} of q, they sum to {sum(spans)}"
@@ -95,7 +101,7 @@ def _check_logits(logits: Tensor, rows: int = 0) -> None:
 
 
 def _check_k(logits: Tensor, k: int, eps: float) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, Integral):
         raise TypeError(f"k must be an int, found {k!r}")
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"k={k} is out of range, needed 1 to {logits.shape[1]} (the class count)")
@@ -104,10 +110,15 @@ def _check_k(logits: Tensor, k: int, eps: float) -> None:
 
 
 def _check_weight(logits: Tensor, weight: Tensor | None) -> None:
-    if weight is not None and weight.shape != logits.shape[:1]:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor [samples], found {type(weight).__name__}")
+    if weight.shape != logits.shape[:1]:
         raise ValueError(
             f"weight must be [{logits.shape[0]}], one a sample, found {tuple(weight.shape)}"
         )
+    _same(ValueError, "device", logits, weight, "logits and weight")
 
 
 def score_moments(
@@ -159,7 +170,7 @@ def gaussian_kl(
             raise TypeError(f"{name} must be a floating point tensor, found {found}")
     if backend is not None:
         _implementation("gaussian_kl", backend)
-    return reference.gaussian_kl(mean_p, std_p, mean_q, std_q)
+    return reference.gaussian_kl(*map(reference.wide, (mean_p, std_p, mean_q, std_q)))
 
 
 def attention_bootstrap(
@@ -233,7 +244,7 @@ def principal_entropy(
     """
     _check_logits(logits)
     _check_k(logits, k, eps)
-    return _implementation("principal_entropy", backend)(logits, k, float(eps))
+    return _implementation("principal_entropy", backend)(logits, int(k), float(eps))
 
 
 def balance_entropy(
@@ -249,7 +260,7 @@ def balance_entropy(
         logits: [B, C], B at least 1.
         form: ``"mean"``: entropy of the mean prediction (every published ABPEM script);
             ``"softmax-sum"``: of softmax(sum of predictions), READ's and much flatter.
-        weight: [B], a sample's share; None: all equal.
+        weight: [B], a sample's share, not all 0; None: all equal.
 
     Source: READ (Yang et al., ICLR 2024) and the ABPEM code's --fix_loss_bal.
     """
@@ -287,6 +298,6 @@ def adaptation_head(
     _one_of("balance", balance, _FORMS)
     _check_weight(logits, weight)
     return _implementation("adaptation_head", backend)(
-        logits, k, float(entropy_weight), float(balance_weight), balance == "softmax-sum",
+        logits, int(k), float(entropy_weight), float(balance_weight), balance == "softmax-sum",
         float(eps), weight,
     )  # fmt: skip

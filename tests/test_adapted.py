@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fasttta
+from fasttta import functional as F
 from fasttta import methods
 from fasttta.engine.precision import _float32_products
 
 METHODS = {
     "source": {},
     "tent": {"lr": 1e-3},
+    # margins that some of the tiny model's samples are above and some below
+    "eata": {"lr": 1e-3, "e_margin": 1.9, "d_margin": 0.999},
+    "sar": {"lr": 1e-3, "e_margin": 1.9, "rho": 0.01},
     "read": {"lr": 1e-3},
     "abpem": {"k": 3, "window": 3, "lr": 1e-3},
 }
-ADAPTING = [name for name in METHODS if name != "source"]
 
 
 def _flat(result):
@@ -33,7 +37,9 @@ def _flat(result):
 
 
 def _same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(_flat(a), _flat(b), strict=True))
+    """Bit for bit, nan equal to nan."""
+    exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+    return all(torch.allclose(x, y, **exact) for x, y in zip(_flat(a), _flat(b), strict=True))
 
 
 def _state_equal(a, b):
@@ -62,7 +68,7 @@ def test_signatures():
     assert methods.READ(1e-3).lr == methods.Tent(1e-3).lr == 1e-3
     default = methods.ABPEM()
     assert (default.k, default.window, default.balance, default.lr) == (8, 4, "mean", 1e-4)
-    for cls in (methods.Source, methods.Tent, methods.READ, methods.ABPEM):
+    for cls in map(methods.by_name, methods.names()):
         assert {"steps", "score_at", "lr"} <= set(cls.option_names())
     assert methods.Tent().score_at == "before"
     assert methods.READ().score_at == methods.ABPEM().score_at == "after"
@@ -120,7 +126,8 @@ def test_methods_differ_and_learn(tiny_model, tiny_batch):
     batch = tiny_batch()
     logits = {}
     for name, options in METHODS.items():
-        adapted = fasttta.adapt(tiny_model(), name, **options)
+        everybody = {"eata": {"e_margin": 9.0, "d_margin": 9.0}, "sar": {"e_margin": 9.0}}
+        adapted = fasttta.adapt(tiny_model(), name, **{**options, **everybody.get(name, {})})
         first = adapted.step(*batch)
         assert first.logits.shape == (5, 7)
         logits[name] = adapted.predict(*batch)
@@ -132,7 +139,11 @@ def test_methods_differ_and_learn(tiny_model, tiny_batch):
             continue
         for _ in range(30):
             last = adapted.step(*batch)
-        assert last.losses["total"] < first.losses["total"]
+        if name in ("tent", "eata", "sar"):  # EATA's loss weighs samples anew at each step
+            entropies = [F.entropy(r.logits_before).mean() for r in (first, last)]
+            assert entropies[1] < entropies[0]
+        else:
+            assert last.losses["total"] < first.losses["total"]
         assert int(first.n_used) == 5
         assert first.n_used.dtype == torch.int64
     found = list(logits.values())
@@ -210,9 +221,9 @@ def test_trace(tiny_model, tiny_batch, method):
     assert plain.grads is None
     assert plain.trace is None
     assert _same(plain, result)
-    if method == "source":
-        return
     assert result.grads.keys() == adapted.tuned.keys()
+    if method == "sar":
+        return  # its first step may have had nothing to use in the second pass
     for name, grad in result.grads.items():
         assert grad.shape == before[name].shape
         # Adam's first step goes lr against the sign of the gradient
@@ -445,6 +456,12 @@ def test_tuned_and_load_tuned(tiny_model, tiny_batch):
     before = other.tuned
     good = {"blocks_u.0.attn.v.bias": torch.zeros(12)}
     for bad, error, match in (
+        ({**good, "blocks_u.0.attn.q.bias": torch.ones(12, device="meta")}, ValueError, "on meta"),
+        (
+            {**good, "blocks_u.0.attn.q.bias": torch.full((12,), 1e300, dtype=torch.float64)},
+            ValueError,
+            "non-f",
+        ),
         ({**good, "nothing": torch.ones(3)}, ValueError, "'nothing' is not tuned; tuned: blocks_u"),
         ({**good, "blocks_u.0.attn.q.bias": torch.ones(3)}, ValueError, r"\(3,\), needed \(12,\)"),
         ({**good, "blocks_u.0.attn.q.bias": torch.ones(12).int()}, TypeError, "floating point"),
@@ -598,7 +615,7 @@ def test_non_finite_loss_skips(tiny_model, tiny_batch):
 def test_single_sample(tiny_model, tiny_batch):
     for method in ("read", "abpem"):
         adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
-        with pytest.warns(UserWarning, match="single sample.*window"):
+        with pytest.warns(UserWarning, match="single sample"):
             result = adapted.step(*tiny_batch(1))
         assert result.logits.shape == (1, 7)
         assert torch.isfinite(result.losses["total"])
@@ -646,3 +663,106 @@ def test_deepcopy_is_independent(tiny_model, tiny_batch):
     ))  # fmt: skip
     assert all(torch.equal(x, state[name]) for name, x in adapted._state.tensors().items())
     assert _same(adapted.step(*tiny_batch(seed=2)), twin_expected)
+
+
+@pytest.mark.parametrize("host_checks", [True, False])
+def test_overflowing_batch_does_not_stay_in_the_window(tiny_model, tiny_batch, host_checks):
+    """Finite input whose tokens or logits overflow: skipped now, without weight later."""
+    for scale in (3e38, 1e30):
+        adapted = fasttta.adapt(tiny_model(), "abpem", k=3, window=3)
+        adapted._step.host_checks = host_checks
+        adapted.step(*tiny_batch(seed=0))
+        audio, video = tiny_batch(seed=1)
+        audio[2] = scale
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            bad = adapted.step(audio, video)
+        if torch.isfinite(bad.logits_before).all():
+            continue  # LayerNorm took it
+        assert int(bad.n_used) == 0
+        good = adapted.step(*tiny_batch(seed=2))
+        assert int(good.n_used) == 10
+        assert torch.isfinite(good.losses["total"])
+        assert torch.isfinite(good.logits).all()
+
+
+def test_overflow_in_the_cast_is_refused(tiny_model, tiny_batch):
+    audio, video = tiny_batch(dtype=torch.float64)
+    audio[0, 0, 0] = 1e300
+    adapted = fasttta.adapt(tiny_model(), "read")
+    with pytest.raises(ValueError, match="audio holds non-finite values .*in float32"):
+        adapted.step(audio, video)
+    fasttta.adapt(tiny_model(), "tent", precision="fp64").predict(audio, video)
+
+
+@pytest.mark.parametrize("encode_batch", [None, 3, 100])
+def test_what_came_before_a_failure_is_adapted_on(tiny_model, tiny_batch, encode_batch):
+    def loader():
+        yield tiny_batch(seed=0)
+        yield tiny_batch(seed=1)
+        raise OSError("disk gone")
+
+    adapted = fasttta.adapt(tiny_model(), "read", lr=1e-3)
+    alone = fasttta.adapt(tiny_model(), "read", lr=1e-3)
+    found = []
+    with pytest.raises(OSError, match="disk gone"):
+        found.extend(adapted.stream(loader(), encode_batch))
+    bad = (torch.full((5, 6, 8), torch.nan), tiny_batch()[1])
+    with pytest.raises(ValueError, match="audio holds non-finite"):
+        found.extend(adapted.stream([tiny_batch(seed=2), bad], encode_batch))
+    for s in range(3):
+        alone.step(*tiny_batch(seed=s))
+    for name, x in adapted.tuned.items():
+        assert torch.allclose(x, alone.tuned[name], atol=1e-6)
+
+
+def test_everything_works_inside_inference_mode(tiny_model, tiny_batch):
+    adapted = fasttta.adapt(tiny_model(), "read", lr=1e-3)
+    with torch.inference_mode():
+        batch = tiny_batch()
+        adapted(*batch)
+        merged, twin, tuned = adapted.unwrap(merge=True), copy.deepcopy(adapted), adapted.tuned
+        with adapted.source():
+            inside = adapted.step(*batch)
+        assert torch.equal(merged(*batch), adapted.predict(*batch))
+        assert _same(twin.step(*batch), adapted.step(*batch))
+    tensors = [*tuned.values(), inside.logits, inside.logits_before, inside.n_used]
+    assert not any(x.is_inference() for x in (*tensors, *merged.parameters()))
+
+
+def test_the_users_hooks_stay_with_the_user(tiny_model, tiny_batch):
+    model, calls = tiny_model(), []
+    model.mlp_head.register_forward_hook(lambda *_: calls.append(1))
+    fasttta.adapt(model, "read").step(*tiny_batch())
+    assert calls == []
+    model(*tiny_batch())
+    assert calls == [1]
+
+
+def test_warnings_point_at_the_caller(tiny_model, tiny_batch):
+    for call in (
+        lambda a: a(*tiny_batch(1)),
+        lambda a: a.step(*tiny_batch(1)),
+        lambda a: list(a.stream([tiny_batch(1)])),
+    ):
+        with pytest.warns(UserWarning, match="single sample") as caught:
+            call(fasttta.adapt(tiny_model(), "read"))
+        assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="Give larger batches$"):
+        fasttta.adapt(tiny_model(), "abpem", k=3).step(*tiny_batch(1))
+
+
+def test_saving_leaves_other_files_alone(tiny_model, tiny_batch, tmp_path):
+    other = tmp_path / "state-of-the-art.safetensors"
+    other.write_bytes(b"mine")
+    adapted = fasttta.adapt(tiny_model(), "read")
+    for s in range(3):
+        adapted(*tiny_batch(seed=s))
+        adapted.save(tmp_path)
+    assert other.read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 3
+    model = tiny_model()
+    with torch.no_grad():
+        model.blocks_v[0].mlp.fc1.weight.mul_(2)  # frozen, and not what READ tunes
+    with pytest.raises(ValueError, match="another model.*its frozen weights differ"):
+        fasttta.load(model, tmp_path)

@@ -32,6 +32,10 @@ def test_attention(function):
     ):
         with pytest.raises(error, match=match):
             function(*args)
+    with pytest.raises(TypeError, match="spans must be integers"):
+        function(q, k, (4.9, 3.1))
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        function(q, k, (4, 3), float("nan"))
     with pytest.raises(ValueError, match="pair='value' is unknown"):
         F.attention_bootstrap(q, k, (4, 3), pair="value")
     with pytest.raises(ValueError, match=r"anchor.mean must be \[2\], found \[3\]"):
@@ -56,6 +60,8 @@ def test_logits():
         (lambda: F.balance_entropy(z[:0]), ValueError, "at least 1 sample"),
         (lambda: F.balance_entropy(z, "sum"), ValueError, "form='sum' is unknown"),
         (lambda: F.balance_entropy(z, weight=torch.ones(2)), ValueError, r"weight must be \[3\]"),
+        (lambda: F.balance_entropy(z, weight=[1, 1, 1]), TypeError, "weight must be a tensor"),
+        (lambda: F.balance_entropy(z, weight=torch.ones(3, device="meta")), ValueError, "device"),
         (lambda: F.adaptation_head(z[:0], 2), ValueError, "at least 1 sample"),
         (lambda: F.adaptation_head(z, 9), ValueError, "k=9 is out of range"),
         (lambda: F.adaptation_head(z, 2, balance="x"), ValueError, "balance='x' is unknown"),
@@ -67,7 +73,7 @@ def test_logits():
             call()
 
 
-@pytest.mark.parametrize("method", ["source", "tent", "read", "abpem"])
+@pytest.mark.parametrize("method", methods.names())
 def test_a_bad_batch_changes_nothing(tiny_model, tiny_batch, method):
     adapted = fasttta.adapt(tiny_model(), method, **({"k": 3} if method == "abpem" else {}))
     audio, video = tiny_batch()
@@ -112,10 +118,19 @@ def test_adapt(tiny_model):
         ({"precision": "fp16"}, ValueError, "precision='fp16' is unknown; known: 'auto'"),
         ({"engine": "fast"}, ValueError, "engine='fast' is unknown; known: 'auto'"),
         ({"seed": 1.5}, TypeError, "seed must be an int"),
+        ({"seed": -1}, ValueError, "seed=-1 is out of range"),
+        ({"seed": 2**70}, ValueError, "out of range"),
         ({"classes": ["a"]}, ValueError, "takes no classes"),
         ({"guard": True}, ValueError, "takes no guard"),
         ({"spec": "cavmae"}, ValueError, "takes no spec"),
-        ({"source_stats": 1, "k": 3}, TypeError, "ABPEM takes no source_stats"),
+        ({"source_stats": 1, "k": 3}, ValueError, 'used only with anchor="source"'),
+        ({"method": "read", "source_stats": 1}, TypeError, "READ has no option source_stats"),
+        ({"method": "tent", "fisher": {}}, TypeError, "Tent has no option fisher"),
+        (
+            {"method": "eata", "fisher": {}},
+            ValueError,
+            "fisher is of another model.*collect_fisher",
+        ),
         ({"anchor": "source", "k": 3}, ValueError, "needs source_stats, found None.*collect_stats"),
     ):
         with pytest.raises(error, match=match):
@@ -160,6 +175,22 @@ def test_unknown_models(tiny_model):
 def test_method_options(options, match):
     with pytest.raises(ValueError, match=match):
         methods.ABPEM(**options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "match"),
+    [
+        ("eata", {"e_margin": 0.0}, "e_margin=0.0: needed a finite number above 0"),
+        ("eata", {"d_margin": -1.0}, "d_margin=-1.0"),
+        ("eata", {"fisher_weight": -1.0}, "fisher_weight=-1.0: needed at least 0"),
+        ("sar", {"rho": 0.0}, "rho=0.0"),
+        ("sar", {"e_margin": "2"}, "e_margin='2'"),
+        ("sar", {"reset_below": None}, "reset_below=None"),
+    ],
+)
+def test_layernorm_method_options(method, options, match):
+    with pytest.raises(ValueError, match=match):
+        methods.by_name(method)(**options)
 
 
 def test_presets():

@@ -11,7 +11,6 @@ import pytest
 import fasttta
 from fasttta import cli
 from fasttta.demo import run as demo
-from fasttta.methods import names
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -25,10 +24,16 @@ def report():
     return found
 
 
+def test_every_method_has_settings():
+    assert demo.SETTINGS.keys() == set(fasttta.methods.names())
+    found = demo.run(["fog"], ["eata", "sar"], samples=64)
+    assert list(found["streams"]["fog"]) == ["eata", "sar"]
+
+
 def test_report(report):
     assert json.loads(json.dumps(report)) == report
     assert list(report["streams"]) == ["contrast"]
-    assert list(report["streams"]["contrast"]) == names()
+    assert list(report["streams"]["contrast"]) == list(demo.METHODS)
     for name, found in report["streams"]["contrast"].items():
         assert found["score"] == found[{"tent": "before", "source": "before"}.get(name, "after")]
         assert 0 < found["before"] < 100
@@ -62,7 +67,7 @@ def test_same_seed_same_numbers(report):
 
 def test_table(report):
     text = demo.table(report)
-    for word in (*names(), "contrast", "mean", "samples/s", "protocol: severity 5", "a toy"):
+    for word in (*demo.METHODS, "contrast", "mean", "samples/s", "protocol: severity 5", "a toy"):
         assert word in text
     tent = report["streams"]["contrast"]["tent"]
     assert f"{tent['before']:.1f} → {tent['after']:.1f}" in text
@@ -125,7 +130,7 @@ def test_readme_shows_todays_demo():
     rows = [line.split()[0] for line in shown.splitlines() if "→" in line and "%" not in line]
     assert [row for row in rows if row not in ("mean", "a")] == list(demo.STREAMS)
     header = next(line for line in shown.splitlines() if "source" in line)
-    assert header.split()[2:] == names()
-    for name, options in demo.SETTINGS.items():
-        if options:
+    assert header.split()[2:] == list(demo.METHODS)
+    for name in demo.METHODS[1:]:
+        if options := demo.SETTINGS[name]:
             assert f"{name} lr {options['lr']:g}" in " ".join(shown.split())

@@ -207,6 +207,8 @@ def test_gaussian_kl():
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, std), normal(mean.flip(0), std + 1))
     assert torch.allclose(F.gaussian_kl(mean, std, mean.flip(0), std + 1), expected)
+    half = [torch.tensor([x], dtype=torch.float16) for x in (300.0, 1.0, 0.0, 1.0)]
+    assert F.gaussian_kl(*half) == 45000  # computed in float32: 300 squared overflows float16
     inputs = [x.clone().requires_grad_() for x in (mean, std, mean.flip(0), std + 1)]
     assert gradcheck(F.gaussian_kl, inputs)
 
@@ -306,6 +308,29 @@ def test_entropies():
         assert torch.isfinite(torch.autograd.grad(value.sum(), masked)[0]).all()
     assert F.entropy(logits[:0]).shape == (0,)
     assert F.principal_entropy(logits[:0], 3).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_nan_is_never_hidden(backend):
+    """What decides that an update is skipped must not turn nan into 0."""
+    logits = _logits(4, 6).detach()
+    logits[1, 2] = torch.nan
+    for rows in (
+        F.entropy(logits, backend=backend),
+        F.principal_entropy(logits, 3, backend=backend),
+        F.principal_entropy(logits, 6, 0.0, backend=backend),
+    ):
+        assert torch.isnan(rows).tolist() == [False, True, False, False]
+    for form in ("mean", "softmax-sum"):
+        assert torch.isnan(F.balance_entropy(logits, form, backend=backend))
+        assert all(
+            torch.isnan(x) for x in F.adaptation_head(logits, 3, balance=form, backend=backend)
+        )
+    q, k = (x.detach() for x in _qk(2, 2, (4, 3), 4))
+    q[1, 0, 2, 1] = torch.nan
+    for heads in ("mean", "each"):
+        loss = F.attention_bootstrap(q, k, (4, 3), heads=heads, backend=backend)
+        assert torch.isnan(loss).tolist() == [False, True]
 
 
 def test_weights_select_samples():

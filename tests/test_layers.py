@@ -23,7 +23,7 @@ LEVELS = (
     ("views", "models", "methods"),
     ("engine",),
     ("families",),
-    ("source_stats",),
+    ("collect",),
     ("entry", "adapted"),
     ("data",),
     ("evaluate",),
@@ -113,6 +113,7 @@ def test_public_names_can_be_called_twice(tiny_model, tiny_batch, tmp_path):
         fasttta.SourceStats(**vars(fasttta.collect_stats(model, [batch])))
         assert isinstance(adapted, fasttta.Adapted)
         assert isinstance(adapted.step(*batch), fasttta.StepResult)
+        fasttta.collect_fisher(model, [batch])
         fasttta.methods.names()
         fasttta.methods.by_name("read").preset("paper")
         fasttta.models.CAVMAE.from_checkpoint(model.state_dict(), num_heads=3)

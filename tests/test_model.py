@@ -142,6 +142,28 @@ def test_sizes_are_inferred(tiny_model, tiny_batch):
     assert double.norm.weight.dtype == torch.float64
 
 
+def test_types_and_memory(tiny_model, tiny_batch):
+    state = tiny_model().state_dict()
+    kept = CAVMAE.from_checkpoint(state, num_heads=3)
+    for x in state.values():
+        x.zero_()
+    assert kept.norm.weight.abs().sum() > 0  # a copy
+    mixed = tiny_model().state_dict() | {"norm.bias": torch.zeros(12, dtype=torch.float64)}
+    model = CAVMAE.from_checkpoint(mixed, num_heads=3)
+    assert {x.dtype for x in model.parameters()} == {torch.float64}
+    model(*tiny_batch(dtype=torch.float64))
+
+
+def test_transposed_audio_is_refused():
+    """[B, mel, frames] of the published size has the same number of patches."""
+    with torch.device("meta"):
+        model = CAVMAE(3, dim=12, num_heads=3, depth=(0, 0, 1))
+        video = torch.zeros(1, 3, 224, 224)
+        model.check_inputs(torch.zeros(1, 1024, 128), video)
+        with pytest.raises(ValueError, match="looks transposed"):
+            model.check_inputs(torch.zeros(1, 128, 1024), video)
+
+
 class _Code:
     def __reduce__(self):
         return print, ("this must not run",)
@@ -164,8 +186,8 @@ def test_bad_checkpoints(official, tiny_model, tmp_path, capsys):
     fails("not a plain checkpoint of tensors")
     assert "must not run" not in capsys.readouterr().out
     torch.save(official, path)
-    for cut in (10, 1000, path.stat().st_size // 2):
-        data = path.read_bytes()
+    data = path.read_bytes()
+    for cut in (10, 1000, *range(5000, len(data), len(data) // 40)):
         (tmp_path / "cut").write_bytes(data[:cut])
         fails("damaged|truncated|not a plain checkpoint", source=tmp_path / "cut")
     save_file(official, path)
@@ -184,6 +206,12 @@ def test_bad_checkpoints(official, tiny_model, tmp_path, capsys):
         k: v for k, v in official.items() if "mlp_head.1.weight" not in k
     })  # fmt: skip
     fails("unknown keys: odd", source={**official, "module.odd": torch.zeros(1)})
+    fails("normal.*int64|norm.weight int64", source={
+        **official, "module.norm.weight": torch.ones(48, dtype=torch.int64)
+    })  # fmt: skip
+    fails("blocks_a are not numbered", source={
+        **official, "module.blocks_a.99999.norm1.weight": torch.ones(48)
+    })  # fmt: skip
     wrong = {**official, "module.norm.weight": torch.zeros(3)}
     fails(r"norm.weight \(3,\), needed \(48,\)", source=wrong)
     fails("num_heads=5 does not divide", source=official, num_heads=5)
@@ -210,7 +238,18 @@ def test_bad_inputs_to_forward(tiny_model, tiny_batch):
     ):
         with pytest.raises(error, match=match):
             model(*inputs)
+    for inputs, match in (
+        ((audio[0], None, "audioonly"), "audio must have 3 dimensions"),
+        ((None, video[:0], "missingvideoonly"), "video is an empty batch"),
+        ((None, video[..., :5], "videoonly"), "positions for 4 tokens"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(*inputs)
     with pytest.raises(ValueError, match="num_heads=5"):
         CAVMAE(3, dim=12, num_heads=5)
+    with pytest.raises(ValueError, match="num_heads='3'"):
+        CAVMAE(3, dim=12, num_heads="3")
+    with pytest.raises(ValueError, match="needed at least one fusion block"):
+        CAVMAE(3, dim=12, num_heads=3, depth=(1, 1, 0))
     with pytest.raises(ValueError, match="group='all' is unknown"):
         model.tunable("all")

@@ -62,7 +62,6 @@ def test_bad_statistics(tiny_model, tiny_batch, tmp_path):
         ({"scores_per_head": (one, one)}, "scores_per_head must be"),
         ({"scores": (one * 0, one)}, "std above 0"),
         ({"scores": (one, one * torch.nan)}, "finite"),
-        ({"scores": (torch.ones(3), torch.ones(3))}, "different modality counts"),
     ):
         with pytest.raises(ValueError, match=match):
             fasttta.SourceStats(
@@ -76,5 +75,13 @@ def test_bad_statistics(tiny_model, tiny_batch, tmp_path):
     three = fasttta.SourceStats(
         scores=(torch.ones(3), torch.ones(3)), scores_per_head=(torch.ones(2, 3),) * 2, n=1
     )
-    with pytest.raises(ValueError, match="of 3 modalities, the model has 2"):
-        fasttta.adapt(model, k=3, anchor="source", source_stats=three)
+    for heads, match in (("mean", r"\[3\], needed \[2\]"), ("each", r"\[2, 3\], needed \[3, 2\]")):
+        with pytest.raises(ValueError, match=match):
+            fasttta.adapt(model, k=3, anchor="source", heads=heads, source_stats=three)
+    with pytest.raises(ValueError, match="have no scores_per_head; collect them"):
+        fasttta.adapt(
+            model, k=3, anchor="source", heads="each",
+            source_stats=fasttta.SourceStats(scores=(one, one)),
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="must be fasttta.SourceStats, found int"):
+        fasttta.adapt(model, k=3, anchor="source", source_stats=1)

@@ -25,12 +25,16 @@ def _digest(tensor: Tensor) -> str:
 
 
 def fingerprint(model: nn.Module, state: State) -> dict[str, Any]:
-    """What a state was made for: names and shapes of the model, content of the tuned tensors'
-    source values."""
-    shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
-    text = json.dumps(shapes, sort_keys=True).encode()
+    """What a state was made for: names, shapes and a sample of the values of the whole model
+    (every tensor gives up to 512 values, so that 660 MB need not be read), and all source values
+    of what is tuned."""
+    whole = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        flat = x.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 512)][:512].double().cpu()
+        whole.update(f"{name} {list(x.shape)}".encode() + sample.numpy().tobytes())
     return {
-        "shapes": hashlib.sha256(text).hexdigest()[:16],
+        "model": whole.hexdigest()[:16],
         "source": {name: _digest(x) for name, x in state.source.items()},
     }
 
@@ -40,8 +44,8 @@ def check_fingerprint(saved: Mapping[str, Any], model: nn.Module, state: State) 
     own = fingerprint(model, state)
     names = sorted(own["source"].keys() | saved["source"].keys())
     odd = [name for name in names if own["source"].get(name) != saved["source"].get(name)]
-    if odd or own["shapes"] != saved["shapes"]:
-        what = f"source values differ: {', '.join(odd[:3])}" if odd else "names or shapes differ"
+    if odd or own["model"] != saved["model"]:
+        what = f"source values differ: {', '.join(odd[:3])}" if odd else "its frozen weights differ"
         raise ValueError(f"the state was saved for another model or precision: {what}")
 
 
@@ -52,6 +56,10 @@ def write(folder: str | os.PathLike, record: Mapping[str, Any], tensors: Mapping
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        before = Path(read(folder)[0]["state"]).name
+    except (OSError, ValueError):
+        before = None  # nothing there, or not ours: nothing to clear away
     data = save(dict(tensors))
     checksum = hashlib.sha256(data).hexdigest()
     name = f"state-{checksum[:12]}.safetensors"
@@ -66,9 +74,8 @@ def write(folder: str | os.PathLike, record: Mapping[str, Any], tensors: Mapping
             out.flush()
             os.fsync(out.fileno())
         os.replace(part, folder / file)
-    for old in folder.glob("state-*.safetensors"):
-        if old.name != name:
-            old.unlink(missing_ok=True)
+    if before not in (None, name):
+        (folder / before).unlink(missing_ok=True)
 
 
 def read(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -31,8 +31,9 @@ def prepare(
     prepared = []
     with torch.inference_mode(False), torch.no_grad():
         for name, x in zip(names, inputs, strict=True):
-            if check_finite and not torch.isfinite(x).all():
-                raise ValueError(f"{name} holds non-finite values (NaN or infinity)")
             x = x.detach().to(dtype)
+            if check_finite and not torch.isfinite(x).all():
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f"{name} holds non-finite values (NaN or infinity in {kind})")
             prepared.append(x.clone() if x.is_inference() else x)
     return tuple(prepared)

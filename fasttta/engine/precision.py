@@ -32,7 +32,7 @@ def resolve(name: str, device: torch.device, model_dtype: torch.dtype) -> Precis
     if name == "auto":
         if model_dtype == torch.float64:
             name = "fp64"
-        elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        elif device.type == "cuda" and _has_bf16(device):
             name = "bf16"
         else:
             name = "fp32"
@@ -41,6 +41,11 @@ def resolve(name: str, device: torch.device, model_dtype: torch.dtype) -> Precis
     if name == "fp64":
         return Precision(name, torch.float64, torch.float64)
     return Precision(name, torch.float32, torch.bfloat16 if name == "bf16" else torch.float32)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,13 @@ def working_copy(
 
     def twin(module: nn.Module, prefix: str) -> nn.Module:
         new = module.__class__.__new__(module.__class__)
-        new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+        new.__dict__ = {
+            # the user's hooks stay with the user's module
+            key: (type(value)() if "_hooks" in key else value.copy())
+            if isinstance(value, dict)
+            else value
+            for key, value in vars(module).items()
+        }
         for name, parameter in module._parameters.items():
             new._parameters[name] = own(prefix + name, parameter)
         for name, child in module._modules.items():
@@ -109,7 +115,7 @@ class State:
 
     def load_tuned(self, values: Mapping[str, Tensor]) -> None:
         """Sets some or all tuned tensors; checks all of them before it changes any."""
-        views = self.named({n: p.detach() for n, p in self.leaves.items()})
+        views, ready = self.named({n: p.detach() for n, p in self.leaves.items()}), {}
         for name, value in values.items():
             if name not in views:
                 known = ", ".join(list(views)[:6]) or "none: this method tunes nothing"
@@ -121,10 +127,13 @@ class State:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}, needed {tuple(views[name].shape)}"
                 )
-            if value.device.type != "meta" and not torch.isfinite(value).all():
+            if value.device.type == "meta":
+                raise ValueError(f"{name} is on meta: it holds no values")
+            ready[name] = value.detach().to(views[name])
+            if not torch.isfinite(ready[name]).all():
                 raise ValueError(f"{name} holds non-finite values")
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in values.items():
+            for name, value in ready.items():
                 views[name].copy_(value)
 
     # ------------------------------------------------------------------ snapshots
@@ -161,6 +170,14 @@ class State:
                     tensor.zero_()
         self.method = {}
         self.generator.manual_seed(self.seed)
+
+    def recover(self, flag: Tensor) -> None:
+        """Tuned tensors and optimiser at their start where a 0-d flag is true; decided on the
+        device."""
+        with torch.no_grad():
+            for name, tensor in self._written().items():
+                start = self.source.get(name.removeprefix("tuned."), torch.zeros_like(tensor))
+                tensor.copy_(torch.where(flag, start, tensor))
 
     # ------------------------------------------------------------------ files
 

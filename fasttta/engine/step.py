@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,14 @@ from ..trace import span
 from .inputs import prepare
 from .precision import Precision, environment
 from .state import State
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """A warning at the caller's line, however deep inside fasttta and torch it is raised."""
+    level, frame = 1, sys._getframe()
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("fasttta", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 @dataclass
@@ -103,7 +112,7 @@ class Step:
                 with torch.no_grad():
                     objective = self._objective(features, valid)
                 self.state.method = objective.state
-                return self._result(objective, objective.logits, valid, 0, None, trace)
+                return self._result(objective, objective.logits, valid, 0, {}, trace)
             restore = self.state.snapshot()
             try:
                 return self._adapt(features, valid, trace)
@@ -123,23 +132,23 @@ class Step:
 
     def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
         method, state = self.method, self.state
-        names, leaves = list(state.leaves), list(state.leaves.values())
+        leaves = list(state.leaves.values())
         first: Objective | None = None
-        used: Tensor | int = 0
         for _ in range(method.steps):
             objective = self._objective(features, valid)
-            with span("backward"):
-                grads = torch.autograd.grad(
-                    objective.losses["total"], leaves, allow_unused=True, materialize_grads=True
-                )
+            grads = self._gradients(objective, leaves)
+            if method.rho:
+                objective, grads = self._second_pass(features, objective, grads, leaves)
             finite = valid * torch.isfinite(objective.losses["total"].detach())
             for grad in grads:
                 finite = finite * torch.isfinite(grad).all()
             with span("update"):
-                self._update(leaves, grads, finite)
+                self._update(leaves, grads, finite, objective.apply)
+                if objective.recover is not None:
+                    state.recover(objective.recover)
             if first is None:
-                first, used = objective, objective.n_used * finite
-                first_grads = dict(zip(names, grads, strict=True))
+                first, used = objective, objective.n_used * finite * objective.apply
+                named = dict(zip(state.leaves, grads, strict=True))
         with torch.no_grad():
             after = None
             if method.score_at == "after":
@@ -147,24 +156,62 @@ class Step:
                     after = method.logits(self.model, features)
             state.method = {name: x.detach() for name, x in first.state.items()}
             logits = first.logits if after is None else after
-            return self._result(first, logits, valid, used, first_grads if trace else None, trace)
+            return self._result(first, logits, valid, used, named, trace)
 
-    def _update(self, leaves: list[Tensor], grads: tuple[Tensor, ...], finite: Tensor) -> None:
-        optimizer = self.state.optimizer
-        if self.host_checks and not finite:
-            warnings.warn(
-                "the loss or a gradient is not finite although the input is; this update was "
-                "skipped (n_used = 0)",
-                RuntimeWarning,
-                stacklevel=6,
+    def _gradients(self, objective: Objective, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        with span("backward"):
+            return torch.autograd.grad(
+                objective.losses["total"], leaves, allow_unused=True, materialize_grads=True
             )
-            return
+
+    def _second_pass(
+        self,
+        features: Any,
+        first: Objective,
+        grads: tuple[Tensor, ...],
+        leaves: list[Tensor],
+    ) -> tuple[Objective, tuple[Tensor, ...]]:
+        """Objective and gradient at weights perturbed along the first gradient (SAM: Foret et
+        al., ICLR 2021, equation 2); the weights are put back."""
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        kept = [leaf.detach().clone() for leaf in leaves]
+        with torch.no_grad():
+            for leaf, grad in zip(leaves, grads, strict=True):
+                leaf.add_(grad * (self.method.rho / (norm + 1e-12)))
+        with span("objective"):
+            second = self.method.perturbed_objective(
+                self.model, features, first, state=self.state.method
+            )
+        grads = self._gradients(second, leaves)
+        second.losses["total"] = first.losses["total"]
+        with torch.no_grad():
+            for leaf, value in zip(leaves, kept, strict=True):
+                leaf.copy_(value)
+        return second, grads
+
+    def _update(
+        self,
+        leaves: list[Tensor],
+        grads: tuple[Tensor, ...],
+        finite: Tensor,
+        apply: Tensor | float,
+    ) -> None:
+        optimizer = self.state.optimizer
+        if self.host_checks:
+            if not finite:
+                warn(
+                    "the loss or a gradient is not finite although the input is; this update was "
+                    "skipped (n_used = 0)",
+                    RuntimeWarning,
+                )
+            if not finite or not apply:
+                return
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad
         try:
             if not self.host_checks:
                 # fused Adam leaves parameters, moments and step count as they are where this is 1
-                optimizer.found_inf = (1 - finite).float()
+                optimizer.found_inf = (1 - finite * apply).float()
             optimizer.step()
         finally:
             optimizer.found_inf = None
@@ -176,7 +223,7 @@ class Step:
         logits: Tensor,
         valid: Tensor,
         used: Tensor | int,
-        grads: Mapping[str, Tensor] | None,
+        grads: Mapping[str, Tensor],
         trace: bool,
     ) -> StepResult:
         def fresh(x: Tensor) -> Tensor:
@@ -195,8 +242,8 @@ class Step:
             losses={name: fresh(x) for name, x in objective.losses.items()},
             stats={name: fresh(x) for name, x in objective.stats.items()},
             n_used=used.detach().to(torch.int64),
-            grads=None
-            if grads is None
-            else {n: fresh(g) for n, g in self.state.named(grads).items()},
+            grads={n: fresh(g) for n, g in self.state.named(grads).items()}
+            if trace and grads
+            else ({} if trace else None),
             trace={name: fresh(x) for name, x in objective.trace.items()} if trace else None,
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from .abpem import ABPEM
 from .base import Method
+from .eata import EATA
 from .read import READ
+from .sar import SAR
 from .source import Source
 from .tent import Tent
 
-_METHODS: tuple[type[Method], ...] = (Source, Tent, READ, ABPEM)
+_METHODS: tuple[type[Method], ...] = (Source, Tent, EATA, SAR, READ, ABPEM)
 
-__all__ = ["ABPEM", "READ", "Method", "Source", "Tent", "by_name", "names"]
+__all__ = ["ABPEM", "EATA", "READ", "SAR", "Method", "Source", "Tent", "by_name", "names"]
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..protocols import FusionModel
+from ..protocols import FusionModel, SourceStats
 from .base import Method, Objective, require, require_int, require_number
 
 
@@ -52,6 +52,7 @@ class ABPEM(Method):
         "vgg-video": {"k": 28, "window": 4},
         "vgg-audio": {"k": 30, "window": 2},
     }
+    RESOURCES: ClassVar[tuple[str, ...]] = ("source_stats",)
     group: ClassVar[str | None] = "fusion_qkv"
     frozen_encoder: ClassVar[bool] = True
 
@@ -94,18 +95,27 @@ class ABPEM(Method):
         require(self.k <= model.num_classes, "k", self.k,
                 f"at most the model's {model.num_classes} classes")  # fmt: skip
 
-    def constants(self, model: FusionModel, source_stats: Any) -> dict[str, Tensor]:
+    def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+        source_stats = resources.get("source_stats")
         if self.anchor == "self":
-            return super().constants(model, source_stats)
+            if source_stats is not None:
+                raise ValueError('source_stats: used only with anchor="source", found "self"')
+            return {}
         if source_stats is None:
             raise ValueError(
                 'anchor="source" needs source_stats, found None; make them from a few clean '
                 "batches: source_stats=fasttta.collect_stats(model, loader)"
             )
+        if not isinstance(source_stats, SourceStats):
+            found = type(source_stats).__name__
+            raise TypeError(f"source_stats must be fasttta.SourceStats, found {found}")
         std, mean = source_stats.self_scores(self.heads)
-        m = len(model.spans)
-        if mean.shape[-1] != m:
-            raise ValueError(f"source_stats are of {mean.shape[-1]} modalities, the model has {m}")
+        shape = (model.num_heads, len(model.spans))[0 if self.heads == "each" else 1 :]
+        if mean.shape != shape:
+            raise ValueError(
+                f"source_stats are of another model: {list(mean.shape)}, needed {list(shape)} "
+                "(heads, modalities)"
+            )
         return {"anchor_mean": mean, "anchor_std": std}
 
     def _window(
@@ -113,12 +123,11 @@ class ABPEM(Method):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Encoder outputs in the loss, oldest batch first, and whether each batch counts."""
         past = range(min(self.window - 1, sum(key.startswith("queue.") for key in state)))
-        # a batch that does not count is kept as zeros: what is multiplied by 0 must be finite
-        current = torch.where(valid > 0, tokens, 0)
         queue = [state[f"queue.{i}"] for i in past]
-        return [*queue, current], [*(state[f"valid.{i}"] for i in past), valid]
+        return [*queue, _or_zeros(tokens, valid)], [*(state[f"valid.{i}"] for i in past), valid]
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
+        valid = valid * torch.isfinite(features).all()
         batches, counts = self._window(features, state, valid)
         x = torch.cat(batches) if len(batches) > 1 else batches[0]  # [n, T, D]
         weight = torch.cat([c.expand(len(b)) for b, c in zip(batches, counts, strict=True)])
@@ -137,20 +146,29 @@ class ABPEM(Method):
             attention = torch.where(used > 0, gap * used, 0).sum() / used.sum()
         if self.attention_weight != 0:
             total = total + self.attention_weight * attention
-        keep = batches[len(batches) - min(len(batches), self.window - 1) :]
-        counts = counts[len(counts) - len(keep) :]
+        current = logits[-len(features) :]
+        # finite tokens may still overflow: such a batch must not spoil later windows either
+        counts[-1] = valid * torch.isfinite(current.detach()).all()
+        batches[-1] = _or_zeros(batches[-1], counts[-1])
+        first = max(0, len(batches) - (self.window - 1))
         return Objective(
             losses={
                 "entropy": entropy, "balance": balance, "attention": attention, "total": total
             },
-            logits=logits[-len(features) :],
+            logits=current,
             n_used=weight.sum(),
             stats={
                 "score_mean": moments.mean,
                 "score_std": moments.std,
                 "attention_gap": gap,
             },
-            state={f"queue.{i}": b for i, b in enumerate(keep)}
-            | {f"valid.{i}": c for i, c in enumerate(counts)},
+            state={f"queue.{i}": b for i, b in enumerate(batches[first:])}
+            | {f"valid.{i}": c for i, c in enumerate(counts[first:])},
             trace={"tokens": features, "window_logits": logits, "q": q, "k": k},
         )  # fmt: skip
+
+
+def _or_zeros(tokens: Tensor, counts: Tensor) -> Tensor:
+    """The tokens of a batch that counts, else zeros: what a weight of 0 multiplies must be
+    finite."""
+    return torch.where(counts > 0, tokens, 0)

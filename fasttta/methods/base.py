@@ -23,6 +23,8 @@ class Objective:
     stats: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)  # method state once the step succeeds
     trace: dict[str, Tensor] = field(default_factory=dict)
+    apply: Tensor | float = 1.0  # 0: the method leaves this update out
+    recover: Tensor | None = None  # 0-d bool, true: back to the start after this update
 
 
 def require(condition: bool, name: str, value: Any, needed: str) -> None:
@@ -55,7 +57,9 @@ class Method:
 
     name: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    #: what of the model is tuned ("norm", "fusion_qkv"; None: nothing)
+    #: keywords of ``adapt`` besides the options: tensors that the method needs
+    RESOURCES: ClassVar[tuple[str, ...]] = ()
+    #: what of the model is tuned ("norm", "encoder_norm", "fusion_qkv"; None: nothing)
     group: ClassVar[str | None]
     #: everything before ``fuse`` is frozen: encoded once a batch, without autograd
     frozen_encoder: ClassVar[bool]
@@ -98,10 +102,8 @@ class Method:
     def check_model(self, model: FusionModel) -> None:
         """Raises ValueError if the options do not fit the model."""
 
-    def constants(self, model: FusionModel, source_stats: Any) -> dict[str, Tensor]:
-        """Tensors fixed at the start, from the source statistics; saved with the state."""
-        if source_stats is not None:
-            raise TypeError(f"{type(self).__name__} takes no source_stats")
+    def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors fixed at the start, from what ``RESOURCES`` names; saved with the state."""
         return {}
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -137,3 +139,12 @@ class Method:
                 update on the device and this batch must not spoil later ones).
         """
         raise TypeError(f"{type(self).__name__} defines no objective")
+
+    #: length of the perturbation of a two-pass (sharpness-aware) update; 0: a plain gradient step
+    rho = 0.0
+
+    def perturbed_objective(
+        self, model: FusionModel, features: Any, first: Objective, *, state: Mapping[str, Tensor]
+    ) -> Objective:
+        """Second pass of a two-pass update, at the perturbed weights; it replaces the first."""
+        raise TypeError(f"{type(self).__name__} has no second pass")

@@ -14,6 +14,7 @@ from .checkpoint import infer_sizes, read_state_dict
 from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
+_PARTS = ("weight", "bias")
 
 
 class Block(nn.Module):
@@ -64,9 +65,11 @@ class CAVMAE(nn.Module):
         video_channels: int = 3,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if depth[2] < 1:
+            raise ValueError(f"depth={depth}: needed at least one fusion block")
+        if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
             raise ValueError(
-                f"num_heads={num_heads} does not divide the width {dim}; official CAV-MAE has "
+                f"num_heads={num_heads!r} does not divide the width {dim}; official CAV-MAE has "
                 "num_heads=12 at width 768"
             )
         hidden = 4 * dim if hidden is None else hidden
@@ -148,27 +151,29 @@ class CAVMAE(nn.Module):
         """What a method may tune: name -> where it lies among this module's parameters.
 
         ``"norm"``: the LayerNorms on the multi-modal path (the ``_a`` and ``_v`` ones never run
-        there). ``"fusion_qkv"``: the query, key and value projections of the fusion blocks.
+        there). ``"encoder_norm"``: of those, the ones in the encoders' blocks 0 to 8, SAR's choice.
+        ``"fusion_qkv"``: the query, key and value projections of the fusion blocks.
         """
-        if group == "norm":
-            norms = {}
+        if group in ("norm", "encoder_norm"):
+            slots = {}
             for name, module in self.named_modules():
-                leaf = name.rpartition(".")[2]
-                if isinstance(module, nn.LayerNorm) and not leaf.endswith(("_a", "_v")):
-                    norms |= {
-                        f"{name}.{part}": Slot(f"{name}.{part}") for part in ("weight", "bias")
-                    }
-            return norms
+                path = name.split(".")
+                early = path[0] in ("blocks_a", "blocks_v") and int(path[1] if path[1:] else 9) < 9
+                if not isinstance(module, nn.LayerNorm) or path[-1].endswith(("_a", "_v")):
+                    continue
+                if group == "norm" or early:
+                    slots |= {f"{name}.{part}": Slot(f"{name}.{part}") for part in _PARTS}
+            return slots
         if group == "fusion_qkv":
             slots = {}
             for i in range(len(self.blocks_u)):
-                for part in ("weight", "bias"):
+                for part in _PARTS:
                     packed = f"blocks_u.{i}.attn.qkv.{part}"
                     for row, which in enumerate("qkv"):
                         rows = (row * self.dim, (row + 1) * self.dim)
                         slots[f"blocks_u.{i}.attn.{which}.{part}"] = Slot(packed, rows)
             return slots
-        raise ValueError(f'group={group!r} is unknown; known: "norm", "fusion_qkv"')
+        raise ValueError(f'group={group!r} is unknown; known: "norm", "encoder_norm", "fusion_qkv"')
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), frozen weights converted once.
@@ -190,46 +195,49 @@ class CAVMAE(nn.Module):
         audio: [B, frames, mel bins], normalised log-mel features. video: [B, channels, rows,
         columns], one normalised RGB frame a sample.
         """
-        ta, tv = self.spans
-        for name, x, embed, tokens, rank, layout in (
-            ("audio", audio, self.patch_embed_a, ta, 3, "[B, frames, mel bins]"),
-            ("video", video, self.patch_embed_v, tv, 4, "[B, channels, rows, columns]"),
-        ):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
-            shape = tuple(x.shape)
-            if x.ndim != rank:
-                raise ValueError(
-                    f"{name} must have {rank} dimensions {layout}, found shape {shape}"
-                )
-            if not x.is_floating_point():
-                raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
-            if x.device != self.modality_a.device:
-                raise ValueError(
-                    f"{name} is on {x.device}, the model on {self.modality_a.device}; "
-                    f"move one: {name}.to({str(self.modality_a.device)!r})"
-                )
-            if shape[0] == 0:
-                raise ValueError(
-                    f"{name} is an empty batch, shape {shape}; needed at least 1 sample"
-                )
-            ph, pw = embed.proj.kernel_size
-            # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
-            h, w = (shape[2], shape[1]) if rank == 3 else (shape[2], shape[3])
-            channels = 1 if rank == 3 else shape[1]
-            if channels != embed.proj.in_channels:
-                raise ValueError(
-                    f"{name} has {channels} channels, needed {embed.proj.in_channels}; "
-                    f"found shape {shape}"
-                )
-            if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
-                raise ValueError(
-                    f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of "
-                    f"{ph} x {pw}, the checkpoint has positions for {tokens} tokens"
-                )
+        self._check_input("audio", audio)
+        self._check_input("video", video)
         if audio.shape[0] != video.shape[0]:
             raise ValueError(
                 f"audio has {audio.shape[0]} samples, video {video.shape[0]}; needed equal batches"
+            )
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        is_audio = name == "audio"
+        embed = self.patch_embed_a if is_audio else self.patch_embed_v
+        layout = "[B, frames, mel bins]" if is_audio else "[B, channels, rows, columns]"
+        rank = 3 if is_audio else 4
+        tokens = self.spans[0 if is_audio else 1]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
+        shape = tuple(x.shape)
+        if x.ndim != rank:
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
+        if x.device != self.modality_a.device:
+            raise ValueError(
+                f"{name} is on {x.device}, the model on {self.modality_a.device}; "
+                f"move one: {name}.to({str(self.modality_a.device)!r})"
+            )
+        if shape[0] == 0:
+            raise ValueError(f"{name} is an empty batch, shape {shape}; needed at least 1 sample")
+        if is_audio and shape[1:] == (128, 1024):
+            # the patch count of the published size fits either way round
+            raise ValueError(f"{name} of shape {shape} looks transposed, needed {layout}")
+        ph, pw = embed.proj.kernel_size
+        # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
+        h, w = (shape[2], shape[1]) if is_audio else shape[2:]
+        channels = 1 if is_audio else shape[1]
+        if channels != embed.proj.in_channels:
+            raise ValueError(
+                f"{name} has {channels} channels, needed {embed.proj.in_channels}; "
+                f"found shape {shape}"
+            )
+        if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
+            raise ValueError(
+                f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of "
+                f"{ph} x {pw}, the checkpoint has positions for {tokens} tokens"
             )
 
     # ------------------------------------------------------------------ computation
@@ -301,6 +309,7 @@ class CAVMAE(nn.Module):
         name, x = ("audio", audio) if modality == "a" else ("video", video)
         if x is None:
             raise ValueError(f"mode={mode!r} needs {name}, found None")
+        self._check_input(name, x)
         tokens = self.encode_audio(x) if modality == "a" else self.encode_video(x)
         pooled, _ = self.pool(tokens, modality)
         if mode.startswith("missing"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -14,6 +13,8 @@ from torch import Tensor
 
 # What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
 _SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
+
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _looks_like_safetensors(path: str | os.PathLike) -> bool:
@@ -34,7 +35,7 @@ def _read_file(path: str | os.PathLike) -> Mapping:
 
         try:
             return load_file(path)
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except SafetensorError as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is a damaged safetensors file: {error}"
             ) from error
@@ -46,14 +47,17 @@ def _read_file(path: str | os.PathLike) -> Mapping:
             f"{os.fspath(path)!r} is not a plain checkpoint of tensors and was not run: {reason}. "
             "Re-save its state dict with safetensors or torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged file may fail anywhere in torch's readers
         raise ValueError(
             f"{os.fspath(path)!r} is damaged, truncated or no checkpoint: {error}"
         ) from error
 
 
 def read_state_dict(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by plain names: no ``module.`` prefix, no split q/k/v, no half precision."""
+    """Tensors by plain names: no ``module.`` prefix, no split q/k/v, all of one type.
+
+    That is float64 if any is, else float32. A mapping's tensors are copied.
+    """
     state = source if isinstance(source, Mapping) else _read_file(source)
     if not isinstance(state, Mapping):
         raise ValueError(f"the checkpoint holds a {type(state).__name__}, needed a state dict")
@@ -64,13 +68,20 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[st
     if alien or not state:
         found = f"other entries: {', '.join(alien[:6])}" if alien else "nothing"
         raise ValueError(f"needed a state dict of named tensors, found {found}")
-    plain = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        if not _SPLIT_QKV.fullmatch(name):
-            half = tensor.dtype in (torch.float16, torch.bfloat16)
-            plain[name] = tensor.detach().float() if half else tensor.detach()
-    return plain
+    odd = [f"{name} {str(x.dtype)[6:]}" for name, x in state.items() if x.dtype not in _TYPES]
+    if odd:
+        raise ValueError(
+            f"needed floating point weights of 16, 32 or 64 bits, found {', '.join(odd[:6])}"
+        )
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in state.values()) else _TYPES[1]
+    own = isinstance(source, Mapping)
+    plain = {name.removeprefix("module."): x for name, x in state.items()}
+    with torch.inference_mode(False):
+        return {
+            name: x.detach().to(dtype, copy=own)
+            for name, x in plain.items()
+            if not _SPLIT_QKV.fullmatch(name)
+        }
 
 
 def infer_sizes(state: Mapping[str, Tensor]) -> dict:
@@ -106,7 +117,10 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict:
 
     def blocks(prefix: str) -> int:
         found = re.compile(rf"{prefix}\.(\d+)\.")
-        return 1 + max((int(m[1]) for m in map(found.match, state) if m), default=-1)
+        indices = {int(m[1]) for m in map(found.match, state) if m}
+        if indices != set(range(len(indices))):
+            raise ValueError(f"{prefix} are not numbered 0, 1, ...: found {sorted(indices)}")
+        return len(indices)
 
     audio, video = state["patch_embed_a.proj.weight"], state["patch_embed_v.proj.weight"]
     return {

@@ -289,13 +289,13 @@ def attention_bootstrap_backward(
 def entropy(logits: Tensor) -> Tensor:
     log_p = wide(logits).log_softmax(dim=-1)
     p = log_p.exp()
-    return -torch.where(p > 0, p * log_p, 0).sum(dim=-1)
+    return -torch.where(p == 0, 0, p * log_p).sum(dim=-1)
 
 
 def entropy_backward(grad: Tensor, logits: Tensor) -> Tensor:
     log_p = wide(logits).log_softmax(dim=-1)
     p = log_p.exp()
-    plogp = torch.where(p > 0, p * log_p, 0)
+    plogp = torch.where(p == 0, 0, p * log_p)
     total = plogp.sum(dim=-1, keepdim=True)  # -entropy
     return (-grad.unsqueeze(-1) * (plogp - p * total)).to(logits.dtype)
 
@@ -327,7 +327,7 @@ def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:
 
 def _principal_grad(p: Tensor, surprise: Tensor, selected: Tensor, eps: float) -> Tensor:
     """d principal entropy / d logits, row by row: p (g - <p, g>), g = -ln(p+e) - p/(p+e)."""
-    share = torch.where(selected & (p + eps > 0), p / (p + eps), 0)
+    share = torch.where(selected & (p + eps != 0), p / (p + eps), 0)
     weighted = p * (surprise - share)
     return weighted - p * weighted.sum(dim=-1, keepdim=True)
 

@@ -16,8 +16,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def log(p: Tensor) -> Tensor:
-    """ln p of probabilities, 0 (value and gradient) where p is 0: p ln p ends there."""
-    return torch.where(p > 0, torch.log(torch.where(p > 0, p, 1)), 0)
+    """ln p of probabilities, 0 (value and gradient) where p is 0: p ln p ends there. nan stays."""
+    return torch.where(p == 0, 0, torch.log(torch.where(p == 0, 1, p)))
 
 
 def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def attention_bootstrap(
 def entropy(logits: Tensor) -> Tensor:
     log_p = wide(logits).log_softmax(dim=-1)
     p = log_p.exp()
-    return -(p * torch.where(p > 0, log_p, 0)).sum(dim=-1)
+    return -(p * torch.where(p == 0, 0, log_p)).sum(dim=-1)
 
 
 def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:

@@ -1,0 +1,110 @@
+"""What methods take from clean source data: statistics and Fisher weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from . import functional as F
+from .engine.inputs import as_inputs, prepare
+from .engine.precision import Precision, environment, resolve
+from .engine.state import working_copy
+from .families import recognise
+from .methods import EATA
+from .protocols import FusionModel, SourceStats
+
+
+def _samples(model: FusionModel, loader: Iterable, n: int, precision: Precision):
+    """Checked batches of a loader until n samples, the last cut to fit."""
+    seen = 0
+    for batch in loader:
+        inputs = prepare(model, as_inputs(batch), precision.master, True)
+        inputs = tuple(x[: n - seen] for x in inputs)
+        seen += len(inputs[0])
+        yield inputs
+        if seen >= n:
+            return
+    if not seen:
+        raise ValueError("loader yielded no batch; needed at least one sample")
+
+
+def _setup(model: nn.Module, n: int) -> tuple[FusionModel, torch.device, Precision]:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n={n!r}: needed a positive integer")
+    fusion = recognise(model)
+    parameter = next(fusion.parameters())
+    name = "fp64" if parameter.dtype == torch.float64 else "fp32"
+    return fusion, parameter.device, resolve(name, parameter.device, parameter.dtype)
+
+
+def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStats:
+    """Source statistics of a model over the first ``n`` samples of a loader of clean data.
+
+    Args:
+        model: as for ``fasttta.adapt``; it is not changed.
+        loader: yields batches as tuples of the model's inputs, without labels.
+        n: samples wanted; fewer where the loader ends before.
+
+    Returns:
+        ``SourceStats``: mean over samples of the score means, and the root of the mean over
+        samples of the (unbiased) score variances.
+
+    Raises:
+        ValueError, TypeError: n is not positive, the loader is empty or a batch cannot be used.
+    """
+    fusion, device, precision = _setup(model, n)
+    with torch.inference_mode(False):
+        working, _ = working_copy(fusion, set(), precision)
+    seen, sums = 0, {}
+    for inputs in _samples(working, loader, n, precision):
+        with environment(device, precision, grad=False):
+            _, (q, k, scale) = working.fuse_attention(working.encode(*inputs))
+            for heads in ("mean", "each"):
+                moments = F.score_moments(q, k, working.spans, scale, heads)
+                mean = moments.mean.diagonal(dim1=-2, dim2=-1).sum(dim=0)
+                variance = moments.std.square().diagonal(dim1=-2, dim2=-1).sum(dim=0)
+                before = sums.get(heads, (0, 0))
+                sums[heads] = before[0] + variance, before[1] + mean
+        seen += len(inputs[0])
+    std_mean = {heads: ((v / seen).sqrt(), m / seen) for heads, (v, m) in sums.items()}
+    return SourceStats(scores=std_mean["mean"], scores_per_head=std_mean["each"], n=seen)
+
+
+def collect_fisher(model: nn.Module, loader: Iterable, n: int = 2000) -> dict[str, Tensor]:
+    """Diagonal Fisher information of the LayerNorms that EATA tunes, from clean unlabelled data.
+
+    The mean over batches of the squared gradient of the batch's mean cross-entropy with the
+    model's own predictions, as the official code computes it (so it depends on the batch size;
+    theirs is 64).
+
+    Args:
+        model: as for ``fasttta.adapt``; it is not changed.
+        loader: yields batches as tuples of the model's inputs, without labels.
+        n: samples wanted; fewer where the loader ends before. The last batch is cut to fit.
+
+    Returns:
+        Weights by tuned name, for ``fasttta.adapt(model, "eata", fisher=...)``.
+
+    Raises:
+        ValueError, TypeError: n is not positive, the loader is empty or a batch cannot be used.
+
+    Source: Niu et al., ICML 2022, equation 9 (pseudo-labels in place of labels).
+    """
+    (fusion, device, precision), method = _setup(model, n), EATA()
+    names = [slot.parameter for slot in method.tuned(fusion).values()]
+    with torch.inference_mode(False):
+        working, leaves = working_copy(fusion, set(names), precision)
+    sums, batches = {name: 0 for name in names}, 0
+    for inputs in _samples(working, loader, n, precision):
+        with environment(device, precision, grad=True):
+            logits = method.logits(working, inputs)
+            loss = nnf.cross_entropy(logits, logits.detach().argmax(dim=1))
+            grads = torch.autograd.grad(loss, [leaves[name] for name in names])
+            for name, grad in zip(names, grads, strict=True):
+                sums[name] = sums[name] + grad.square()
+        batches += 1
+    with torch.inference_mode(False):
+        return {name: total / batches for name, total in sums.items()}
