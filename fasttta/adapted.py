@@ -15,8 +15,8 @@ from .engine.inputs import as_inputs
 from .engine.precision import Precision
 from .engine.state import State, working_copy
 from .engine.step import Step, StepResult, warn
+from .families import Recognised
 from .methods.base import Method
-from .protocols import FusionModel
 
 
 class Adapted(nn.Module):
@@ -30,7 +30,7 @@ class Adapted(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        fusion: FusionModel,
+        known: Recognised,
         method: Method,
         precision: Precision,
         *,
@@ -41,10 +41,16 @@ class Adapted(nn.Module):
         super().__init__()
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
+        fusion = known.fusion
         method.check_model(fusion)
         parameter = next(fusion.parameters())
         device = parameter.device
         slots = method.tuned(fusion)
+        if method.group is not None and not slots:
+            raise ValueError(
+                f"{type(method).__name__} finds nothing to tune in this model (it looks for "
+                f"{method.group}); fasttta inspect shows what each method would tune"
+            )
         with torch.inference_mode(False), torch.no_grad():
             working, leaves = working_copy(fusion, {s.parameter for s in slots.values()}, precision)
             fixed = {
@@ -55,6 +61,7 @@ class Adapted(nn.Module):
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
         # model, nor move tensors from under the optimiser
         self._hidden = (model, working)
+        self._known, self._verified = known, known.module is None
         self._state = state
         self._step = Step(working, method, state, precision, device, device.type != "cuda")
         self._in_source = False
@@ -76,7 +83,7 @@ class Adapted(nn.Module):
         Raises:
             ValueError, TypeError: the inputs cannot be used; the state is as before.
         """
-        prepared = self._step.prepare(inputs)
+        prepared = self._prepare(inputs)
         if self._in_source:
             logits = self._step.predict(prepared)
             with torch.inference_mode(False):
@@ -90,7 +97,15 @@ class Adapted(nn.Module):
 
     def predict(self, *inputs: Tensor) -> Tensor:
         """Logits [B, C] with the current state; adapts nothing."""
-        return self._step.predict(self._step.prepare(inputs))
+        return self._step.predict(self._prepare(inputs))
+
+    def _prepare(self, inputs: tuple) -> tuple[Tensor, ...]:
+        """Checked inputs; the first batch also checks that the model was understood."""
+        prepared = self._step.prepare(inputs)
+        if not self._verified:
+            self._known.verify(prepared)
+            self._verified = True
+        return prepared
 
     def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
         """Steps on every batch of a loader, in order, yielding a result each.
@@ -111,7 +126,7 @@ class Adapted(nn.Module):
         return self._stream(loader, encode_batch)
 
     def _stream(self, loader: Iterable, encode_batch: int | None) -> Iterator[StepResult]:
-        batches = (self._step.prepare(as_inputs(batch)) for batch in loader)
+        batches = (self._prepare(as_inputs(batch)) for batch in loader)
         ahead = encode_batch is not None and self._step.method.frozen_encoder
         for group in _groups(batches, encode_batch) if ahead else ([b] for b in batches):
             for inputs, features in zip(
@@ -177,7 +192,7 @@ class Adapted(nn.Module):
             "options": {n: getattr(self.options, n) for n in self.options.option_names()},
             "precision": self.precision,
             "seed": self.seed,
-            "base": delta.fingerprint(self._hidden[0], self._state),
+            "base": delta.fingerprint(self._known.fusion, self._state),
         }
         delta.write(folder, record, self._state.tensors())
 
@@ -208,7 +223,7 @@ class Adapted(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             merged = copy.deepcopy(model)
             for name, leaf in self._state.leaves.items():
-                merged.get_parameter(name).copy_(leaf)
+                self._known.merge_into(merged, name, leaf)
         return merged
 
     # ------------------------------------------------------------------ nn.Module

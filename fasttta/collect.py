@@ -34,7 +34,7 @@ def _samples(model: FusionModel, loader: Iterable, n: int, precision: Precision)
 def _setup(model: nn.Module, n: int) -> tuple[FusionModel, torch.device, Precision]:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r}: needed a positive integer")
-    fusion = recognise(model)
+    fusion = recognise(model).fusion
     parameter = next(fusion.parameters())
     name = "fp64" if parameter.dtype == torch.float64 else "fp32"
     return fusion, parameter.device, resolve(name, parameter.device, parameter.dtype)

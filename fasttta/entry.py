@@ -33,8 +33,10 @@ def adapt(
     """Makes a model adapt, label-free, to what it is called on.
 
     Args:
-        model: a ``fasttta.models`` model. It is never modified: frozen weights are shared, tuned
-            tensors are private copies.
+        model: a ``fasttta.models`` model, or a module of the official CAV-MAE's structure (CAV-MAE,
+            READ, ABPEM or BriMPR code; in DataParallel, DDP or torch.compile or not), which is
+            compared with its own forward on the first batch. It is never modified: frozen weights
+            are shared, tuned tensors are private copies.
         method: a name (``fasttta.methods.names()``), a method object, or ``"auto"``: ``"abpem"``
             for two-modality fusion models.
         precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
@@ -54,23 +56,23 @@ def adapt(
     for name, value in (("spec", spec), ("classes", classes), ("guard", guard)):
         if value is not None:
             raise ValueError(
-                f"{name}={value!r}: this version adapts models.CAVMAE, which takes no {name}"
+                f"{name}={value!r}: this version adapts CAV-MAE models, which take no {name}"
             )
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, found {seed!r}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
-    fusion = recognise(model)
+    known = recognise(model)
     chosen, resources = _method(method, options)
-    parameter = next(fusion.parameters())
+    parameter = next(known.fusion.parameters())
     return Adapted(
         model,
-        fusion,
+        known,
         chosen,
         resolve(precision, parameter.device, parameter.dtype),
         engine=_engine(engine),
         seed=int(seed),
-        constants=chosen.constants(fusion, resources),
+        constants=chosen.constants(known.fusion, resources),
     )
 
 
@@ -123,9 +125,9 @@ def load(model: nn.Module, folder: str | os.PathLike, *, engine: str = "auto") -
         ValueError: the files are damaged or of another model.
     """
     record, tensors = delta.read(folder)
-    fusion = recognise(model)
+    known = recognise(model)
     method, _ = _method(record["method"], record["options"])
-    parameter = next(fusion.parameters())
+    parameter = next(known.fusion.parameters())
     constants = {
         name.removeprefix("constant."): x
         for name, x in tensors.items()
@@ -133,13 +135,13 @@ def load(model: nn.Module, folder: str | os.PathLike, *, engine: str = "auto") -
     }
     adapted = Adapted(
         model,
-        fusion,
+        known,
         method,
         resolve(record["precision"], parameter.device, parameter.dtype),
         engine=_engine(engine),
         seed=record["seed"],
         constants=constants,
     )
-    delta.check_fingerprint(record["base"], model, adapted._state)
+    delta.check_fingerprint(record["base"], known.fusion, adapted._state)
     adapted._state.load(tensors)
     return adapted

@@ -1,34 +1,168 @@
-"""Which of the models that fasttta knows a user's module is."""
+"""Which family a user's model belongs to, by its structure, never by importing its code."""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
 
 from .models import CAVMAE
+from .models.checkpoint import SPLIT_QKV
 from .protocols import FusionModel
 
-_CAVMAE_PARTS = ("patch_embed_a", "patch_embed_v", "blocks_a", "blocks_v", "blocks_u", "norm")
+_CAVMAE_PARTS = (
+    "patch_embed_a", "patch_embed_v", "pos_embed_a", "pos_embed_v", "modality_a", "modality_v",
+    "blocks_a", "blocks_v", "blocks_u", "norm",
+)  # fmt: skip
+# what modules of the same structure call their projections: CAV-MAE, READ and BriMPR, ABPEM
+_FLAVOURS = {
+    (): "CAV-MAE",
+    ("k", "q", "v"): "CAV-MAE as READ and BriMPR have it",
+    ("ka", "kv", "qa", "qv", "va", "vv"): "CAV-MAE as ABPEM has it",
+}
+_WRAPPERS = ("module", "_orig_mod", "va_model")  # DataParallel and DDP, torch.compile, BriMPR
 
 
-def recognise(model: nn.Module) -> FusionModel:
-    """The model as methods see it.
+@dataclass
+class Recognised:
+    """A user's module as methods see it.
+
+    Attributes:
+        family: its name, for messages.
+        fusion: the model that fasttta runs; shares the module's weights.
+        prefix: where it lies in the user's module (``"module."``).
+        split: names of separate copies of the q, k, v projections that the module keeps.
+        module: the part that was recognised, to be compared with on the first batch; None if it
+            is ``fusion`` itself.
+    """
+
+    family: str
+    fusion: FusionModel
+    prefix: str = ""
+    split: tuple[str, ...] = ()
+    module: nn.Module | None = field(default=None, repr=False)
+
+    def verify(self, inputs: tuple[Tensor, ...]) -> None:
+        """Compares with the module's own forward on a batch; the module itself is not run, as
+        READ's and ABPEM's change their weights' storage on their first forward.
+
+        Raises:
+            ValueError: the two differ by more than 1e-5 of the largest logit (2e-2 in half
+                precision): the module computes something else than its structure says.
+        """
+        if self.module is None:
+            return
+        weight = next(self.fusion.parameters())
+        inputs = tuple(x.to(weight.dtype) for x in inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            twin = copy.deepcopy(self.module).eval()
+            own = twin(*inputs, "multimodal")
+            own = own[0] if isinstance(own, (tuple, list)) else own
+            ours = self.fusion.fuse(self.fusion.encode(*inputs))
+        if not isinstance(own, Tensor) or own.shape != ours.shape:
+            found = list(own.shape) if isinstance(own, Tensor) else type(own).__name__
+            raise ValueError(
+                f"recognised as {self.family}, but its forward returns {found}, needed logits "
+                f"{list(ours.shape)} (or a tuple that begins with them)"
+            )
+        half = weight.dtype in (torch.float16, torch.bfloat16)
+        tolerance = (2e-2 if half else 1e-5) * max(1.0, own.abs().max().item())
+        error = (own.double() - ours.double()).abs().max().item()
+        if not error <= tolerance:
+            raise ValueError(
+                f"recognised as {self.family}, but its own forward differs from that "
+                f"architecture's by {error:.1e}, needed at most {tolerance:.1e}: is its attention "
+                "or forward patched?"
+            )
+
+    def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Writes an adapted parameter into a copy of the user's module, split copies included."""
+        module.get_parameter(self.prefix + name).copy_(value)
+        if ".attn.qkv." in name and name.startswith("blocks_u."):
+            for which in self.split:
+                row = "qkv".index(which[0])
+                part = value.chunk(3)[row]
+                split = self.prefix + name.replace(".qkv.", f".{which}.")
+                module.get_parameter(split).copy_(part)
+
+
+def recognise(model: nn.Module) -> Recognised:
+    """The model as methods see it: ``fasttta.models.CAVMAE``, or any module with the parts and
+    parameter names of the official one, in DataParallel, DDP or torch.compile or not.
 
     Raises:
         TypeError: it is none of the known models; says what was looked for and found.
+        ValueError: it looks like one but cannot be converted.
     """
-    if isinstance(model, CAVMAE):
-        return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    inner = getattr(model, "module", model)
-    children = [name for name, _ in inner.named_children()]
-    message = (
-        f"{type(model).__name__} is not a model that fasttta knows; looked for "
-        f"fasttta.models.CAVMAE, found children {', '.join(children[:8]) or 'none'}"
-    )
-    if all(hasattr(inner, part) for part in _CAVMAE_PARTS):
-        message += (
-            ". It has the parts of a CAV-MAE: convert it with "
-            "fasttta.models.CAVMAE.from_checkpoint(model.state_dict(), num_heads=...)"
+    inner, prefix = model, ""
+    while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
+        wrapped = next(
+            (w for w in _WRAPPERS if isinstance(getattr(inner, w, None), nn.Module)), None
         )
-    raise TypeError(message)
+        if wrapped is None:
+            raise TypeError(_unknown(model, inner))
+        inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
+    if isinstance(inner, CAVMAE):
+        return Recognised("fasttta.models.CAVMAE", inner, prefix)
+    return _convert(inner, prefix)
+
+
+def _owns(module: nn.Module, part: str) -> bool:
+    """Registered in the module itself; torch.compile's wrapper passes plain attributes on."""
+    return part in module._modules or part in module._parameters
+
+
+def _unknown(model: nn.Module, inner: nn.Module) -> str:
+    has = [part for part in _CAVMAE_PARTS if _owns(inner, part)]
+    lacks = [part for part in _CAVMAE_PARTS if part not in has]
+    children = ", ".join(name for name, _ in list(inner.named_children())[:8]) or "none"
+    near = f"; of a CAV-MAE it has {', '.join(has)} but not {', '.join(lacks)}" if has else ""
+    return (
+        f"{type(model).__name__} is not a model that fasttta knows; looked for "
+        f"fasttta.models.CAVMAE or a module with its parts, found children {children}{near}"
+    )
+
+
+def _convert(module: nn.Module, prefix: str) -> Recognised:
+    """A CAV-MAE over the weights of a module of that structure."""
+    if not _owns(module, "mlp_head"):
+        raise TypeError(
+            f"{type(module).__name__} is a CAV-MAE without mlp_head, as it is before fine-tuning; "
+            "needed one fine-tuned for classification"
+        )
+    attention = module.blocks_u[0].attn
+    heads = getattr(attention, "num_heads", None)
+    if not isinstance(heads, int):
+        raise ValueError(
+            f"blocks_u.0.attn.num_heads of {type(module).__name__} must be an int, found {heads!r}"
+        )
+    state = {name: x.detach() for name, x in module.state_dict().items()}
+    split = sorted({m[1] for m in map(SPLIT_QKV.fullmatch, state) if m})
+    if tuple(split) not in _FLAVOURS:
+        raise ValueError(
+            f"blocks_u.0.attn has separate projections {', '.join(split)}; known: none, q k v, or "
+            "qa ka va qv kv vv"
+        )
+    plain = {name: x for name, x in state.items() if not SPLIT_QKV.fullmatch(name)}
+    tokens = state["pos_embed_a"].shape[1] + state["pos_embed_v"].shape[1]
+    # Those modules compute with the split copies once their first forward is over, and only on
+    # sequences of more than 512 tokens; normally they are views of the packed weight by then.
+    if split and getattr(attention, "first_batch", True) is False and tokens > 512:
+        for i in range(len(module.blocks_u)):
+            for part in ("weight", "bias"):
+                rows = [state[f"blocks_u.{i}.attn.{which}.{part}"] for which in _used(split)]
+                packed = f"blocks_u.{i}.attn.qkv.{part}"
+                if not torch.equal(torch.cat(rows), plain[packed]):
+                    plain[packed] = torch.cat(rows)
+    fusion = CAVMAE.from_tensors(plain, num_heads=heads).requires_grad_(False)
+    return Recognised(_FLAVOURS[tuple(split)], fusion, prefix, tuple(split), module)
+
+
+def _used(split: list[str]) -> tuple[str, ...]:
+    """The copies that compute, in the order of the packed weight (ABPEM's qv, kv, vv are the same
+    modules as its qa, ka, va)."""
+    return ("qa", "ka", "va") if "qa" in split else ("q", "k", "v")

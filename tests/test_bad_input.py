@@ -120,9 +120,9 @@ def test_adapt(tiny_model):
         ({"seed": 1.5}, TypeError, "seed must be an int"),
         ({"seed": -1}, ValueError, "seed=-1 is out of range"),
         ({"seed": 2**70}, ValueError, "out of range"),
-        ({"classes": ["a"]}, ValueError, "takes no classes"),
-        ({"guard": True}, ValueError, "takes no guard"),
-        ({"spec": "cavmae"}, ValueError, "takes no spec"),
+        ({"classes": ["a"]}, ValueError, "take no classes"),
+        ({"guard": True}, ValueError, "take no guard"),
+        ({"spec": "cavmae"}, ValueError, "take no spec"),
         ({"source_stats": 1, "k": 3}, ValueError, 'used only with anchor="source"'),
         ({"method": "read", "source_stats": 1}, TypeError, "READ has no option source_stats"),
         ({"method": "tent", "fisher": {}}, TypeError, "Tent has no option fisher"),
@@ -147,11 +147,6 @@ def test_unknown_models(tiny_model):
         fasttta.adapt({})
     with pytest.raises(TypeError, match="Linear is not a model.*looked for.*found children none"):
         fasttta.adapt(torch.nn.Linear(2, 2))
-    lookalike = torch.nn.Module()
-    for name, child in tiny_model().named_children():
-        lookalike.add_module(name, child)
-    with pytest.raises(TypeError, match=r"parts of a CAV-MAE.*from_checkpoint"):
-        fasttta.adapt(lookalike)
 
 
 @pytest.mark.parametrize(

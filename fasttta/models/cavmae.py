@@ -111,7 +111,15 @@ class CAVMAE(nn.Module):
             ValueError: the file is damaged or holds more than tensors; keys are missing, unknown
                 or of a wrong shape (all named); num_heads does not divide the width.
         """
-        state = read_state_dict(path_or_state_dict)
+        return cls.from_tensors(read_state_dict(path_or_state_dict), num_heads=num_heads)
+
+    @classmethod
+    def from_tensors(cls, state: Mapping[str, Tensor], *, num_heads: int) -> CAVMAE:
+        """The model over these very tensors, named as in ``state_dict()``: nothing is copied.
+
+        Raises:
+            ValueError: keys are missing, unknown or of a wrong shape (all named).
+        """
         with torch.device("meta"):
             model = cls(**infer_sizes(state), num_heads=num_heads)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

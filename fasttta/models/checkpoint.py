@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
-_SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
+SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -80,7 +80,7 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[st
         return {
             name: x.detach().to(dtype, copy=own)
             for name, x in plain.items()
-            if not _SPLIT_QKV.fullmatch(name)
+            if not SPLIT_QKV.fullmatch(name)
         }
 
 
