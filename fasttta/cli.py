@@ -59,6 +59,42 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor_parser(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser(
+        "doctor", help="versions, device, which backends of which operation are live and why not"
+    )
+    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import environment
+
+    found = environment.diagnose()
+    print(json.dumps(found, indent=1) if options.json else environment.table(found))
+    return 0
+
+
+def _inspect_parser(commands: argparse._SubParsersAction) -> None:
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint is recognised as, and what each method would tune"
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a CAV-MAE checkpoint file")
+    inspect.add_argument("--num-heads", type=int, default=12, help="attention heads (default 12)")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.set_defaults(command=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from . import inspection
+    from .models import CAVMAE
+
+    model = CAVMAE.from_checkpoint(options.model, num_heads=options.num_heads)
+    found = inspection.describe(model)
+    print(json.dumps(found, indent=1) if options.json else inspection.table(found))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     # before torch loads OpenMP: threads that spin while they wait make small models 5 to 10 times
@@ -70,10 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fasttta {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _demo_parser(commands)
+    _inspect_parser(commands)
+    _doctor_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"fasttta: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -108,7 +108,11 @@ def test_command_errors(capsys, arguments, message):
 def test_help_lists_what_works(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == ["demo"]
+    assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == [
+        "demo",
+        "inspect",
+        "doctor",
+    ]
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert fasttta.__version__ in capsys.readouterr().out

@@ -24,7 +24,7 @@ LEVELS = (
     ("engine",),
     ("families",),
     ("collect",),
-    ("entry", "adapted"),
+    ("entry", "adapted", "environment", "inspection"),
     ("data",),
     ("evaluate",),
     ("demo",),

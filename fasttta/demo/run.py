@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..entry import adapt
+from ..environment import processor
 from ..methods import Method, by_name
 from ..models import CAVMAE
 from .digits import CORRUPTIONS, load_model, stream
@@ -137,7 +138,7 @@ def run(
             "metric": "top-1 accuracy over all samples, in percent",
         },
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -149,14 +150,6 @@ def run(
         },
         "seconds": time.perf_counter() - start,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def table(report: dict[str, Any]) -> str:

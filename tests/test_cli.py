@@ -1,0 +1,110 @@
+"""fasttta inspect and fasttta doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fasttta
+from fasttta import cli, environment, inspection, methods
+from fasttta.demo.digits import MODEL_PATH
+from fasttta.ops import schema
+
+
+def _run(capsys, *arguments):
+    status = cli.main(list(arguments))
+    return status, *capsys.readouterr()
+
+
+def test_doctor(capsys):
+    status, out, _ = _run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["fasttta"] == fasttta.__version__
+    assert found["packages"]["torch"] == torch.__version__.split("+")[0] or (
+        found["packages"]["torch"] == torch.__version__
+    )
+    assert bool(found["cuda"]["gpus"]) == torch.cuda.is_available()
+    forward = {name for name in schema.SCHEMAS if not name.endswith("_backward")}
+    assert found["operations"].keys() == forward
+    # what it says of a backend is what asking for it says
+    q = torch.randn(1, 1, 4, 2)
+    for backend in ("triton", "cpp"):
+        assert found["operations"]["score_moments"][backend] == "no kernel in this version"
+        with pytest.raises(ValueError, match="in this version"):
+            fasttta.functional.score_moments(q, q, (2, 2), backend=backend)
+    status, out, _ = _run(capsys, "doctor")
+    assert status == 0
+    for word in (*forward, found["processor"]["name"], "torch", "engine", "GPU"):
+        assert word in out
+
+
+def test_doctor_asks_the_dispatcher():
+    """A kernel that is registered shows up without anybody telling doctor."""
+    library = torch.library.Library("fasttta", "IMPL")
+    before = environment.diagnose()["operations"]["entropy"]["cpp"]
+    library.impl("entropy", lambda logits: logits.sum(-1), "CPU")
+    try:
+        assert environment.diagnose()["operations"]["entropy"]["cpp"] == "live"
+    finally:
+        library._destroy()
+    assert environment.diagnose()["operations"]["entropy"]["cpp"] == before
+
+
+def test_doctor_without_a_package(monkeypatch):
+    monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
+    found = environment.diagnose()
+    assert found["packages"]["no-such-package"] is None
+    assert "no-such-package missing" in environment.table(found)
+
+
+def test_inspect(capsys, tmp_path):
+    status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert (found["width"], found["heads"], found["classes"]) == (64, 4, 10)
+    assert found["spans"] == {"audio": 32, "video": 16}
+    assert found["methods"].keys() == set(methods.names())
+    model = fasttta.models.CAVMAE.from_checkpoint(MODEL_PATH, num_heads=4)
+    for name, method in found["methods"].items():
+        adapted = fasttta.adapt(model, name)
+        assert method["names"] == list(adapted.tuned)
+        assert method["tuned"] == sum(x.numel() for x in adapted.tuned.values())
+        adapted.save(tmp_path)
+        record = json.loads((tmp_path / "fasttta.json").read_text())
+        tensors = load_file(tmp_path / record["state"])
+        written = sum(x.nbytes for key, x in tensors.items() if key != "random")
+        assert method["delta_bytes"] == written
+    status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4")
+    assert status == 0
+    for word in ("32 audio + 16 video", "[B, 1, 32, 32]", "blocks_u.0.attn.q.weight", "12,480"):
+        assert word in out
+
+
+def test_inspect_says_what_cannot_run(tiny_model):
+    found = inspection.describe(torch.nn.DataParallel(tiny_model()))
+    assert found["found_at"] == "module"
+    assert "k=8: needed at most the model's 7 classes" in found["methods"]["abpem"]["impossible"]
+    bare = inspection.describe(tiny_model(depth=(0, 0, 1)))
+    assert "encoder_norm" in bare["methods"]["sar"]["impossible"]
+    with pytest.raises(ValueError, match="SAR finds nothing to tune in this model"):
+        fasttta.adapt(tiny_model(depth=(0, 0, 1)), "sar")
+    text = inspection.table(bare)
+    assert "sar       not possible" in text
+
+
+def test_inspect_errors(capsys, tmp_path):
+    status, _, err = _run(capsys, "inspect", str(tmp_path / "none"))
+    assert status == 2
+    assert "no checkpoint at" in err
+    Path(tmp_path / "bad").write_bytes(b"nothing")
+    status, _, err = _run(capsys, "inspect", str(tmp_path / "bad"))
+    assert status == 2
+    assert "damaged" in err or "not a plain checkpoint" in err
+    status, _, err = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "5")
+    assert status == 2
+    assert "num_heads=5 does not divide the width 64" in err
