@@ -153,6 +153,10 @@ def test_peak_memory_is_beyond_what_is_returned():
     assert 2 * x.nbytes - 2048 <= found <= 2 * x.nbytes + 2048
 
 
+def test_readme_shows_the_committed_results(report):
+    assert report.main(["--check", str(ROOT / "README.md")]) == 0
+
+
 def test_ids_of_the_benches_are_unique():
     """Over all files: the id is what a results file knows a bench by."""
     command = [sys.executable, "-P", "-m", "pytest", "benches", "--collect-only", "-q",
