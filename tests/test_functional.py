@@ -29,18 +29,26 @@ SHAPES = [
 ]
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    """Tensors that a test makes are where the operations run natively."""
+    with DEVICE:
+        yield
+
+
 def _qk(batch, heads, spans, d, dtype=torch.float64, layout="dense", offset=0.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    random = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     t = sum(spans)
     if layout == "packed":  # views of [B, T, 3, H, d], as the model's qkv product gives them
-        qkv = torch.randn(batch, t, 3, heads, d, generator=generator, dtype=torch.float64)
+        qkv = torch.randn(batch, t, 3, heads, d, **random).to(DEVICE)
         q, k, _ = (qkv + offset).to(dtype).permute(2, 0, 3, 1, 4)
     else:
         q, k = (
-            (torch.randn(batch, heads, t, d, generator=generator, dtype=torch.float64) + offset).to(
-                dtype
-            )
-            for _ in range(2)
+            (torch.randn(batch, heads, t, d, **random) + offset).to(DEVICE, dtype) for _ in range(2)
         )
     return q.detach().requires_grad_(), k.detach().requires_grad_()
 
@@ -243,7 +251,8 @@ LOGIT_SHAPES = [(8, 50), (6, 309), (1, 2), (5, 1), (3, 1000)]
 
 
 def _logits(n, c, kind="random", dtype=torch.float64):
-    logits = torch.randn(n, c, generator=torch.Generator().manual_seed(n * c), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(n * c)
+    logits = torch.randn(n, c, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
     if kind == "ties":
         logits = logits.round()
     elif kind == "extreme":

@@ -1,0 +1,92 @@
+"""What only a GPU can show: no host synchronisation, device-side skips, CPU's numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fasttta
+from fasttta import methods
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+OPTIONS = {"abpem": {"k": 3, "window": 2}, "eata": {"e_margin": 9.0}, "sar": {"e_margin": 9.0}}
+
+
+def _adapted(tiny_model, method, device="cuda", **options):
+    model = tiny_model().to(device)
+    return fasttta.adapt(model, method, lr=1e-3, **OPTIONS.get(method, {}), **options)
+
+
+def _on_gpu(batch):
+    return tuple(x.cuda() for x in batch)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_same_numbers_as_on_the_cpu(tiny_model, tiny_batch, method):
+    gpu = _adapted(tiny_model, method, precision="fp64")
+    cpu = _adapted(tiny_model, method, "cpu", precision="fp64")
+    for s in range(3):
+        found = gpu.step(*_on_gpu(tiny_batch(seed=s)))
+        expected = cpu.step(*tiny_batch(seed=s))
+        assert found.logits.is_cuda
+        assert torch.allclose(found.logits.cpu(), expected.logits, atol=1e-9)
+        assert int(found.n_used) == int(expected.n_used)
+        for name, x in expected.losses.items():
+            assert torch.allclose(found.losses[name].cpu(), x, atol=1e-9), name
+    for name, x in cpu.tuned.items():
+        assert torch.allclose(gpu.tuned[name].cpu(), x, atol=1e-7), name
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("method", methods.names())
+def test_a_step_does_not_wait_for_the_device(tiny_model, tiny_batch, method, precision):
+    adapted = _adapted(tiny_model, method, precision=precision)
+    batches = [_on_gpu(tiny_batch(seed=s)) for s in range(4)]
+    adapted.step(*batches[0])  # kernels are loaded on first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[1:]:
+            adapted.step(*batch)
+            adapted.predict(*batch)
+        adapted.reset()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_bad_input_is_skipped_on_the_device(tiny_model, tiny_batch, method):
+    adapted = _adapted(tiny_model, method)
+    adapted.step(*_on_gpu(tiny_batch(seed=0)))
+    before = adapted.tuned
+    audio, video = _on_gpu(tiny_batch(seed=1))
+    audio[2, 1, 1] = torch.nan
+    result = adapted.step(audio, video)
+    assert int(result.n_used) == 0
+    assert torch.isnan(result.logits).all()
+    assert all(torch.equal(x, before[name]) for name, x in adapted.tuned.items())
+    after = adapted.step(*_on_gpu(tiny_batch(seed=2)))
+    assert torch.isfinite(after.logits).all()
+
+
+def test_state_moves_between_devices(tiny_model, tiny_batch, tmp_path):
+    gpu = _adapted(tiny_model, "abpem", precision="fp32")
+    for s in range(2):
+        gpu.step(*_on_gpu(tiny_batch(seed=s)))
+    gpu.save(tmp_path)
+    cpu = fasttta.load(tiny_model(), tmp_path)
+    assert all(torch.equal(x.cpu(), cpu.tuned[name]) for name, x in gpu.tuned.items())
+    found = cpu.step(*tiny_batch(seed=2)).logits
+    assert torch.allclose(found, gpu.step(*_on_gpu(tiny_batch(seed=2))).logits.cpu(), atol=1e-3)
+
+
+def test_reset_and_precision(tiny_model, tiny_batch):
+    adapted = _adapted(tiny_model, "read", precision="tf32")
+    start = adapted.tuned
+    adapted.step(*_on_gpu(tiny_batch()))
+    adapted.reset()
+    assert all(torch.equal(x, start[name]) for name, x in adapted.tuned.items())
+    assert _adapted(tiny_model, "read").precision in ("bf16", "fp32")
+    with pytest.raises(ValueError, match="audio is on cpu, the model on cuda"):
+        adapted.step(*tiny_batch())
