@@ -51,6 +51,7 @@ class Adapted(nn.Module):
                 f"{type(method).__name__} finds nothing to tune in this model (it looks for "
                 f"{method.group}); fasttta inspect shows what each method would tune"
             )
+        _refuse_tied(fusion, {slot.parameter for slot in slots.values()})
         with torch.inference_mode(False), torch.no_grad():
             working, leaves = working_copy(fusion, {s.parameter for s in slots.values()}, precision)
             fixed = {
@@ -103,8 +104,7 @@ class Adapted(nn.Module):
         """Checked inputs; the first batch also checks that the model was understood."""
         prepared = self._step.prepare(inputs)
         if not self._verified:
-            self._known.verify(prepared)
-            self._verified = True
+            self._verified = self._known.verify(prepared)
         return prepared
 
     def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
@@ -221,7 +221,12 @@ class Adapted(nn.Module):
         if not merge:
             return model
         with torch.inference_mode(False), torch.no_grad():
-            merged = copy.deepcopy(model)
+            try:
+                merged = copy.deepcopy(model)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(model).__name__} cannot be copied, which merge=True needs: {error}"
+                ) from error
             for name, leaf in self._state.leaves.items():
                 self._known.merge_into(merged, name, leaf)
         return merged
@@ -267,6 +272,16 @@ def _groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
         raise
     if group:
         yield group
+
+
+def _refuse_tied(model: nn.Module, tuned: set[str]) -> None:
+    """A tensor under several names would be adapted under one of them only."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter.data_ptr(), []).append(name)
+    for same in names.values():
+        if len(same) > 1 and tuned.intersection(same):
+            raise ValueError(f"{' and '.join(same)} are one tensor (tied), which cannot be tuned")
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -80,7 +80,7 @@ def _inspect_parser(commands: argparse._SubParsersAction) -> None:
         "inspect", help="what a checkpoint is recognised as, and what each method would tune"
     )
     inspect.add_argument("model", metavar="MODEL", help="a CAV-MAE checkpoint file")
-    inspect.add_argument("--num-heads", type=int, default=12, help="attention heads (default 12)")
+    inspect.add_argument("--num-heads", type=int, help="attention heads (default 12)")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
     inspect.set_defaults(command=_inspect)
 
@@ -89,8 +89,9 @@ def _inspect(options: argparse.Namespace) -> int:
     from . import inspection
     from .models import CAVMAE
 
-    model = CAVMAE.from_checkpoint(options.model, num_heads=options.num_heads)
+    model = CAVMAE.from_checkpoint(options.model, num_heads=options.num_heads or 12)
     found = inspection.describe(model)
+    found["heads_assumed"] = options.num_heads is None  # a checkpoint does not say
     print(json.dumps(found, indent=1) if options.json else inspection.table(found))
     return 0
 
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"fasttta: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -12,16 +12,18 @@ from . import functional as F
 from .engine.inputs import as_inputs, prepare
 from .engine.precision import Precision, environment, resolve
 from .engine.state import working_copy
-from .families import recognise
+from .families import Recognised, recognise
 from .methods import EATA
 from .protocols import FusionModel, SourceStats
 
 
-def _samples(model: FusionModel, loader: Iterable, n: int, precision: Precision):
+def _samples(known: Recognised, model: FusionModel, loader: Iterable, n: int, precision: Precision):
     """Checked batches of a loader until n samples, the last cut to fit."""
     seen = 0
     for batch in loader:
         inputs = prepare(model, as_inputs(batch), precision.master, True)
+        if not seen:
+            known.verify(inputs)
         inputs = tuple(x[: n - seen] for x in inputs)
         seen += len(inputs[0])
         yield inputs
@@ -31,13 +33,13 @@ def _samples(model: FusionModel, loader: Iterable, n: int, precision: Precision)
         raise ValueError("loader yielded no batch; needed at least one sample")
 
 
-def _setup(model: nn.Module, n: int) -> tuple[FusionModel, torch.device, Precision]:
+def _setup(model: nn.Module, n: int) -> tuple[Recognised, torch.device, Precision]:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r}: needed a positive integer")
-    fusion = recognise(model).fusion
-    parameter = next(fusion.parameters())
+    known = recognise(model)
+    parameter = next(known.fusion.parameters())
     name = "fp64" if parameter.dtype == torch.float64 else "fp32"
-    return fusion, parameter.device, resolve(name, parameter.device, parameter.dtype)
+    return known, parameter.device, resolve(name, parameter.device, parameter.dtype)
 
 
 def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStats:
@@ -55,11 +57,11 @@ def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStat
     Raises:
         ValueError, TypeError: n is not positive, the loader is empty or a batch cannot be used.
     """
-    fusion, device, precision = _setup(model, n)
+    known, device, precision = _setup(model, n)
     with torch.inference_mode(False):
-        working, _ = working_copy(fusion, set(), precision)
+        working, _ = working_copy(known.fusion, set(), precision)
     seen, sums = 0, {}
-    for inputs in _samples(working, loader, n, precision):
+    for inputs in _samples(known, working, loader, n, precision):
         with environment(device, precision, grad=False):
             _, (q, k, scale) = working.fuse_attention(working.encode(*inputs))
             for heads in ("mean", "each"):
@@ -93,12 +95,12 @@ def collect_fisher(model: nn.Module, loader: Iterable, n: int = 2000) -> dict[st
 
     Source: Niu et al., ICML 2022, equation 9 (pseudo-labels in place of labels).
     """
-    (fusion, device, precision), method = _setup(model, n), EATA()
-    names = [slot.parameter for slot in method.tuned(fusion).values()]
+    (known, device, precision), method = _setup(model, n), EATA()
+    names = [slot.parameter for slot in method.tuned(known.fusion).values()]
     with torch.inference_mode(False):
-        working, leaves = working_copy(fusion, set(names), precision)
+        working, leaves = working_copy(known.fusion, set(names), precision)
     sums, batches = {name: 0 for name in names}, 0
-    for inputs in _samples(working, loader, n, precision):
+    for inputs in _samples(known, working, loader, n, precision):
         with environment(device, precision, grad=True):
             logits = method.logits(working, inputs)
             loss = nnf.cross_entropy(logits, logits.detach().argmax(dim=1))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from .engine.precision import Precision, environment
+from .engine.state import structural_copy
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
 from .protocols import FusionModel
@@ -22,7 +25,6 @@ _FLAVOURS = {
     ("k", "q", "v"): "CAV-MAE as READ and BriMPR have it",
     ("ka", "kv", "qa", "qv", "va", "vv"): "CAV-MAE as ABPEM has it",
 }
-_WRAPPERS = ("module", "_orig_mod", "va_model")  # DataParallel and DDP, torch.compile, BriMPR
 
 
 @dataclass
@@ -44,38 +46,59 @@ class Recognised:
     split: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False)
 
-    def verify(self, inputs: tuple[Tensor, ...]) -> None:
-        """Compares with the module's own forward on a batch; the module itself is not run, as
-        READ's and ABPEM's change their weights' storage on their first forward.
+    def verify(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Compares with the module's own forward, in float64 on a copy of its structure, for the
+        first samples of a batch. (READ's and ABPEM's code changes its weights' storage on the
+        first forward: the module itself is not run.)
+
+        Returns:
+            Whether it could be told: not from non-finite input.
 
         Raises:
-            ValueError: the two differ by more than 1e-5 of the largest logit (2e-2 in half
-                precision): the module computes something else than its structure says.
+            ValueError: the two differ by more than 1e-6 of the largest logit, or its forward
+                fails: the module computes something else than its structure says.
         """
         if self.module is None:
-            return
-        weight = next(self.fusion.parameters())
-        inputs = tuple(x.to(weight.dtype) for x in inputs)
-        with torch.inference_mode(False), torch.no_grad():
-            twin = copy.deepcopy(self.module).eval()
-            own = twin(*inputs, "multimodal")
-            own = own[0] if isinstance(own, (tuple, list)) else own
-            ours = self.fusion.fuse(self.fusion.encode(*inputs))
+            return True
+        inputs = tuple(x[:2].double() for x in inputs)
+        if not all(torch.isfinite(x).all() for x in inputs):
+            return False
+        exact = Precision("fp64", torch.float64, torch.float64)
+        with environment(inputs[0].device, exact, grad=False):
+            twin = structural_copy(self.module, _double)
+            ours = structural_copy(self.fusion, _double)
+            ours = ours.fuse(ours.encode(*inputs))
+            own = self._own_logits(twin, inputs)
         if not isinstance(own, Tensor) or own.shape != ours.shape:
             found = list(own.shape) if isinstance(own, Tensor) else type(own).__name__
             raise ValueError(
                 f"recognised as {self.family}, but its forward returns {found}, needed logits "
                 f"{list(ours.shape)} (or a tuple that begins with them)"
             )
-        half = weight.dtype in (torch.float16, torch.bfloat16)
-        tolerance = (2e-2 if half else 1e-5) * max(1.0, own.abs().max().item())
-        error = (own.double() - ours.double()).abs().max().item()
+        tolerance = 1e-6 * max(1.0, own.abs().max().item())
+        error = (own.double() - ours).abs().max().item()
         if not error <= tolerance:
             raise ValueError(
                 f"recognised as {self.family}, but its own forward differs from that "
                 f"architecture's by {error:.1e}, needed at most {tolerance:.1e}: is its attention "
                 "or forward patched?"
             )
+        return True
+
+    def _own_logits(self, twin: nn.Module, inputs: tuple[Tensor, ...]) -> object:
+        """What the module predicts. Modules with split projections compute with them in
+        ``forward_eval`` (ABPEM's takes its script's arguments besides) and not in ``forward``."""
+        name = "forward_eval" if self.split and hasattr(twin, "forward_eval") else "forward"
+        call = getattr(twin, name)
+        arguments = (*inputs, "multimodal", SimpleNamespace(use_cache=False))
+        try:
+            out = call(*arguments[: min(4, len(inspect.signature(call).parameters))])
+        except Exception as error:
+            raise ValueError(
+                f"recognised as {self.family}, but its {name}(audio, video, 'multimodal') fails: "
+                f"{error}"
+            ) from error
+        return out[0] if isinstance(out, (tuple, list)) else out
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Writes an adapted parameter into a copy of the user's module, split copies included."""
@@ -100,15 +123,30 @@ def recognise(model: nn.Module) -> Recognised:
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     inner, prefix = model, ""
     while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
-        wrapped = next(
-            (w for w in _WRAPPERS if isinstance(getattr(inner, w, None), nn.Module)), None
-        )
+        wrapped = _wrapped(inner)
         if wrapped is None:
             raise TypeError(_unknown(model, inner))
         inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
     if isinstance(inner, CAVMAE):
         return Recognised("fasttta.models.CAVMAE", inner, prefix)
     return _convert(inner, prefix)
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Where a wrapper keeps the module whose forward is its own; None: it is no such wrapper."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    if type(module).__name__ == "OptimizedModule":  # torch.compile
+        return "_orig_mod"
+    if _owns(module, "va_model") and _owns(module, "prompts_a") and _owns(module, "prompts_v"):
+        return "va_model"  # BriMPR
+    return None
+
+
+def _double(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter.detach().to(torch.float64, copy=True), requires_grad=False)
 
 
 def _owns(module: nn.Module, part: str) -> bool:
@@ -134,13 +172,19 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
             f"{type(module).__name__} is a CAV-MAE without mlp_head, as it is before fine-tuning; "
             "needed one fine-tuned for classification"
         )
+    if not len(module.blocks_u):
+        raise ValueError(f"blocks_u of {type(module).__name__} is empty, needed a fusion block")
     attention = module.blocks_u[0].attn
     heads = getattr(attention, "num_heads", None)
     if not isinstance(heads, int):
         raise ValueError(
             f"blocks_u.0.attn.num_heads of {type(module).__name__} must be an int, found {heads!r}"
         )
-    state = {name: x.detach() for name, x in module.state_dict().items()}
+    with torch.inference_mode(False):
+        state = {
+            name: x.detach().clone() if x.is_inference() else x.detach()
+            for name, x in module.state_dict().items()
+        }
     split = sorted({m[1] for m in map(SPLIT_QKV.fullmatch, state) if m})
     if tuple(split) not in _FLAVOURS:
         raise ValueError(
@@ -158,7 +202,8 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
                 packed = f"blocks_u.{i}.attn.qkv.{part}"
                 if not torch.equal(torch.cat(rows), plain[packed]):
                     plain[packed] = torch.cat(rows)
-    fusion = CAVMAE.from_tensors(plain, num_heads=heads).requires_grad_(False)
+    with torch.inference_mode(False):
+        fusion = CAVMAE.from_tensors(plain, num_heads=heads).requires_grad_(False)
     return Recognised(_FLAVOURS[tuple(split)], fusion, prefix, tuple(split), module)
 
 

@@ -89,7 +89,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"recognised  {found['family']} ({found['found_at']}), {found['parameters']:,} parameters, "
         f"{found['dtype']} on {found['device']}",
-        f"sizes       width {found['width']}, {found['heads']} heads, blocks: {blocks}; "
+        f"sizes       width {found['width']}, {found['heads']} heads"
+        f"{' (assumed, see --num-heads)' if found.get('heads_assumed') else ''}, blocks: {blocks}; "
         f"{found['classes']} classes",
         f"tokens      {spans}",
         *(f"{name:<12}{text}" for name, text in found["inputs"].items()),

@@ -80,6 +80,8 @@ class SourceStats:
             if getattr(self, name) is None:
                 continue
             std, mean = getattr(self, name)
+            if not (isinstance(std, Tensor) and isinstance(mean, Tensor)):
+                raise TypeError(f"{name} must be a pair of tensors (std, mean)")
             if std.ndim != rank or std.shape != mean.shape:
                 raise ValueError(
                     f"{name} must be (std, mean), each {layout}, found {list(std.shape)} and "

@@ -81,6 +81,8 @@ def test_inspect(capsys, tmp_path):
         assert method["delta_bytes"] == written
     status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4")
     assert status == 0
+    assert "assumed" not in out
+    assert "12 heads (assumed" in inspection.table({**found, "heads": 12, "heads_assumed": True})
     for word in ("32 audio + 16 video", "[B, 1, 32, 32]", "blocks_u.0.attn.q.weight", "12,480"):
         assert word in out
 

@@ -7,6 +7,7 @@ import torch
 
 import fasttta
 from fasttta import methods
+from fasttta.families import Recognised
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -90,3 +91,29 @@ def test_reset_and_precision(tiny_model, tiny_batch):
     assert _adapted(tiny_model, "read").precision in ("bf16", "fp32")
     with pytest.raises(ValueError, match="audio is on cpu, the model on cuda"):
         adapted.step(*tiny_batch())
+
+
+def test_a_recognised_module_is_compared_in_float64(tiny_model, tiny_batch):
+    """Its convolutions would run in TF32 by default, 1e-3 away from ours."""
+
+    convolving = _Convolving(tiny_model().cuda())
+    known = Recognised("a test's", tiny_model().cuda(), module=convolving)
+    assert known.verify(_on_gpu(tiny_batch()))
+
+
+class _Convolving(torch.nn.Module):
+    """A CAV-MAE whose patches are made by convolution, as the official code makes them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, audio, video, mode):
+        m, tokens = self.model, []
+        for which, x in (("a", audio.unsqueeze(1).transpose(2, 3)), ("v", video)):
+            x = getattr(m, f"patch_embed_{which}").proj(x).flatten(2).transpose(1, 2)
+            x = x + getattr(m, f"pos_embed_{which}") + getattr(m, f"modality_{which}")
+            for block in getattr(m, f"blocks_{which}"):
+                x, _ = block(x)
+            tokens.append(x)
+        return m.fuse(torch.cat(tokens, dim=1))

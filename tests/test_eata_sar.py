@@ -70,6 +70,9 @@ def test_fisher_holds_values_back(tiny_model, tiny_batch, tmp_path):
     held.save(tmp_path)
     loaded = fasttta.load(model, tmp_path)  # the Fisher weights travel with the state
     assert torch.equal(loaded.step(*batch).losses["fisher"], held.step(*batch).losses["fisher"])
+    for bad in ("fisher.pkl", {"norm.bias": [1, 2]}):
+        with pytest.raises(TypeError, match="fisher must be a dict of tensors"):
+            fasttta.adapt(model, "eata", fisher=bad)
     for bad in (torch.full((12,), -1.0), torch.full((12,), torch.nan), torch.ones(3)):
         with pytest.raises(ValueError, match=r"fisher\['norm.bias'\]"):
             fasttta.adapt(model, "eata", fisher={**fisher, "norm.bias": bad})
@@ -155,6 +158,23 @@ def test_sar_without_reliable_samples_goes_on_by_momentum(tiny_model, tiny_batch
     assert all(torch.equal(x, before[name]) for name, x in adapted.tuned.items())  # no momentum yet
     tensors = adapted._state.tensors()
     assert all(x == 1 for name, x in tensors.items() if name.startswith("adam.step"))
+
+
+def test_steps_carry_state(tiny_model, tiny_batch):
+    """Several steps on a batch are as many steps on it: average, recovery and all."""
+    batch = tiny_batch()
+    for method, options in (
+        ("sar", {"e_margin": 5.0, "lr": 1e-2, "reset_below": 1.77}),
+        ("eata", {"e_margin": 1.9, "d_margin": 0.9999}),
+    ):
+        one = fasttta.adapt(tiny_model(), method, **options)
+        three = fasttta.adapt(tiny_model(), method, **options, steps=3)
+        results = [one.step(*batch) for _ in range(3)]
+        together = three.step(*batch)
+        a, b = one._state.tensors(), three._state.tensors()
+        assert all(torch.equal(x, b[name]) for name, x in a.items())
+        if method == "sar":
+            assert together.stats["recovered"] == any(r.stats["recovered"] for r in results)
 
 
 def test_early_blocks_only(golden_model):

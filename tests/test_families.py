@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ SPLIT = {"cav-mae": (), "read": ("q", "k", "v"), "abpem": ("qa", "ka", "va", "qv
 
 
 class Attention(nn.Module):
-    """Attention of a fusion or encoder block as those repositories have it: the split projections
-    become views of the packed weight on the first forward over more than 512 tokens."""
+    """Attention of a fusion or encoder block as those repositories have it: ``forward_eval``
+    computes with split projections, which become views of the packed weight on its first call
+    over more than 512 tokens; ``forward`` never uses them."""
 
     def __init__(self, dim, heads, split=()):
         super().__init__()
@@ -28,9 +31,9 @@ class Attention(nn.Module):
             setattr(self, name, getattr(self, twin) if twin else nn.Linear(dim, dim))
         self.split = split
 
-    def forward(self, x):
+    def forward(self, x, split=False):
         b, t, dim = x.shape
-        if self.split and t > 512:
+        if split and self.split and t > 512:
             names = self.split[:3]
             if self.first_batch:
                 for i, name in enumerate(names):
@@ -62,8 +65,8 @@ class Block(nn.Module):
             setattr(self, name, nn.LayerNorm(dim))
         self.attn, self.mlp = Attention(dim, heads, split), MLP(dim)
 
-    def forward(self, x):
-        y, scores = self.attn(self.norm1(x))
+    def forward(self, x, split=False):
+        y, scores = self.attn(self.norm1(x), split)
         x = x + y
         return x + self.mlp(self.norm2(x)), scores
 
@@ -95,6 +98,9 @@ class CAVMAEFT(nn.Module):
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
 
     def forward(self, a, v, mode):
+        return self.run(a, v, mode, False)[0]
+
+    def run(self, a, v, mode, split):
         assert mode == "multimodal"
         a = self.patch_embed_a(a.unsqueeze(1).transpose(2, 3)) + self.pos_embed_a + self.modality_a
         v = self.patch_embed_v(v) + self.pos_embed_v + self.modality_v
@@ -104,16 +110,39 @@ class CAVMAEFT(nn.Module):
             v, _ = block(v)
         x = torch.cat((a, v), dim=1)
         for block in self.blocks_u:
-            x, scores = block(x)
-        logits = self.mlp_head(self.norm(x).mean(1))
-        return logits if self.flavour == "cav-mae" else (logits, scores)
+            x, scores = block(x, split)
+        return self.mlp_head(self.norm(x).mean(1)), scores
+
+
+class Read(CAVMAEFT):
+    def forward_eval(self, a, v, mode):
+        return self.run(a, v, mode, True)
+
+
+class Abpem(CAVMAEFT):
+    def forward_eval(self, a, v, mode, args):
+        assert args.use_cache is False
+        return self.run(a, v, mode, True)
+
+
+CLASSES = {"cav-mae": CAVMAEFT, "read": Read, "abpem": Abpem}
+
+
+def _logits(module, batch):
+    """As the module's own code predicts."""
+    if module.flavour == "cav-mae":
+        return module(*batch, "multimodal")
+    args = [SimpleNamespace(use_cache=False)] if module.flavour == "abpem" else []
+    return module.forward_eval(*batch, "multimodal", *args)[0]
 
 
 def _user_module(flavour, model, heads):
     """The stand-in with a CAVMAE's weights, its split projections still random."""
     patches = tuple(e.proj.kernel_size for e in (model.patch_embed_a, model.patch_embed_v))
     depth = tuple(len(b) for b in (model.blocks_a, model.blocks_v, model.blocks_u))
-    module = CAVMAEFT(flavour, model.num_classes, model.dim, heads, model.spans, depth, patches)
+    module = CLASSES[flavour](
+        flavour, model.num_classes, model.dim, heads, model.spans, depth, patches
+    )
     missing, unexpected = module.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected
     assert all(".attn." in name for name in missing)
@@ -127,8 +156,7 @@ def flavour(request):
 
 def test_the_stand_in_is_the_architecture(flavour, tiny_model, tiny_batch):
     model = tiny_model()
-    out = _user_module(flavour, model, 3)(*tiny_batch(), "multimodal")
-    out = out if flavour == "cav-mae" else out[0]
+    out = _logits(_user_module(flavour, model, 3), tiny_batch())
     assert torch.allclose(out, model(*tiny_batch()), atol=1e-5)
 
 
@@ -139,7 +167,7 @@ def test_numbers_of_the_goldens(golden, golden_model, flavour, used):
     batch = tuple(x[:2].float() for x in golden.batch(0))
     if used:
         with torch.no_grad():
-            module(*batch, "multimodal")
+            _logits(module, batch)
     before = {name: x.clone() for name, x in module.state_dict().items()}
     pointers = {name: x.data_ptr() for name, x in module.state_dict().items()}
     options = {"k": 8, "window": 2, "precision": "fp32"}
@@ -157,22 +185,23 @@ def test_numbers_of_the_goldens(golden, golden_model, flavour, used):
     with torch.no_grad():
         merged = adapted.unwrap(merge=True)
         inner = merged.module if used else merged
-        out = inner(*batch, "multimodal")
-        out = out if flavour == "cav-mae" else out[0]
+        out = _logits(inner, batch)
     assert type(merged) is type(adapted.unwrap())
     assert torch.allclose(out, adapted.predict(*batch), atol=1e-5)
     assert not torch.allclose(out, found.logits_before, atol=1e-4)
 
 
-def test_split_weights_count_once_they_compute(golden, golden_model):
-    """After its first forward such a module computes with its q, k, v, whatever qkv holds."""
-    module = _user_module("read", golden_model, 4)
+@pytest.mark.parametrize("flavour", ["read", "abpem"])
+def test_split_weights_count_once_they_compute(golden, golden_model, flavour):
+    """After its first forward such a module computes with its q, k, v, whatever qkv holds: a deep
+    copy of a READ module that went on adapting."""
+    module = _user_module(flavour, golden_model, 4)
     batch = tuple(x[:1].float() for x in golden.batch(0))
     with torch.no_grad():
-        module(*batch, "multimodal")
-        attention = module.blocks_u[0].attn
-        attention.v.weight = nn.Parameter(attention.v.weight.detach() * 1.5)  # alias broken
-        expected = module(*batch, "multimodal")[0]
+        _logits(module, batch)
+        linear = getattr(module.blocks_u[0].attn, {"read": "v", "abpem": "va"}[flavour])
+        linear.weight = nn.Parameter(linear.weight.detach() * 1.5)  # alias broken
+        expected = _logits(module, batch)
     adapted = fasttta.adapt(module, "read")
     assert torch.allclose(adapted.predict(*batch), expected, atol=1e-4)
 
@@ -191,6 +220,7 @@ def test_wrappers(tiny_model, tiny_batch, tmp_path):
     expected = fasttta.adapt(tiny_model(), "tent", lr=1e-3).step(*batch).losses["total"]
     prompted = nn.Module()
     prompted.va_model = module
+    prompted.prompts_a, prompted.prompts_v = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     for wrapped, prefix in (
         (module, ""),
         (nn.DataParallel(module), "module."),
@@ -237,6 +267,65 @@ def test_a_patched_module_is_noticed(tiny_model, tiny_batch):
     with pytest.raises(ValueError, match="its forward returns dict, needed logits"):
         fasttta.adapt(odd, "read")(*tiny_batch())
 
+    class Failing(CAVMAEFT):
+        def forward(self, a, v, mode):
+            raise RuntimeError("no such thing")
+
+    odd.__class__ = Failing
+    with pytest.raises(ValueError, match="its forward.*fails: no such thing"):
+        fasttta.adapt(odd, "read")(*tiny_batch())
+    patched = _user_module("cav-mae", tiny_model(), 3)
+    patched.blocks_u[0].attn.scale *= 2
+    for collect in (fasttta.collect_stats, fasttta.collect_fisher):
+        with pytest.raises(ValueError, match="its own forward differs"):
+            collect(patched, [tiny_batch()])
+
+
+def test_other_wrappers_are_not_looked_through(tiny_model):
+    """A wrapper with a forward of its own is another model."""
+    for inner in (_user_module("cav-mae", tiny_model(), 3), tiny_model()):
+        wrapper = nn.Module()
+        wrapper.module = inner
+        with pytest.raises(TypeError, match="Module is not a model that fasttta knows"):
+            fasttta.adapt(wrapper, "read")
+
+
+def test_modules_in_odd_states(tiny_model, tiny_batch):
+    """What deepcopy would refuse, autocast, inference mode, non-finite first batches on a GPU."""
+    expected = fasttta.adapt(tiny_model(), "read").step(*tiny_batch()).logits
+    module, seen = _user_module("cav-mae", tiny_model(), 3), []
+    module.last, module.lock = module(*tiny_batch(), "multimodal"), threading.Lock()
+    module.register_forward_hook(lambda *_: seen.append(1))
+    adapted = fasttta.adapt(module, "read")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(adapted(*tiny_batch()), expected, atol=1e-6)
+    assert seen == []
+    with pytest.raises(ValueError, match="cannot be copied, which merge=True needs"):
+        adapted.unwrap(merge=True)
+    made = _user_module("read", tiny_model(), 3)
+    with torch.inference_mode():
+        born = copy.deepcopy(made)
+        assert born.norm.weight.is_inference()
+        assert torch.allclose(fasttta.adapt(born, "read")(*tiny_batch()), expected, atol=1e-6)
+    late = fasttta.adapt(_user_module("abpem", tiny_model(), 3), "read")
+    late._step.host_checks = False
+    bad = tiny_batch()
+    bad[0][0, 0, 0] = torch.nan
+    assert int(late.step(*bad).n_used) == 0
+    assert not late._verified
+    assert torch.allclose(late(*tiny_batch()), expected, atol=1e-6)
+    assert late._verified
+
+
+def test_tied_tensors_are_refused(tiny_model):
+    for model in (tiny_model(), _user_module("cav-mae", tiny_model(), 3)):
+        model.blocks_v[1].norm1 = model.blocks_v[0].norm1
+        with pytest.raises(
+            ValueError, match=r"blocks_v.0.norm1.weight and blocks_v.1.norm1.weight"
+        ):
+            fasttta.adapt(model, "tent")
+        fasttta.adapt(model, "read")  # tunes neither
+
 
 def test_the_check_runs_once(tiny_model, tiny_batch, monkeypatch):
     module = _user_module("cav-mae", tiny_model(), 3)
@@ -256,6 +345,10 @@ def test_errors(tiny_model):
     module = _user_module("cav-mae", tiny_model(), 3)
     del module.mlp_head
     with pytest.raises(TypeError, match="CAV-MAE without mlp_head.*fine-tuned for classification"):
+        fasttta.adapt(module)
+    module = _user_module("cav-mae", tiny_model(), 3)
+    module.blocks_u = nn.ModuleList()
+    with pytest.raises(ValueError, match="blocks_u of CAVMAEFT is empty"):
         fasttta.adapt(module)
     module = _user_module("cav-mae", tiny_model(), 3)
     del module.blocks_u[0].attn.num_heads

@@ -67,6 +67,8 @@ def test_bad_statistics(tiny_model, tiny_batch, tmp_path):
             fasttta.SourceStats(
                 **{"scores": (one, one), "scores_per_head": (two, two), "n": 1, **changes}
             )
+    with pytest.raises(TypeError, match="must be a pair of tensors"):
+        fasttta.SourceStats(scores=(0.1, 0.2))
     with pytest.raises(FileNotFoundError, match="no source statistics"):
         fasttta.SourceStats.load(tmp_path / "none")
     (tmp_path / "bad").write_bytes(b"nothing of use")

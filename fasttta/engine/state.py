@@ -41,25 +41,37 @@ def working_copy(
             shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
         return shared[id(parameter)]
 
+    copy = structural_copy(model, own)
+    copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
+    return copy, leaves
+
+
+def structural_copy(
+    model: nn.Module, parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None]
+) -> nn.Module:
+    """The module tree anew, in evaluation mode and without hooks, which stay with the user's
+    module; parameters as ``parameter(name, theirs)`` says, everything else shared. Unlike
+    ``copy.deepcopy`` it takes modules that hold on to activations, locks or files."""
+    twins: dict[int, nn.Module] = {}
+
     def twin(module: nn.Module, prefix: str) -> nn.Module:
-        new = module.__class__.__new__(module.__class__)
+        if id(module) in twins:  # one object under several names stays one
+            return twins[id(module)]
+        new = twins[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__ = {
-            # the user's hooks stay with the user's module
             key: (type(value)() if "_hooks" in key else value.copy())
             if isinstance(value, dict)
             else value
             for key, value in vars(module).items()
         }
-        for name, parameter in module._parameters.items():
-            new._parameters[name] = own(prefix + name, parameter)
+        for name, theirs in module._parameters.items():
+            new._parameters[name] = parameter(prefix + name, theirs)
         for name, child in module._modules.items():
             new._modules[name] = None if child is None else twin(child, f"{prefix}{name}.")
         new.training = False
         return new
 
-    copy = twin(model, "")
-    copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
-    return copy, leaves
+    return twin(model, "")
 
 
 class State:

@@ -35,8 +35,8 @@ class StepResult:
         logits_before: [B, C], of the current batch before the update.
         losses: 0-d tensors of the first inner step, unweighted except ``"total"``.
         stats: tensors the method's docstring describes.
-        n_used: 0-d int64, samples in the loss of the update (past batches of a window included);
-            0 where nothing was updated.
+        n_used: 0-d int64, samples in the loss of the update (past batches of a window included).
+            At 0 nothing was learnt from the batch: no update, or (SAR) one by momentum alone.
         grads: with ``trace=True``: gradients of the first inner step, named as ``tuned``.
         trace: with ``trace=True``: the method's intermediates.
     """
@@ -110,7 +110,7 @@ class Step:
             valid = self._valid(inputs)
             if not self.method.updates:
                 with torch.no_grad():
-                    objective = self._objective(features, valid)
+                    objective = self._objective(features, valid, self.state.method)
                 self.state.method = objective.state
                 return self._result(objective, objective.logits, valid, 0, {}, trace)
             restore = self.state.snapshot()
@@ -120,12 +120,12 @@ class Step:
                 restore()
                 raise
 
-    def _objective(self, features: Any, valid: Tensor) -> Objective:
+    def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
         with span("objective"):
             return self.method.objective(
                 self.model,
                 features,
-                state=self.state.method,
+                state=state,
                 constants=self.state.constants,
                 valid=valid,
             )
@@ -134,11 +134,12 @@ class Step:
         method, state = self.method, self.state
         leaves = list(state.leaves.values())
         first: Objective | None = None
+        carried, recovered = state.method, None
         for _ in range(method.steps):
-            objective = self._objective(features, valid)
+            objective = self._objective(features, valid, carried)
             grads = self._gradients(objective, leaves)
             if method.rho:
-                objective, grads = self._second_pass(features, objective, grads, leaves)
+                objective, grads = self._second_pass(features, objective, grads, leaves, carried)
             finite = valid * torch.isfinite(objective.losses["total"].detach())
             for grad in grads:
                 finite = finite * torch.isfinite(grad).all()
@@ -146,6 +147,10 @@ class Step:
                 self._update(leaves, grads, finite, objective.apply)
                 if objective.recover is not None:
                     state.recover(objective.recover)
+                    now = objective.recover
+                    recovered = now if recovered is None else recovered | now
+            if method.carries_state:
+                carried = {name: x.detach() for name, x in objective.state.items()}
             if first is None:
                 first, used = objective, objective.n_used * finite * objective.apply
                 named = dict(zip(state.leaves, grads, strict=True))
@@ -154,7 +159,9 @@ class Step:
             if method.score_at == "after":
                 with span("predict"):
                     after = method.logits(self.model, features)
-            state.method = {name: x.detach() for name, x in first.state.items()}
+            state.method = {name: x.detach() for name, x in objective.state.items()}
+            if recovered is not None:
+                first.stats["recovered"] = recovered
             logits = first.logits if after is None else after
             return self._result(first, logits, valid, used, named, trace)
 
@@ -170,6 +177,7 @@ class Step:
         first: Objective,
         grads: tuple[Tensor, ...],
         leaves: list[Tensor],
+        state: Mapping[str, Tensor],
     ) -> tuple[Objective, tuple[Tensor, ...]]:
         """Objective and gradient at weights perturbed along the first gradient (SAM: Foret et
         al., ICLR 2021, equation 2); the weights are put back."""
@@ -179,9 +187,7 @@ class Step:
             for leaf, grad in zip(leaves, grads, strict=True):
                 leaf.add_(grad * (self.method.rho / (norm + 1e-12)))
         with span("objective"):
-            second = self.method.perturbed_objective(
-                self.model, features, first, state=self.state.method
-            )
+            second = self.method.perturbed_objective(self.model, features, first, state=state)
         grads = self._gradients(second, leaves)
         second.losses["total"] = first.losses["total"]
         with torch.no_grad():

@@ -59,6 +59,8 @@ class Method:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: keywords of ``adapt`` besides the options: tensors that the method needs
     RESOURCES: ClassVar[tuple[str, ...]] = ()
+    #: with several steps on a batch, each takes the method state that the one before it left
+    carries_state: ClassVar[bool] = False
     #: what of the model is tuned ("norm", "encoder_norm", "fusion_qkv"; None: nothing)
     group: ClassVar[str | None]
     #: everything before ``fuse`` is frozen: encoded once a batch, without autograd

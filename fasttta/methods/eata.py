@@ -36,7 +36,8 @@ class EATA(Method):
 
     Source: Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022, as
     re-implemented for the audio-visual benchmark by the BriMPR code. Preset ``"read-benchmark"``
-    is those settings. Its reset leaves the moving average behind; ours restores everything.
+    is those settings. The original repository's reset leaves the moving average behind; ours
+    restores everything.
     """
 
     name: ClassVar[str] = "eata"
@@ -46,6 +47,7 @@ class EATA(Method):
     RESOURCES: ClassVar[tuple[str, ...]] = ("fisher",)
     group: ClassVar[str | None] = "norm"
     frozen_encoder: ClassVar[bool] = False
+    carries_state: ClassVar[bool] = True
 
     e_margin: float | None = None
     d_margin: float = 0.1
@@ -64,6 +66,13 @@ class EATA(Method):
         fisher = resources.get("fisher")
         if fisher is None:
             return {}
+        if not isinstance(fisher, Mapping) or not all(
+            isinstance(x, Tensor) for x in fisher.values()
+        ):
+            raise TypeError(
+                f"fisher must be a dict of tensors by tuned name, as fasttta.collect_fisher makes "
+                f"it, found {type(fisher).__name__}"
+            )
         tuned = self.tuned(model)
         odd = sorted(tuned.keys() ^ fisher.keys())
         if odd:

@@ -47,6 +47,7 @@ class SAR(Method):
     }
     group: ClassVar[str | None] = "encoder_norm"
     frozen_encoder: ClassVar[bool] = False
+    carries_state: ClassVar[bool] = True
 
     rho: float = 0.05
     e_margin: float | None = None
