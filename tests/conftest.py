@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from cases import METHODS
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,12 @@ def golden_model(golden):
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """Every method's name; its options are in cases.METHODS."""
+    return request.param
 
 
 def _tiny(seed: int = 0, **sizes):
