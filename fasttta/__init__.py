@@ -12,10 +12,11 @@ _PUBLIC = {
     "Adapted": "adapted",
     "StepResult": "engine.step",
     "SourceStats": "protocols",
+    "ModelSpec": "models.spec",
     "collect_stats": "collect",
     "collect_fisher": "collect",
 }
-_MODULES = ("data", "functional", "methods", "models")
+_MODULES = ("data", "evaluate", "functional", "methods", "models")
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 

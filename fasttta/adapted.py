@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +71,11 @@ class Adapted(nn.Module):
 
     # ------------------------------------------------------------------ calls
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Adapts on this batch and predicts it: logits [B, C], as the wrapped model returns."""
-        return self.step(*inputs).logits
+    def forward(self, *inputs: Tensor) -> Any:
+        """Adapts on this batch and predicts it: logits [B, C], or what the wrapped model returns
+        where that is more (tuple, dict, ModelOutput), with the prediction's logits in it."""
+        with self._outputs() as returned:
+            return returned(self.step(*inputs).logits, first=self._step.method.score_at == "before")
 
     def step(self, *inputs: Tensor, trace: bool = False) -> StepResult:
         """Adapts on this batch and predicts it.
@@ -96,15 +99,30 @@ class Adapted(nn.Module):
         self._warn_single(prepared)
         return self._step(prepared, trace=trace)
 
-    def predict(self, *inputs: Tensor) -> Tensor:
-        """Logits [B, C] with the current state; adapts nothing."""
-        return self._step.predict(self._prepare(inputs))
+    def predict(self, *inputs: Tensor) -> Any:
+        """What a call returns, with the current state; adapts nothing."""
+        with self._outputs() as returned:
+            return returned(self._step.predict(self._prepare(inputs)), first=False)
+
+    @contextlib.contextmanager
+    def _outputs(self) -> Iterator[Callable[..., Any]]:
+        """While it lasts, models that return more than logits keep what they return."""
+        working = self._hidden[1]
+        if not hasattr(working, "returned"):
+            yield lambda logits, first: logits
+            return
+        working.outputs = []
+        try:
+            yield working.returned
+        finally:
+            working.outputs = None
 
     def _prepare(self, inputs: tuple) -> tuple[Tensor, ...]:
         """Checked inputs; the first batch also checks that the model was understood."""
         prepared = self._step.prepare(inputs)
         if not self._verified:
             self._verified = self._known.verify(prepared)
+            self._step.method.check_model(self._known.fusion)
         return prepared
 
     def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:

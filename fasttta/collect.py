@@ -14,6 +14,7 @@ from .engine.precision import Precision, environment, resolve
 from .engine.state import working_copy
 from .families import Recognised, recognise
 from .methods import EATA
+from .models.spec import ModelSpec
 from .protocols import FusionModel, SourceStats
 
 
@@ -33,22 +34,27 @@ def _samples(known: Recognised, model: FusionModel, loader: Iterable, n: int, pr
         raise ValueError("loader yielded no batch; needed at least one sample")
 
 
-def _setup(model: nn.Module, n: int) -> tuple[Recognised, torch.device, Precision]:
+def _setup(
+    model: nn.Module, n: int, spec: ModelSpec | None
+) -> tuple[Recognised, torch.device, Precision]:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r}: needed a positive integer")
-    known = recognise(model)
+    known = recognise(model, spec)
     parameter = next(known.fusion.parameters())
     name = "fp64" if parameter.dtype == torch.float64 else "fp32"
     return known, parameter.device, resolve(name, parameter.device, parameter.dtype)
 
 
-def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStats:
+def collect_stats(
+    model: nn.Module, loader: Iterable, n: int = 32, *, spec: ModelSpec | None = None
+) -> SourceStats:
     """Source statistics of a model over the first ``n`` samples of a loader of clean data.
 
     Args:
         model: as for ``fasttta.adapt``; it is not changed.
         loader: yields batches as tuples of the model's inputs, without labels.
         n: samples wanted; fewer where the loader ends before.
+        spec: as for ``fasttta.adapt``.
 
     Returns:
         ``SourceStats``: mean over samples of the score means, and the root of the mean over
@@ -57,7 +63,7 @@ def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStat
     Raises:
         ValueError, TypeError: n is not positive, the loader is empty or a batch cannot be used.
     """
-    known, device, precision = _setup(model, n)
+    known, device, precision = _setup(model, n, spec)
     with torch.inference_mode(False):
         working, _ = working_copy(known.fusion, set(), precision)
     seen, sums = 0, {}
@@ -75,7 +81,9 @@ def collect_stats(model: nn.Module, loader: Iterable, n: int = 32) -> SourceStat
     return SourceStats(scores=std_mean["mean"], scores_per_head=std_mean["each"], n=seen)
 
 
-def collect_fisher(model: nn.Module, loader: Iterable, n: int = 2000) -> dict[str, Tensor]:
+def collect_fisher(
+    model: nn.Module, loader: Iterable, n: int = 2000, *, spec: ModelSpec | None = None
+) -> dict[str, Tensor]:
     """Diagonal Fisher information of the LayerNorms that EATA tunes, from clean unlabelled data.
 
     The mean over batches of the squared gradient of the batch's mean cross-entropy with the
@@ -86,6 +94,7 @@ def collect_fisher(model: nn.Module, loader: Iterable, n: int = 2000) -> dict[st
         model: as for ``fasttta.adapt``; it is not changed.
         loader: yields batches as tuples of the model's inputs, without labels.
         n: samples wanted; fewer where the loader ends before. The last batch is cut to fit.
+        spec: as for ``fasttta.adapt``.
 
     Returns:
         Weights by tuned name, for ``fasttta.adapt(model, "eata", fisher=...)``.
@@ -95,16 +104,18 @@ def collect_fisher(model: nn.Module, loader: Iterable, n: int = 2000) -> dict[st
 
     Source: Niu et al., ICML 2022, equation 9 (pseudo-labels in place of labels).
     """
-    (known, device, precision), method = _setup(model, n), EATA()
-    names = [slot.parameter for slot in method.tuned(known.fusion).values()]
+    (known, device, precision), method = _setup(model, n, spec), EATA()
+    names = {name: slot.parameter for name, slot in method.tuned(known.fusion).items()}
     with torch.inference_mode(False):
-        working, leaves = working_copy(known.fusion, set(names), precision)
+        working, leaves = working_copy(known.fusion, set(names.values()), precision)
     sums, batches = {name: 0 for name in names}, 0
     for inputs in _samples(known, working, loader, n, precision):
         with environment(device, precision, grad=True):
             logits = method.logits(working, inputs)
             loss = nnf.cross_entropy(logits, logits.detach().argmax(dim=1))
-            grads = torch.autograd.grad(loss, [leaves[name] for name in names])
+            grads = torch.autograd.grad(
+                loss, [leaves[x] for x in names.values()], allow_unused=True, materialize_grads=True
+            )
             for name, grad in zip(names, grads, strict=True):
                 sums[name] = sums[name] + grad.square()
         batches += 1

@@ -14,6 +14,7 @@ from .engine import delta
 from .engine.precision import resolve
 from .families import recognise
 from .methods.base import Method
+from .models.spec import ModelSpec
 
 _ENGINES = ("auto", "eager", "graph")
 
@@ -22,7 +23,7 @@ def adapt(
     model: nn.Module,
     method: str | Method = "auto",
     *,
-    spec: object = None,
+    spec: ModelSpec | None = None,
     classes: object = None,
     precision: str = "auto",
     engine: str = "auto",
@@ -35,15 +36,17 @@ def adapt(
     Args:
         model: a ``fasttta.models`` model, or a module of the official CAV-MAE's structure (CAV-MAE,
             READ, ABPEM or BriMPR code; in DataParallel, DDP or torch.compile or not), which is
-            compared with its own forward on the first batch. It is never modified: frozen weights
-            are shared, tuned tensors are private copies.
+            compared with its own forward on the first batch; or any fusion transformer with a
+            ``spec``. It is never modified: frozen weights are shared, tuned tensors are private
+            copies.
         method: a name (``fasttta.methods.names()``), a method object, or ``"auto"``: ``"abpem"``
             for two-modality fusion models.
         precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
             stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors are fp32
             (fp64 under ``"fp64"``); fp32 means IEEE fp32.
         engine: ``"eager"`` or ``"auto"``. Captured steps (``"graph"``) are not in this version.
-        spec, classes, guard: for model families that this version does not have; must be None.
+        spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
+        classes, guard: for model families that this version does not have; must be None.
         seed: of the random state.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
@@ -53,16 +56,16 @@ def adapt(
         TypeError: not a model that fasttta knows, or an option that the method does not have.
         ValueError: an unknown name or a value out of range.
     """
-    for name, value in (("spec", spec), ("classes", classes), ("guard", guard)):
+    for name, value in (("classes", classes), ("guard", guard)):
         if value is not None:
             raise ValueError(
-                f"{name}={value!r}: this version adapts CAV-MAE models, which take no {name}"
+                f"{name}={value!r}: this version adapts fusion transformers, which take no {name}"
             )
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, found {seed!r}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
-    known = recognise(model)
+    known = recognise(model, spec)
     chosen, resources = _method(method, options)
     parameter = next(known.fusion.parameters())
     return Adapted(
@@ -112,20 +115,26 @@ def _engine(engine: str) -> str:
     return "eager"
 
 
-def load(model: nn.Module, folder: str | os.PathLike, *, engine: str = "auto") -> Adapted:
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    spec: ModelSpec | None = None,
+    engine: str = "auto",
+) -> Adapted:
     """Goes on where ``Adapted.save(folder)`` stopped: the state is bit-identical.
 
     Args:
         model: the model that the state was saved for.
         folder: where it was saved.
-        engine: as in ``adapt``.
+        spec, engine: as in ``adapt``.
 
     Raises:
         FileNotFoundError: nothing was saved there.
         ValueError: the files are damaged or of another model.
     """
     record, tensors = delta.read(folder)
-    known = recognise(model)
+    known = recognise(model, spec)
     method, _ = _method(record["method"], record["options"])
     parameter = next(known.fusion.parameters())
     constants = {

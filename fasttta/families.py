@@ -13,6 +13,8 @@ from .engine.precision import Precision, environment
 from .engine.state import structural_copy
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
+from .models.spec import ModelSpec
+from .models.specified import SpecifiedModel
 from .protocols import FusionModel
 
 _CAVMAE_PARTS = (
@@ -110,16 +112,60 @@ class Recognised:
                 module.get_parameter(split).copy_(part)
 
 
-def recognise(model: nn.Module) -> Recognised:
-    """The model as methods see it: ``fasttta.models.CAVMAE``, or any module with the parts and
-    parameter names of the official one, in DataParallel, DDP or torch.compile or not.
+class Specified(Recognised):
+    """A user's module under a ModelSpec."""
+
+    def verify(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Learns from two samples of the first batch how the module runs, and compares encode and
+        fuse, sample by sample, with its own forward, in float64 on a copy of its structure.
+
+        Returns, Raises: as ``Recognised.verify``.
+        """
+        two = tuple(torch.cat((x, x)) if len(x) == 1 else x[:2] for x in inputs)
+        two = tuple(x.double() if x.is_floating_point() else x for x in two)
+        if not all(torch.isfinite(x).all() for x in two):
+            return False
+        exact = Precision("fp64", torch.float64, torch.float64)
+        with environment(two[0].device, exact, grad=False):
+            twin = structural_copy(self.fusion, _double)
+            for module in twin.modules():
+                for name, x in module._buffers.items():
+                    if x is not None:
+                        x = x.double() if x.is_floating_point() else x.clone()
+                        module._buffers[name] = x
+            own = twin.own_logits(twin.learn(two, check=True))
+            tokens = [twin.encode(*(x[i : i + 1] for x in two)) for i in (0, 1)]
+            ours = twin.fuse(torch.cat(tokens)), torch.cat([twin.fuse(x) for x in tokens])
+        tolerance = 1e-6 * max(1.0, own.abs().max().item())
+        error = max(
+            (own - x).abs().max().item() if own.shape == x.shape else float("inf") for x in ours
+        )
+        if not error <= tolerance:
+            raise ValueError(
+                f"{type(self.module).__name__} cut as its ModelSpec says differs from its own "
+                f"forward by {error:.1e}, needed at most {tolerance:.1e}: is there something "
+                "random or stateful in its forward, or does it mix the samples of a batch? "
+                "ModelSpec(..., encode=(encode, fuse)) gives the cut as two functions"
+            )
+        return True
+
+    def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
+        module.get_parameter(self.prefix + name.removeprefix("module.")).copy_(value)
+
+
+def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
+    """The model as methods see it: ``fasttta.models.CAVMAE``, any module with the parts and
+    parameter names of the official one, or with a spec any fusion transformer; in DataParallel,
+    DDP or torch.compile or not.
 
     Raises:
         TypeError: it is none of the known models; says what was looked for and found.
-        ValueError: it looks like one but cannot be converted.
+        ValueError: it looks like one but cannot be converted, or the spec does not fit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if spec is not None:
+        return _by_spec(model, spec)
     inner, prefix = model, ""
     while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
         wrapped = _wrapped(inner)
@@ -129,6 +175,16 @@ def recognise(model: nn.Module) -> Recognised:
     if isinstance(inner, CAVMAE):
         return Recognised("fasttta.models.CAVMAE", inner, prefix)
     return _convert(inner, prefix)
+
+
+def _by_spec(model: nn.Module, spec: ModelSpec) -> Specified:
+    if not isinstance(spec, ModelSpec):
+        raise TypeError(f"spec must be a fasttta.ModelSpec, found {type(spec).__name__}")
+    inner, prefix = model, ""
+    while (wrapped := _wrapped(inner)) not in (None, "va_model"):
+        inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
+    fusion = SpecifiedModel(inner, spec)
+    return Specified(f"{type(inner).__name__} by its ModelSpec", fusion, prefix, module=inner)
 
 
 def _wrapped(module: nn.Module) -> str | None:
@@ -160,7 +216,10 @@ def _unknown(model: nn.Module, inner: nn.Module) -> str:
     near = f"; of a CAV-MAE it has {', '.join(has)} but not {', '.join(lacks)}" if has else ""
     return (
         f"{type(model).__name__} is not a model that fasttta knows; looked for "
-        f"fasttta.models.CAVMAE or a module with its parts, found children {children}{near}"
+        f"fasttta.models.CAVMAE or a module with its parts, found children {children}{near}. Any "
+        "other fusion transformer needs to be told where its parts are: fasttta.adapt(model, "
+        "spec=fasttta.ModelSpec.detect(model, *inputs)), or a ModelSpec written by hand; fasttta "
+        "inspect package.module:name --input SHAPE --input SHAPE --emit-spec prints one"
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from typing import Any
 
 import torch
@@ -10,13 +13,16 @@ from torch import nn
 from . import methods
 from .families import recognise
 from .models import CAVMAE
+from .models.spec import ModelSpec
+from .models.specified import SpecifiedModel
+from .protocols import FusionModel
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
     """What a model was recognised as, what each method would tune, what input it expects.
 
     Args:
-        model: as for ``fasttta.adapt``.
+        model, spec: as for ``fasttta.adapt``.
 
     Returns:
         JSON-ready. ``"methods"``: name -> ``"tuned"`` (values), ``"delta_bytes"`` (what
@@ -26,19 +32,104 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: it is not a model that fasttta knows.
     """
-    known = recognise(model)
+    known = recognise(model, spec)
     fusion = known.fusion
-    assert isinstance(fusion, CAVMAE)  # the one family there is
     weight = next(fusion.parameters())
+    about = _cavmae(fusion) if isinstance(fusion, CAVMAE) else _specified(fusion)
     return {
         "family": known.family,
         "found_at": known.prefix.rstrip(".") or "the model itself",
         "parameters": sum(p.numel() for p in fusion.parameters()),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
+        "heads": fusion.num_heads,
+        **about,
+        "methods": {name: _method(fusion, methods.by_name(name)()) for name in methods.names()},
+    }
+
+
+def open_model(name: str, num_heads: int | None = None) -> nn.Module:
+    """The model of a command line: a CAV-MAE checkpoint's, or what ``package.module:name`` is (a
+    module) or makes (a function without arguments). Modules are looked for in this folder too.
+
+    Raises:
+        ValueError, OSError: there is no such file, module or name, or it is of another kind.
+    """
+    if os.path.exists(name) or ":" not in name:
+        return CAVMAE.from_checkpoint(name, num_heads=num_heads or 12)
+    where, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(where), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"MODEL={name!r}: {error}; needed a checkpoint file or package.module:name"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    model = found if isinstance(found, nn.Module) else found() if callable(found) else found
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"MODEL={name!r} is {type(model).__name__}; needed a torch.nn.Module or a function "
+            "that makes one"
+        )
+    return model
+
+
+def detect(
+    model: nn.Module, shapes: list[str], logits: str | None = None, num_heads: int | None = None
+) -> ModelSpec:
+    """The ModelSpec of a model that takes inputs of these shapes, found with random ones.
+
+    Args:
+        shapes: ``"4x1024x128"``, ``"4x20:int64"`` for token ids (0 or 1).
+        logits: a key, or the digits of an index.
+
+    Raises:
+        TypeError, ValueError: a shape that cannot be read; as ``ModelSpec.detect``.
+    """
+    where = int(logits) if logits is not None and logits.lstrip("-").isdigit() else logits
+    inputs = [_random(shape) for shape in shapes]
+    return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
+
+
+def _random(shape: str) -> torch.Tensor:
+    sizes, _, kind = shape.partition(":")
+    try:
+        size = [int(part) for part in sizes.split("x")]
+        dtype = getattr(torch, kind or "float32")
+        if dtype.is_floating_point:
+            return torch.randn(size, dtype=dtype)
+        return torch.randint(0, 2, size).to(dtype)
+    except (ValueError, AttributeError, RuntimeError):
+        raise ValueError(
+            f"--input {shape}: needed a shape such as 4x1024x128 or 4x20:int64"
+        ) from None
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The ModelSpec that says of a CAV-MAE what fasttta knows of it: an example to start from.
+
+    Raises:
+        ValueError: it is no CAV-MAE.
+    """
+    try:
+        fusion = recognise(model).fusion
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    assert isinstance(fusion, CAVMAE)  # what recognise knows without a spec
+    ta, tv = fusion.spans
+    return ModelSpec(
+        fusion=[f"blocks_u.{i}.attn" for i in range(len(fusion.blocks_u))],
+        spans={"audio": (0, ta), "video": (ta, ta + tv)},
+        qkv="qkv",
+    )
+
+
+def _cavmae(fusion: CAVMAE) -> dict[str, Any]:
+    return {
         "classes": fusion.num_classes,
         "width": fusion.dim,
-        "heads": fusion.num_heads,
         "blocks": {
             "audio": len(fusion.blocks_a),
             "video": len(fusion.blocks_v),
@@ -46,7 +137,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "spans": dict(zip(fusion.input_names, fusion.spans, strict=True)),
         "inputs": _inputs(fusion),
-        "methods": {name: _method(fusion, methods.by_name(name)()) for name in methods.names()},
+    }
+
+
+def _specified(fusion: SpecifiedModel) -> dict[str, Any]:
+    return {
+        "fusion": [p.path for p in fusion.projections],
+        "projections": [list(p.modules) or [f"{p.path}.in_proj"] for p in fusion.projections],
+        "spans": dict(zip(fusion.spec.spans, fusion.spans, strict=True)),
+        "inputs": {name: "a tensor [B, ...]" for name in fusion.input_names},
     }
 
 
@@ -64,17 +163,17 @@ def _inputs(fusion: CAVMAE) -> dict[str, str]:
     }
 
 
-def _method(fusion: CAVMAE, method: methods.Method) -> dict[str, Any]:
+def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     try:
         method.check_model(fusion)
+        slots = method.tuned(fusion)
     except ValueError as error:
         return {"impossible": f"with its default options: {error}"}
-    slots = method.tuned(fusion)
     if method.group is not None and not slots:
         return {"impossible": f"the model has nothing of the kind it tunes ({method.group})"}
     parameters = {slot.parameter for slot in slots.values()}
     values = sum(fusion.get_parameter(name).numel() for name in parameters)
-    size = 8 if fusion.modality_a.dtype == torch.float64 else 4
+    size = 8 if next(fusion.parameters()).dtype == torch.float64 else 4
     return {
         "tuned": values,
         "delta_bytes": 3 * values * size + 4 * len(parameters),
@@ -84,14 +183,22 @@ def _method(fusion: CAVMAE, method: methods.Method) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """What ``describe`` found, as text."""
-    blocks = ", ".join(f"{n} {name}" for name, n in found["blocks"].items())
+    if "blocks" in found:
+        blocks = ", ".join(f"{n} {name}" for name, n in found["blocks"].items())
+        assumed = " (assumed, see --num-heads)" if found.get("heads_assumed") else ""
+        sizes = (
+            f"sizes       width {found['width']}, {found['heads']} heads{assumed}, blocks: "
+            f"{blocks}; {found['classes']} classes"
+        )
+    else:
+        parts = [", ".join(names) for names in found["projections"]]
+        of = [f"{f} (q, k, v of {p})" for f, p in zip(found["fusion"], parts, strict=True)]
+        sizes = f"fusion      {'; '.join(of)}, {found['heads']} heads"
     spans = " + ".join(f"{n} {name}" for name, n in found["spans"].items())
     lines = [
         f"recognised  {found['family']} ({found['found_at']}), {found['parameters']:,} parameters, "
         f"{found['dtype']} on {found['device']}",
-        f"sizes       width {found['width']}, {found['heads']} heads"
-        f"{' (assumed, see --num-heads)' if found.get('heads_assumed') else ''}, blocks: {blocks}; "
-        f"{found['classes']} classes",
+        sizes,
         f"tokens      {spans}",
         *(f"{name:<12}{text}" for name, text in found["inputs"].items()),
         "",

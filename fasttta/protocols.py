@@ -23,7 +23,7 @@ class FusionModel(Protocol):
     """A model of several modalities that is cut into ``encode`` (frozen for some methods) and
     ``fuse``, whose attention runs over all modalities' tokens."""
 
-    num_classes: int
+    num_classes: int | None  #: None: not known before the first batch
     num_heads: int
 
     @property
@@ -38,7 +38,7 @@ class FusionModel(Protocol):
         """Raises ValueError or TypeError, naming the input, if a batch cannot be used."""
 
     def encode(self, *inputs: Tensor) -> Tensor:
-        """Inputs -> tokens [B, T, D]."""
+        """Inputs -> tokens [B, T, D] (or whatever else, batch first, ``fuse`` needs)."""
 
     def fuse(self, tokens: Tensor) -> Tensor:
         """Tokens [B, T, D] -> logits [B, C]."""

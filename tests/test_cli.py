@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fusions
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -110,3 +111,60 @@ def test_inspect_errors(capsys, tmp_path):
     status, _, err = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "5")
     assert status == 2
     assert "num_heads=5 does not divide the width 64" in err
+
+
+def test_inspect_emits_a_spec(capsys):
+    status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4", "--emit-spec")
+    assert status == 0
+    spec = eval(out, {"fasttta": fasttta})
+    model = fasttta.models.CAVMAE.from_checkpoint(MODEL_PATH, num_heads=4)
+    one, other = fasttta.adapt(model, k=3), fasttta.adapt(model, k=3, spec=spec)
+    shapes = [list(x.shape) for x in (model.pos_embed_a, model.pos_embed_v)]
+    assert [stop - start for start, stop in spec.spans.values()] == [s[1] for s in shapes]
+    assert list(one.tuned) == list(other.tuned)
+
+
+INPUTS = ("--input", "3x12x5", "--input", "3x3x6x6")
+
+
+def test_inspect_any_fusion_transformer(capsys, tmp_path):
+    status, out, _ = _run(capsys, "inspect", "fusions:Joint", *INPUTS, "--emit-spec")
+    assert status == 0
+    assert eval(out, {"fasttta": fasttta}) == fusions.Joint.spec
+    status, out, _ = _run(capsys, "inspect", "fusions:Joint", *INPUTS, "--json")
+    found = json.loads(out)
+    assert found["spans"] == {"audio": 6, "video": 4}
+    for name, method in found["methods"].items():
+        if name == "sar":
+            assert "encode=" in method["impossible"]
+            continue
+        adapted = fasttta.adapt(fusions.Joint(), name, spec=fusions.Joint.spec)
+        assert method["names"] == list(adapted.tuned)
+    status, out, _ = _run(capsys, "inspect", "fusions:Joint", *INPUTS)
+    assert "fusion.layers.0.self_attn" in out
+    assert "6 audio + 4 video" in out
+    ids = ("--input", "3x4:int64", "--input", "3x3x6x6")
+    status, out, _ = _run(capsys, "inspect", "fusions:HuggingFaceStyle", *ids, "--emit-spec")
+    assert 'logits="logits"' in out
+    three = ("--input", "3x4x5", "--input", "3x3x7", "--input", "3x2x7", "--logits", "1")
+    status, out, _ = _run(capsys, "inspect", "fusions:Three", *three, "--emit-spec")
+    assert "logits=1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fusions:Joint",), ("is not a model that fasttta knows", "--input")),
+        (("fusions:Joint", "--emit-spec"), ("is not a model that fasttta knows", "--input")),
+        (("fusions:Joint", "--input", "3by4"), ("--input 3by4", "4x1024x128")),
+        (("fusions:Joint", "--input", "3x4:int65"), ("--input 3x4:int65",)),
+        (("fusions:nothing",), ("fusions:nothing", "package.module:name")),
+        (("no_such_module:build",), ("no_such_module", "package.module:name")),
+        (("fusions:NAME",), ("fusions:NAME", "package.module:name")),
+        (("math:pi",), ("math:pi", "float", "needed a torch.nn.Module")),
+    ],
+)
+def test_inspect_what_is_not_there(capsys, arguments, words):
+    status, _, err = _run(capsys, "inspect", *arguments)
+    assert status == 2
+    assert all(word in err for word in words), err

@@ -22,16 +22,18 @@ def prepare(
         ValueError, TypeError: they cannot be one batch, or (check_finite) are not finite.
     """
     names = model.input_names
-    if len(inputs) != len(names):
+    required = getattr(model, "required_inputs", len(names))
+    if not required <= len(inputs) <= len(names):
+        needed = str(required) if required == len(names) else f"{required} to {len(names)}"
         raise TypeError(
-            f"needed {len(names)} inputs ({', '.join(names)}), found {len(inputs)}; "
+            f"needed {needed} inputs ({', '.join(names)}), found {len(inputs)}; "
             "labels and the like stay out of it"
         )
     model.check_inputs(*inputs)
     prepared = []
     with torch.inference_mode(False), torch.no_grad():
-        for name, x in zip(names, inputs, strict=True):
-            x = x.detach().to(dtype)
+        for name, x in zip(names, inputs, strict=False):
+            x = x.detach().to(dtype) if x.is_floating_point() else x.detach()
             if check_finite and not torch.isfinite(x).all():
                 kind = str(dtype).removeprefix("torch.")
                 raise ValueError(f"{name} holds non-finite values (NaN or infinity in {kind})")

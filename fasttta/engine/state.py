@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ def working_copy(
         return shared[id(parameter)]
 
     copy = structural_copy(model, own)
+    for module in copy.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:  # what a forward writes there must not reach the user's module
+                dtype = precision.master if buffer.is_floating_point() else buffer.dtype
+                module._buffers[name] = buffer.detach().to(dtype, copy=True)
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves
 
@@ -64,6 +70,9 @@ def structural_copy(
             else value
             for key, value in vars(module).items()
         }
+        own = vars(module).get("forward")
+        if isinstance(own, MethodType) and own.__self__ is module:
+            new.__dict__["forward"] = MethodType(own.__func__, new)
         for name, theirs in module._parameters.items():
             new._parameters[name] = parameter(prefix + name, theirs)
         for name, child in module._modules.items():

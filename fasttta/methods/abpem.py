@@ -92,8 +92,9 @@ class ABPEM(Method):
         return self.balance_weight != 0
 
     def check_model(self, model: FusionModel) -> None:
-        require(self.k <= model.num_classes, "k", self.k,
-                f"at most the model's {model.num_classes} classes")  # fmt: skip
+        classes = model.num_classes  # None: not known before the first batch
+        require(classes is None or self.k <= classes, "k", self.k,
+                f"at most the model's {classes} classes")  # fmt: skip
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         source_stats = resources.get("source_stats")

@@ -82,7 +82,7 @@ class EATA(Method):
             )
         constants = {}
         for name, weights in fisher.items():
-            value = model.get_parameter(name).detach()
+            value = model.get_parameter(tuned[name].parameter).detach()
             if weights.shape != value.shape:
                 raise ValueError(
                     f"fisher[{name!r}] has shape {tuple(weights.shape)}, needed "
@@ -110,9 +110,10 @@ class EATA(Method):
             weight = torch.where(used, weight, 0)
         loss = torch.where(used, entropy * weight, 0).sum()
         losses = {"entropy": loss, "total": loss}
-        held = [name for name in self.tuned(model) if f"fisher.{name}" in constants]
+        tuned = self.tuned(model)
+        held = {n: slot.parameter for n, slot in tuned.items() if f"fisher.{n}" in constants}
         if held:
-            moves = {x: model.get_parameter(x) - constants[f"source.{x}"] for x in held}
+            moves = {n: model.get_parameter(p) - constants[f"source.{n}"] for n, p in held.items()}
             losses["fisher"] = torch.stack(
                 [(constants[f"fisher.{x}"] * moves[x].square()).sum() for x in held]
             ).sum()

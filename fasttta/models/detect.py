@@ -1,0 +1,203 @@
+"""A ModelSpec from watching a model: which attention sees tokens of several inputs first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .projections import has_heads, usual_names, without_fast_path
+from .spec import ModelSpec
+from .trees import described, tensors
+
+_KINDS = (
+    "an nn.MultiheadAttention, or a module with children of usual names (qkv; q_proj k_proj "
+    "v_proj; query key value; ...)"
+)
+
+
+def detect(
+    model: nn.Module, *inputs: Tensor, logits: Any = None, num_heads: int | None = None
+) -> ModelSpec:
+    """The spec of a model whose first attention over several inputs can be told apart.
+
+    Every input is exchanged between the samples in turn; tokens that change are that input's.
+
+    Args:
+        model: any module; left as it is.
+        inputs: one batch of at least two different samples (random ones do).
+        logits, num_heads: as in ``ModelSpec``, where they cannot be found.
+
+    Raises:
+        TypeError: the inputs are no batch of tensors.
+        ValueError: nothing that fits, or several; says what each attention was seen to attend to.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    if len(inputs) < 2 or not all(isinstance(x, Tensor) and x.ndim and len(x) > 1 for x in inputs):
+        raise TypeError(
+            "inputs: needed one tensor a modality, at least two, with at least two different "
+            f"samples each, found {described(tuple(inputs))}"
+        )
+    names = _names(model, len(inputs))
+    attentions = {n: m for n, m in model.named_modules() if n and _attends(m)}
+    if not attentions:
+        raise ValueError(f"{type(model).__name__} has no attention that fasttta knows: {_KINDS}")
+    with _undisturbed(model):
+        base, output = _tokens(model, inputs, attentions)
+        moved = []
+        for i in range(len(inputs)):
+            changed = [x.flip(0) if i == j else x for j, x in enumerate(inputs)]
+            moved.append(_tokens(model, tuple(changed), attentions)[0])
+    seen = {
+        name: [(base[name] != tokens[name]).flatten(2).any(2).any(0) for tokens in moved]
+        for name in base
+        if all(name in tokens and tokens[name].shape == base[name].shape for tokens in moved)
+    }
+    fitting = [name for name, owners in seen.items() if _separate(owners)]
+    if len(fitting) != 1:
+        found = "; ".join(f"{n}: {_described(owners, names)}" for n, owners in seen.items())
+        what = "several attention modules attend" if fitting else "no attention module attends"
+        raise ValueError(
+            f"{what} over tokens of several inputs that can still be told apart. Seen: "
+            f"{found or 'none was called'}. Say which it is: ModelSpec(fusion=..., spans=...)"
+        )
+    (fusion,) = fitting
+    owners = dict(zip(names, seen[fusion], strict=True))
+    spans = {name: _span(name, fusion, owned) for name, owned in owners.items() if owned.any()}
+    children = usual_names(attentions[fusion])
+    if num_heads is None and children and not has_heads(attentions[fusion]):
+        raise ValueError(
+            f"{fusion} does not say how many heads it has; say it: "
+            "ModelSpec.detect(model, *inputs, num_heads=...)"
+        )
+    return ModelSpec(
+        fusion=fusion,
+        spans=spans,
+        qkv=children[0] if len(children) == 1 else children or None,
+        logits=_find_logits(output, len(inputs[0])) if logits is None else logits,
+        num_heads=num_heads,
+    )
+
+
+def _attends(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or bool(usual_names(module))
+
+
+def _names(model: nn.Module, count: int) -> list[str]:
+    names = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return (names + [f"input_{i}" for i in range(len(names), count)])[:count]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or fused paths; flags and buffers as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        model.eval()
+        with torch.no_grad(), without_fast_path():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+def _tokens(
+    model: nn.Module, inputs: tuple[Tensor, ...], attentions: dict[str, nn.Module]
+) -> tuple[dict[str, Tensor], Any]:
+    """What each attention is first called with, [B, T, D], in the order of calls; the output."""
+    found: dict[str, Tensor] = {}
+    batch = len(inputs[0])
+
+    def keep(name: str, sequence_first: bool):
+        def hook(_module, args, kwargs):
+            x = next(tensors((args, kwargs)), None)
+            if name not in found and isinstance(x, Tensor) and x.ndim == 3:
+                x = x.transpose(0, 1) if sequence_first else x
+                if len(x) == batch:
+                    found[name] = x.clone()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in attentions.items():
+            sequence_first = not getattr(module, "batch_first", True)
+            handle = module.register_forward_pre_hook(keep(name, sequence_first), with_kwargs=True)
+            hooks.callback(handle.remove)
+        output = model(*(x.clone() for x in inputs))
+    return found, output
+
+
+def _separate(owners: list[Tensor]) -> bool:
+    """Whether no token depends on two inputs, and at least two inputs have two tokens or more."""
+    counts = torch.stack(owners).sum(0)
+    return bool((counts <= 1).all()) and sum(int(o.sum()) > 1 for o in owners) > 1
+
+
+def _span(name: str, fusion: str, owned: Tensor) -> tuple[int, int]:
+    index = owned.nonzero().flatten().tolist()
+    if any(b - a != 1 for a, b in pairwise(index)) or len(index) < 2:
+        raise ValueError(
+            f"the tokens of {name} in {fusion} are {_ranges(index)}; needed one range of at least "
+            "two. If some of them are the same in every sample, give other samples"
+        )
+    return index[0], index[-1] + 1
+
+
+def _ranges(index: list[int]) -> str:
+    parts: list[list[int]] = []
+    for i in index:
+        if parts and parts[-1][1] == i:
+            parts[-1][1] = i + 1
+        else:
+            parts.append([i, i + 1])
+    return ", ".join(f"{a}:{b}" for a, b in parts) or "none"
+
+
+def _described(owners: list[Tensor], names: list[str]) -> str:
+    parts = [
+        f"{name} {_ranges(owned.nonzero().flatten().tolist())}"
+        for name, owned in zip(names, owners, strict=True)
+        if owned.any()
+    ]
+    return f"{len(owners[0])} tokens ({', '.join(parts) or 'of no input'})"
+
+
+def _find_logits(output: Any, batch: int) -> str | int | None:
+    """Where the one [B, C] tensor is; None for the tensor itself."""
+
+    def fits(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim == 2 and len(x) == batch and x.is_floating_point()
+
+    if fits(output):
+        return None
+    if fits(getattr(output, "logits", None)) or (
+        isinstance(output, dict) and fits(output.get("logits"))
+    ):
+        return "logits"
+    if isinstance(output, dict):
+        places = [key for key, value in output.items() if fits(value)]
+    elif isinstance(output, (tuple, list)):
+        places = [i for i, value in enumerate(output) if fits(value)]
+    else:
+        places = []
+    if len(places) != 1:
+        what = f"at {', '.join(map(repr, places))}" if places else "nowhere"
+        raise ValueError(
+            f"the model returns {described(output)}: tensors [B, C] {what}, needed one. Say where "
+            "the logits are: ModelSpec.detect(model, *inputs, logits=...)"
+        )
+    return places[0]

@@ -1,0 +1,62 @@
+"""Tensors inside what a module returns: tuples, lists, dicts, dataclasses, ModelOutputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in a fixed order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from tensors(value)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for f in dataclasses.fields(tree):
+            yield from tensors(getattr(tree, f.name))
+
+
+def rebuilt(tree: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """The same structure, of the same types, with every tensor (or what is of ``kind``) changed."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        new = copy.copy(tree)  # a ModelOutput stays one: its items and attributes are one
+        for key, value in tree.items():
+            new[key] = rebuilt(value, change, kind)
+        return new
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(rebuilt(value, change, kind) for value in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(rebuilt(value, change, kind) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        new = copy.copy(tree)
+        for f in dataclasses.fields(tree):
+            object.__setattr__(new, f.name, rebuilt(getattr(tree, f.name), change, kind))
+        return new
+    return tree
+
+
+def described(tree: Any) -> str:
+    """What a module returned, for messages: ``(Tensor[4, 7], None)``."""
+    if isinstance(tree, Tensor):
+        return f"Tensor{list(tree.shape)}"
+    if isinstance(tree, Mapping):
+        inner = ", ".join(f"{key}: {described(value)}" for key, value in tree.items())
+        return f"{type(tree).__name__}({inner})"
+    if isinstance(tree, (tuple, list)):
+        return f"{type(tree).__name__}({', '.join(map(described, tree))})"
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        inner = ", ".join(f"{f.name}: {described(getattr(tree, f.name))}"
+                          for f in dataclasses.fields(tree))  # fmt: skip
+        return f"{type(tree).__name__}({inner})"
+    return "None" if tree is None else type(tree).__name__

@@ -1,0 +1,156 @@
+"""Watching one forward pass of a module: which submodules ran when, and who used their results."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .trees import tensors
+
+# asking a tensor for these reads none of its values
+_METADATA = {
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_leaf",
+    "is_nested", "is_sparse", "is_quantized", "is_meta", "is_mps", "itemsize", "nbytes", "names",
+}  # fmt: skip
+_QUESTIONS = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__, Tensor.get_device,
+}  # fmt: skip
+_SOFTMAX = {nnf.softmax, torch.softmax, Tensor.softmax}
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a submodule: its ``index``-th in the pass, from event ``start`` to ``stop``."""
+
+    name: str
+    index: int
+    start: int
+    stack: tuple[Call, ...]
+    stop: int | None = None
+    output: Any = None
+    versions: tuple[int, ...] = ()  # of the output's tensors; in-place changes count them up
+
+
+@dataclass(eq=False)
+class Watch(TorchFunctionMode):
+    """What happened in a pass.
+
+    Attributes:
+        calls: of all submodules, in order of their start.
+        uses: (calls that were going on, identities of the tensors a torch function was given).
+        scores: (calls that were going on, the function, its arguments) of softmaxes and fused
+            attention.
+        output: what the module returned.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    uses: list[tuple[tuple[Call, ...], set[int]]] = field(default_factory=list)
+    scores: list[tuple[tuple[Call, ...], Any, tuple, dict]] = field(default_factory=list)
+    output: Any = None
+    stack: tuple[Call, ...] = ()
+    clock: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if func not in _QUESTIONS and not (func.__name__ == "__get__" and name in _METADATA):
+            self.uses.append((self.stack, {id(x) for x in tensors((args, kwargs))}))
+        if func in _SOFTMAX or func is nnf.scaled_dot_product_attention:
+            self.scores.append((self.stack, func, args, kwargs))
+        return func(*args, **kwargs)
+
+    def _start(self, name: str, counts: dict[str, int]):
+        def hook(_module, _inputs):
+            call = Call(name, counts.get(name, 0), self.clock, self.stack)
+            counts[name] = call.index + 1
+            self.clock += 1
+            self.calls.append(call)
+            self.stack = (*self.stack, call)
+
+        return hook
+
+    def _stop(self, _module, _inputs, output):
+        call = self.stack[-1]
+        call.stop, call.output = self.clock, output
+        call.versions = tuple(x._version for x in tensors(output))
+        self.clock += 1
+        self.stack = self.stack[:-1]
+
+    def used(self, skipped: set[Call], output: Any) -> set[int]:
+        """Identities of tensors whose values are used outside the skipped calls."""
+        found = {id(x) for x in tensors(output)}
+        for stack, identities in self.uses:
+            if not skipped.intersection(stack):
+                found |= identities
+        return found
+
+
+def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> Watch:
+    """Runs the module once, without gradients."""
+    seen, counts = Watch(), {}
+    with ExitStack() as hooks, torch.no_grad():
+        for name, child in module.named_modules():
+            if name:
+                for handle in (
+                    child.register_forward_pre_hook(seen._start(name, counts)),
+                    child.register_forward_hook(seen._stop),
+                ):
+                    hooks.callback(handle.remove)
+        with seen:
+            seen.output = module(*inputs)
+    return seen
+
+
+def cut(seen: Watch, fusion: tuple[str, ...]) -> int:
+    """When the block starts that holds the first call of a fusion module; when that call itself
+    does, if nothing has returned before the block.
+
+    Raises:
+        ValueError: no fusion module was called.
+    """
+    for call in seen.calls:
+        if call.name in fusion:
+            block = call.stack[-1].start if call.stack else call.start
+            before = any(c.stop is not None and c.stop < block for c in seen.calls)
+            return block if before else call.start
+    raise ValueError(
+        f"fusion: {', '.join(fusion)} is not called in the model's forward; is it another branch?"
+    )
+
+
+def finished(seen: Watch, time: int, keep: set[str], names: tuple[str, ...] | None) -> list[Call]:
+    """The outermost calls that had returned by a time, without those of modules in ``keep`` and
+    of modules that hold these.
+
+    Args:
+        names: only these modules' calls; None: all.
+
+    Raises:
+        ValueError: a module of ``names`` was not called, or not before that time.
+    """
+    chosen: list[Call] = []
+    for call in seen.calls:
+        wanted = names is None or call.name in names
+        held = any(k == call.name or k.startswith(call.name + ".") for k in keep)
+        if held or not wanted or not (call.stop is not None and call.stop < time):
+            continue
+        if not any(c.start < call.start and call.stop < c.stop for c in chosen):
+            chosen.append(call)
+    for name in names or ():
+        calls = [c for c in seen.calls if c.name == name]
+        if not calls or any(c not in chosen for c in calls):
+            when = "after the fusion started" if calls else "not at all"
+            raise ValueError(
+                f"encode: {name} is called {when}; needed modules that have returned before"
+            )
+    return chosen
