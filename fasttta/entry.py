@@ -44,7 +44,8 @@ def adapt(
         precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
             stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors are fp32
             (fp64 under ``"fp64"``); fp32 means IEEE fp32.
-        engine: ``"eager"`` or ``"auto"``. Captured steps (``"graph"``) are not in this version.
+        engine: ``"graph"``: steps captured as CUDA graphs, one replay a step; needs a GPU.
+            ``"eager"``; ``"auto"``: eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
         classes, guard: for model families that this version does not have; must be None.
         seed: of the random state.
@@ -73,7 +74,7 @@ def adapt(
         known,
         chosen,
         resolve(precision, parameter.device, parameter.dtype),
-        engine=_engine(engine),
+        engine=_engine(engine, parameter.device),
         seed=int(seed),
         constants=chosen.constants(known.fusion, resources),
     )
@@ -104,15 +105,17 @@ def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, d
     return cls(**options), resources
 
 
-def _engine(engine: str) -> str:
+def _engine(engine: str, device: torch.device) -> str:
     if engine not in _ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; known: {', '.join(map(repr, _ENGINES))}")
-    if engine == "graph":
-        missing = "captured steps are not in this version"
+    if engine != "graph":
+        return "eager"
+    if device.type != "cuda":
+        found = f"the model is on {device}"
         if not torch.cuda.is_available():
-            missing = "it needs CUDA, which is not available"
-        raise ValueError(f'engine="graph": {missing}; use engine="eager"')
-    return "eager"
+            found = "CUDA is not available"
+        raise ValueError(f'engine="graph" needs a model on a GPU, {found}; use engine="eager"')
+    return "graph"
 
 
 def load(
@@ -147,7 +150,7 @@ def load(
         known,
         method,
         resolve(record["precision"], parameter.device, parameter.dtype),
-        engine=_engine(engine),
+        engine=_engine(engine, parameter.device),
         seed=record["seed"],
         constants=constants,
     )

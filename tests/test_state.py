@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import fasttta
 from fasttta import methods
+from fasttta.engine.ahead import Ahead
 
 
 def test_reset_is_bitwise(tiny_model, tiny_batch, method):
@@ -209,16 +210,18 @@ def test_moving_is_refused(tiny_model):
     assert "tuned=468 values" in repr(adapted)
 
 
-def test_failure_after_the_update_rolls_back(tiny_model, tiny_batch, monkeypatch):
+@pytest.mark.parametrize("method", ["read", "abpem"])
+def test_failure_after_the_update_rolls_back(tiny_model, tiny_batch, monkeypatch, method):
     """A step whose second forward dies leaves the state as it was."""
-    adapted = fasttta.adapt(tiny_model(), "abpem", **METHODS["abpem"])
+    adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
     adapted(*tiny_batch())
     before = adapted._state.tensors()
 
-    def dies(self, model, features):
+    def dies(self, *_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(methods.ABPEM, "logits", dies)
+    monkeypatch.setattr(methods.READ, "logits", dies)
+    monkeypatch.setattr(Ahead, "predict", dies)
     with pytest.raises(RuntimeError, match="out of memory"):
         adapted.step(*tiny_batch(seed=2))
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..methods.base import Method, Objective
 from ..trace import span
+from .ahead import Ahead
 from .inputs import prepare
 from .precision import Precision, environment
 from .state import State
@@ -70,6 +71,11 @@ class Step:
     ) -> None:
         self.model, self.method, self.state = model, method, state
         self.precision, self.device, self.host_checks = precision, device, host_checks
+        revisits = method.window_batches > 1 and method.score_at == "after"
+        # where the window is fused batch by batch
+        ahead = revisits and device.type == "cpu"
+        self.first_passes = 1
+        self.ahead = Ahead(model, list(state.leaves.values())) if ahead else None
 
     # ------------------------------------------------------------------ inputs
 
@@ -120,10 +126,13 @@ class Step:
                 restore()
                 raise
 
+    def _logits(self, features: Any) -> Tensor:
+        return self.method.logits(self.model, features)
+
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
         with span("objective"):
             return self.method.objective(
-                self.model,
+                self.ahead or self.model,
                 features,
                 state=state,
                 constants=self.state.constants,
@@ -140,7 +149,7 @@ class Step:
             grads = self._gradients(objective, leaves)
             if method.rho:
                 objective, grads = self._second_pass(features, objective, grads, leaves, carried)
-            finite = valid * torch.isfinite(objective.losses["total"].detach())
+            finite = valid.amax() * torch.isfinite(objective.losses["total"].detach())
             for grad in grads:
                 finite = finite * torch.isfinite(grad).all()
             with span("update"):
@@ -152,13 +161,15 @@ class Step:
             if method.carries_state:
                 carried = {name: x.detach() for name, x in objective.state.items()}
             if first is None:
+                self.first_passes = objective.passes
                 first, used = objective, objective.n_used * finite * objective.apply
                 named = dict(zip(state.leaves, grads, strict=True))
         with torch.no_grad():
             after = None
             if method.score_at == "after":
                 with span("predict"):
-                    after = method.logits(self.model, features)
+                    predict = self.ahead.predict if self.ahead else self._logits
+                    after = predict(features)
             state.method = {name: x.detach() for name, x in objective.state.items()}
             if recovered is not None:
                 first.stats["recovered"] = recovered
@@ -238,7 +249,7 @@ class Step:
         def shown(x: Tensor) -> Tensor:
             # a batch that did not count was computed from zeros: say so rather than show it
             x = fresh(x)
-            return x if self.host_checks else torch.where(valid > 0, x, torch.nan)
+            return x if self.host_checks else torch.where(valid.amax() > 0, x, torch.nan)
 
         if not isinstance(used, Tensor):
             used = torch.full((), used, device=self.device)
@@ -251,5 +262,7 @@ class Step:
             grads={n: fresh(g) for n, g in self.state.named(grads).items()}
             if trace and grads
             else ({} if trace else None),
-            trace={name: fresh(x) for name, x in objective.trace.items()} if trace else None,
+            trace={name: fresh(x() if callable(x) else x) for name, x in objective.trace.items()}
+            if trace
+            else None,
         )

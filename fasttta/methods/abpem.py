@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, SourceStats
 from .base import Method, Objective, require, require_int, require_number
+from .window import Queue, Ring
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class ABPEM(Method):
         return any((self.entropy_weight, self.balance_weight, self.attention_weight))
 
     @property
+    def window_batches(self) -> int:
+        return self.window
+
+    @property
     def balanced(self) -> bool:
         return self.balance_weight != 0
 
@@ -119,57 +124,51 @@ class ABPEM(Method):
             )
         return {"anchor_mean": mean, "anchor_std": std}
 
-    def _window(
-        self, tokens: Tensor, state: Mapping[str, Tensor], valid: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Encoder outputs in the loss, oldest batch first, and whether each batch counts."""
-        past = range(min(self.window - 1, sum(key.startswith("queue.") for key in state)))
-        queue = [state[f"queue.{i}"] for i in past]
-        return [*queue, _or_zeros(tokens, valid)], [*(state[f"valid.{i}"] for i in past), valid]
-
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         valid = valid * torch.isfinite(features).all()
-        batches, counts = self._window(features, state, valid)
-        x = torch.cat(batches) if len(batches) > 1 else batches[0]  # [n, T, D]
-        weight = torch.cat([c.expand(len(b)) for b, c in zip(batches, counts, strict=True)])
-        logits, (q, k, scale) = model.fuse_attention(x)
-        total, entropy, balance = F.adaptation_head(
-            logits, self.k, self.entropy_weight, self.balance_weight, self.balance, weight=weight
-        )
+        window = (Ring if "ring" in state else Queue)(features, valid, self.window, state)
         anchor = None
         if self.anchor == "source":
             anchor = F.Moments(constants["anchor_mean"], constants["anchor_std"])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_weight != 0):
-            gap, moments = F.attention_bootstrap(
-                q, k, model.spans, scale, self.heads, self.pair, anchor=anchor, return_moments=True
-            )
-            used = weight.to(gap.dtype)
-            attention = torch.where(used > 0, gap * used, 0).sum() / used.sum()
+        passes: list[tuple[Tensor, ...]] = [()] * len(window.batches)
+        for i in window.order:
+            logits, (q, k, scale) = model.fuse_attention(window.batches[i])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_weight != 0):
+                gap, moments = F.attention_bootstrap(
+                    q, k, model.spans, scale, self.heads, self.pair, anchor=anchor,
+                    return_moments=True,
+                )  # fmt: skip
+            passes[i] = logits, gap, *moments, q, k
+        *results, q, k = zip(*passes, strict=True)
+        logits, gap, mean, std = map(_joined, results)
+        weight = window.weight
+        total, entropy, balance = F.adaptation_head(
+            logits, self.k, self.entropy_weight, self.balance_weight, self.balance, weight=weight
+        )
+        used = weight.to(gap.dtype)
+        attention = torch.where(used > 0, gap * used, 0).sum() / used.sum()
         if self.attention_weight != 0:
             total = total + self.attention_weight * attention
-        current = logits[-len(features) :]
+        current = window.current(logits)
         # finite tokens may still overflow: such a batch must not spoil later windows either
-        counts[-1] = valid * torch.isfinite(current.detach()).all()
-        batches[-1] = _or_zeros(batches[-1], counts[-1])
-        first = max(0, len(batches) - (self.window - 1))
+        kept = valid * torch.isfinite(current.detach()).all()
         return Objective(
             losses={
                 "entropy": entropy, "balance": balance, "attention": attention, "total": total
             },
             logits=current,
             n_used=weight.sum(),
-            stats={
-                "score_mean": moments.mean,
-                "score_std": moments.std,
-                "attention_gap": gap,
+            stats={"score_mean": mean, "score_std": std, "attention_gap": gap},
+            state=window.after(kept),
+            passes=len(passes),
+            trace={
+                "tokens": features,
+                "window_logits": logits,
+                "q": lambda: _joined(q),
+                "k": lambda: _joined(k),
             },
-            state={f"queue.{i}": b for i, b in enumerate(batches[first:])}
-            | {f"valid.{i}": c for i, c in enumerate(counts[first:])},
-            trace={"tokens": features, "window_logits": logits, "q": q, "k": k},
         )  # fmt: skip
 
 
-def _or_zeros(tokens: Tensor, counts: Tensor) -> Tensor:
-    """The tokens of a batch that counts, else zeros: what a weight of 0 multiplies must be
-    finite."""
-    return torch.where(counts > 0, tokens, 0)
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -22,9 +22,15 @@ class Objective:
     n_used: Tensor | int  # samples that entered the loss
     stats: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)  # method state once the step succeeds
-    trace: dict[str, Tensor] = field(default_factory=dict)
+    trace: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     apply: Tensor | float = 1.0  # 0: the method leaves this update out
     recover: Tensor | None = None  # 0-d bool, true: back to the start after this update
+    passes: int = 1  # of the fusion, the last of which holds the current batch
+
+
+def sample_weight(valid: Tensor) -> Tensor | None:
+    """Weights [B] of a batch's samples in a mean; None: all alike."""
+    return valid if valid.ndim else None
 
 
 def require(condition: bool, name: str, value: Any, needed: str) -> None:
@@ -93,6 +99,11 @@ class Method:
         return self.group is not None
 
     @property
+    def window_batches(self) -> int:
+        """Batches in the loss, the current one included."""
+        return 1
+
+    @property
     def balanced(self) -> bool:
         """Whether the loss has a class-balance term, which a single sample degenerates."""
         return False
@@ -118,6 +129,11 @@ class Method:
         """What the steps on one batch share: encoder outputs where these are frozen."""
         return model.encode(*inputs) if self.frozen_encoder else inputs
 
+    def blank_state(self, features: Tensor, num_classes: int) -> dict[str, Tensor]:
+        """The state before any batch as tensors of their final shape, for captured steps (a window
+        excepted, for which the step has places of its own)."""
+        return {}
+
     def logits(self, model: FusionModel, features: Any) -> Tensor:
         """Prediction [B, C] with the current weights."""
         return model.fuse(features if self.frozen_encoder else model.encode(*features))
@@ -138,7 +154,8 @@ class Method:
             state: the method's state before this batch; never written to.
             constants: what ``constants`` returned.
             valid: 0-d float, 0 if the batch holds non-finite values (then the step skips the
-                update on the device and this batch must not spoil later ones).
+                update on the device and this batch must not spoil later ones); or [B], 0 also for
+                rows that only fill a batch up to the size that a step was captured with.
         """
         raise TypeError(f"{type(self).__name__} defines no objective")
 

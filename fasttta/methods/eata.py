@@ -93,6 +93,9 @@ class EATA(Method):
             constants |= {f"fisher.{name}": weights, f"source.{name}": value}
         return constants
 
+    def blank_state(self, features, num_classes) -> dict[str, Tensor]:
+        return {"average": features.new_zeros(num_classes)}
+
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = self.logits(model, features)
         margin = 0.4 * math.log(logits.shape[1]) if self.e_margin is None else self.e_margin

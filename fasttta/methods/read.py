@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .. import functional as F
-from .base import Method, Objective
+from .base import Method, Objective, sample_weight
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class READ(Method):
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = model.fuse(features)
-        total, entropy, balance = F.adaptation_head(logits, 1, balance="softmax-sum", eps=0.0)
+        weight = sample_weight(valid)
+        total, entropy, balance = F.adaptation_head(
+            logits, 1, balance="softmax-sum", eps=0.0, weight=weight
+        )
         losses = {"entropy": entropy, "balance": balance, "total": total}
-        return Objective(losses=losses, logits=logits, n_used=logits.shape[0])
+        used = logits.shape[0] if weight is None else weight.sum()
+        return Objective(losses=losses, logits=logits, n_used=used)

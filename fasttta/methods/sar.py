@@ -68,6 +68,9 @@ class SAR(Method):
         used = (entropy.detach() < margin) & among
         return torch.where(used, entropy, 0).sum() / used.sum().clamp_min(1), used
 
+    def blank_state(self, features, num_classes) -> dict[str, Tensor]:
+        return {"average": -features.new_ones(())}
+
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = self.logits(model, features)
         loss, used = self._mean_entropy(logits, valid > 0)

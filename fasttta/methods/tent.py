@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from .. import functional as F
-from .base import Method, Objective
+from .base import Method, Objective, sample_weight
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Tent(Method):
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = self.logits(model, features)
-        entropy = F.entropy(logits).mean()
-        return Objective(
-            losses={"entropy": entropy, "total": entropy}, logits=logits, n_used=logits.shape[0]
-        )
+        weight, entropy, used = sample_weight(valid), F.entropy(logits), logits.shape[0]
+        if weight is not None:
+            used = weight.sum()
+            entropy = torch.where(weight > 0, entropy * weight, 0)
+        entropy = entropy.sum() / used
+        return Objective(losses={"entropy": entropy, "total": entropy}, logits=logits, n_used=used)

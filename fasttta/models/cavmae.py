@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 
@@ -15,6 +16,11 @@ from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
 _PARTS = ("weight", "bias")
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Block(nn.Module):
@@ -268,7 +274,17 @@ class CAVMAE(nn.Module):
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first."""
         with span("encode"):
-            return torch.cat((self.encode_audio(audio), self.encode_video(video)), dim=1)
+            side = _side_stream(audio.device) if audio.is_cuda else None
+            if side is None or not torch.cuda.is_current_stream_capturing():
+                return torch.cat((self.encode_audio(audio), self.encode_video(video)), dim=1)
+            # the encoders are independent branches of the captured graph
+            here = torch.cuda.current_stream(audio.device)
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                v = self.encode_video(video)
+            a = self.encode_audio(audio)
+            here.wait_stream(side)
+            return torch.cat((a, v), dim=1)
 
     def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
         """Fusion blocks, final LayerNorm and mean over tokens: [B, T, D] -> [B, D].

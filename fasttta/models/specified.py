@@ -281,15 +281,15 @@ class SpecifiedModel(nn.Module):
 
     # ------------------------------------------------------------------ what the module returns
 
-    def returned(self, logits: Tensor, first: bool) -> Any:
+    def returned(self, logits: Tensor, number: int) -> Any:
         """What the module returned, as it returns it, for the prediction ``logits`` [B, C].
 
         Args:
-            first: it was made by the first pass since ``outputs`` was set to [], else by the last.
+            number: of the pass that made it (or ended with it), since ``outputs`` was set to [].
         """
         if not self.outputs:
             return logits
-        samples, theirs, output = self.outputs[0 if first else -1]
+        samples, theirs, output = self.outputs[number]
 
         def fresh(x: Tensor) -> Tensor:
             if x is theirs:

@@ -1,0 +1,265 @@
+"""Steps captured as CUDA graphs: one replay a step, nothing decided on the host."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Objective
+from .precision import environment
+from .step import Step, StepResult
+
+_WARM_UP = 3  # steps on a side stream before capture: kernels compile, the allocator settles
+
+
+@dataclass
+class Plan:
+    """One captured step: buffers that it reads and the results that it writes.
+
+    Attributes:
+        inputs: static, for ``size`` samples.
+        features: static encoder outputs where the step is given them, else None.
+        present: [size], 1 for rows that hold a sample.
+        state: the method's state; for a window ``ring``, ``counts`` and ``place``.
+        result: static, of the whole buffer; rows of samples that are not there mean nothing.
+        graph: None where steps run without capture (in tests, which have no GPU).
+    """
+
+    inputs: tuple[Tensor, ...]
+    features: Tensor | None
+    present: Tensor
+    state: dict[str, Tensor] = field(default_factory=dict)
+    result: StepResult | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.present)
+
+
+class GraphStep(Step):
+    """Runs a method with forward, objective, backward, update and prediction as one graph replay.
+
+    A batch smaller than the captured one leaves rows empty, with weight 0; a larger one, or one
+    of other shapes, is captured anew. While the window fills, its empty places have weight 0.
+    ``trace=True`` runs eagerly on the same state.
+
+    Args:
+        capture: off: the same steps on the same static buffers without a graph.
+    """
+
+    def __init__(self, *args: Any, capture: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.host_checks = False
+        self.capture = capture
+        self.plans: dict[tuple, Plan] = {}
+        self.current: Plan | None = None
+        self.rows: list[int] = []  # samples in each place of the window, oldest first
+        self.place = 0  # of the newest
+        self.published: dict[str, Tensor] | None = None
+        self.pool = torch.cuda.graph_pool_handle() if capture else None
+        self.ahead = None  # the window is one pass here
+
+    def __deepcopy__(self, memo: dict) -> GraphStep:
+        # graphs are of the buffers they were captured with
+        model, state = (copy.deepcopy(x, memo) for x in (self.model, self.state))
+        return GraphStep(
+            model, self.method, state, self.precision, self.device, False, capture=self.capture
+        )
+
+    def __call__(
+        self, inputs: tuple[Tensor, ...], *, features: Any = None, trace: bool = False
+    ) -> StepResult:
+        if trace or not (features is None or isinstance(features, Tensor)):
+            return super().__call__(inputs, features=features, trace=trace)
+        with torch.inference_mode(False), torch.no_grad():
+            plan = self._plan(inputs, features)
+            if plan is not self.current or self.state.method is not self.published:
+                self._enter(plan)
+            size = len(inputs[0])
+            for buffer, x in zip(plan.inputs, inputs, strict=True):
+                buffer[:size].copy_(x)
+            if features is not None:
+                plan.features[:size].copy_(features)
+            plan.present.fill_(0)[:size].fill_(1)
+            self._advance(size)
+            if self._window:
+                plan.state["place"].fill_(self.place)
+            if plan.graph is None:
+                plan.result = self._body(plan)
+            else:
+                plan.graph.replay()
+            self._publish(plan)
+            return self._taken(plan, size)
+
+    # ------------------------------------------------------------------ the step itself
+
+    @property
+    def _window(self) -> int:
+        """Places of the window, 0 for methods without one."""
+        return self.method.window_batches if self.method.window_batches > 1 else 0
+
+    def _body(self, plan: Plan) -> StepResult:
+        """One step on static buffers; what is captured."""
+        features = plan.features
+        if features is None:
+            features = self.encode(plan.inputs)
+        with environment(self.device, self.precision, grad=True):
+            valid = self._valid(plan.inputs) * plan.present
+            state = plan.state
+            if self._window:
+                self._write(state, features, valid * torch.isfinite(features).all())
+            self.state.method = state
+            if self.method.updates:
+                result = self._adapt(features, valid, False)
+            else:
+                with torch.no_grad():
+                    objective: Objective = self._objective(features, valid, state)
+                self.state.method = objective.state
+                result = self._result(objective, objective.logits, valid, 0, {}, False)
+            with torch.no_grad():
+                method = self.state.method
+                if self._window:
+                    self._write(state, features, method["kept"])
+                else:
+                    for name, x in method.items():
+                        state[name].copy_(x)
+            return result
+
+    def _write(self, state: dict[str, Tensor], features: Tensor, counts: Tensor) -> None:
+        """The current batch to its place; samples that do not count as zeros."""
+        with torch.no_grad():
+            mask = counts.reshape(-1, *(1,) * (features.ndim - 1)) > 0
+            tokens = torch.where(mask, features, 0)
+            state["ring"].index_copy_(0, state["place"], tokens.unsqueeze(0))
+            state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
+
+    # ------------------------------------------------------------------ capture
+
+    def _plan(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
+        """The captured step that this batch fits into."""
+        key = tuple((x.shape[1:], x.dtype) for x in inputs)
+        key += (None if features is None else (features.shape[1:], features.dtype),)
+        plan = self.plans.get(key)
+        if plan is None or plan.size < len(inputs[0]):
+            plan = self._captured(inputs, features)
+            self.plans[key] = plan
+        return plan
+
+    def _captured(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
+        size = len(inputs[0])
+        plan = Plan(
+            tuple(x.clone() for x in inputs),
+            None if features is None else features.clone(),
+            torch.ones(size, dtype=self.precision.master, device=self.device),
+        )
+        tokens = self.encode(inputs) if features is None else features
+        if self._window:
+            places = self._window
+            plan.state = {
+                "ring": tokens.new_zeros((places, *tokens.shape)),
+                "counts": plan.present.new_zeros((places, size)),
+                "place": torch.zeros(1, dtype=torch.int64, device=self.device),
+            }
+        elif self.method.updates:
+            first = tokens if isinstance(tokens, Tensor) else plan.present
+            with environment(self.device, self.precision, grad=False):
+                classes = self.method.logits(self.model, tokens).shape[1]
+            plan.state = self.method.blank_state(
+                first.new_zeros(0, dtype=self.precision.master), classes
+            )
+        if not self.capture:
+            return plan
+        method, restore = self.state.method, self.state.snapshot()
+        blank = {name: x.clone() for name, x in plan.state.items()}
+        try:
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._body(plan)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            plan.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(plan.graph, pool=self.pool):
+                plan.result = self._body(plan)
+        finally:
+            restore()
+            self.state.method = method
+            for name, x in blank.items():
+                plan.state[name].copy_(x)
+        return plan
+
+    # ------------------------------------------------------------------ state in and out
+
+    def _enter(self, plan: Plan) -> None:
+        """Takes the method's state, as eager steps and saved files have it, into the buffers."""
+        state = {name: x.clone() for name, x in self.state.method.items()}  # may lie in the buffers
+        if self._window:
+            plan.state["ring"].zero_()
+            plan.state["counts"].zero_()
+            past = [state[f"queue.{i}"] for i in range(sum(n.startswith("queue.") for n in state))]
+            past = past[-(self._window - 1) :]
+            self.rows = [len(tokens) for tokens in past]
+            # sums run in the order of the places: as they were, the next step is bit-identical
+            self.place = int(state.get("place", len(past) - 1))
+            for i, (place, n) in enumerate(self._order()):
+                plan.state["ring"][place, :n] = past[i]
+                plan.state["counts"][place, :n] = state[f"valid.{i}"]
+        else:
+            blank = self.method.blank_state(plan.present.new_zeros(0), self._classes(plan))
+            for name, buffer in plan.state.items():
+                buffer.copy_(state.get(name, blank[name]))
+        self.current = plan
+
+    def _classes(self, plan: Plan) -> int:
+        average = plan.state.get("average")
+        return average.numel() if average is not None else 0
+
+    def _advance(self, size: int) -> None:
+        """Which place the next batch takes: that of the oldest, once the window is full."""
+        if self._window:
+            self.place = (self.place + 1) % self._window
+            self.rows = [*self.rows, size][-self._window :]
+
+    def _order(self) -> list[tuple[int, int]]:
+        """(place, samples) of the window's batches, oldest first."""
+        last = len(self.rows) - 1
+        return [((self.place - last + i) % self._window, n) for i, n in enumerate(self.rows)]
+
+    def _publish(self, plan: Plan) -> None:
+        """The method's state as eager steps have it: views of the buffers."""
+        if self._window:
+            past = self._order()[-(self._window - 1) :]
+            ring, counts = plan.state["ring"], plan.state["counts"]
+            self.state.method = {
+                f"queue.{i}": ring[place, :n] for i, (place, n) in enumerate(past)
+            } | {f"valid.{i}": counts[place, 0] for i, (place, _) in enumerate(past)}
+            self.state.method["place"] = torch.tensor(self.place)  # on the host
+        else:
+            self.state.method = dict(plan.state)
+        self.published = self.state.method
+
+    def _taken(self, plan: Plan, size: int) -> StepResult:
+        """Fresh copies of the static results, of the samples that are there."""
+        result = plan.result
+
+        def rows(x: Tensor) -> Tensor:
+            if not x.ndim:
+                return x.clone()
+            if not self._window:
+                return x[:size].clone()
+            parts = [x[p * plan.size : p * plan.size + n] for p, n in self._order()]
+            return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+
+        return replace(
+            result,
+            logits=result.logits[:size].clone(),
+            logits_before=result.logits_before[:size].clone(),
+            n_used=result.n_used.clone(),
+            losses={name: x.clone() for name, x in result.losses.items()},
+            stats={name: rows(x) for name, x in result.stats.items()},
+        )
