@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods.window import joined, pieces
+
 
 class Ahead:
     """A model whose last prediction's fusion pass is kept, with what its backward needs, and given
@@ -19,23 +21,25 @@ class Ahead:
 
     def __init__(self, model: nn.Module, leaves: list[Tensor]) -> None:
         self._model, self._leaves = model, leaves
-        self._kept: tuple[Tensor, list[int], Any] | None = None
+        self._kept: list[tuple[Tensor, list[int], Any]] = []
 
     def predict(self, tokens: Tensor) -> Tensor:
-        """Logits [B, C] of tokens, from a pass that is kept."""
-        with torch.enable_grad():
-            output = self._model.fuse_attention(tokens)
-        self._kept = tokens, self._versions(tokens), output
-        return output[0].detach()
+        """Logits [B, C] of tokens, from passes that are kept."""
+        self._kept = []
+        for part in pieces(self._model, tokens):
+            with torch.enable_grad():
+                output = self._model.fuse_attention(part)
+            self._kept.append((part, self._versions(part), output))
+        return joined([output[0].detach() for _, _, output in self._kept])
 
     def fuse_attention(self, tokens: Tensor) -> Any:
-        if self._kept is not None:
-            kept, versions, output = self._kept
+        for i, (kept, versions, output) in enumerate(self._kept):
             # one storage, which cannot have been given away while it is held here
             if kept.data_ptr() == tokens.data_ptr() and kept.shape == tokens.shape:
-                self._kept = None  # its graph is good for one backward
+                del self._kept[i]  # its graph is good for one backward
                 if versions == self._versions(tokens):
                     return output
+                break
         return self._model.fuse_attention(tokens)
 
     def _versions(self, tokens: Tensor) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, SourceStats
 from .base import Method, Objective, require, require_int, require_number
-from .window import Queue, Ring
+from .window import Queue, Ring, joined
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ class ABPEM(Method):
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         valid = valid * torch.isfinite(features).all()
-        window = (Ring if "ring" in state else Queue)(features, valid, self.window, state)
+        window = (Ring if "ring" in state else Queue)(model, features, valid, self.window, state)
         anchor = None
         if self.anchor == "source":
             anchor = F.Moments(constants["anchor_mean"], constants["anchor_std"])
-        passes: list[tuple[Tensor, ...]] = [()] * len(window.batches)
+        passes: list[tuple[Tensor, ...]] = [()] * len(window.portions)
         for i in window.order:
-            logits, (q, k, scale) = model.fuse_attention(window.batches[i])
+            logits, (q, k, scale) = model.fuse_attention(window.portions[i])
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_weight != 0):
                 gap, moments = F.attention_bootstrap(
                     q, k, model.spans, scale, self.heads, self.pair, anchor=anchor,
@@ -140,7 +140,7 @@ class ABPEM(Method):
                 )  # fmt: skip
             passes[i] = logits, gap, *moments, q, k
         *results, q, k = zip(*passes, strict=True)
-        logits, gap, mean, std = map(_joined, results)
+        logits, gap, mean, std = map(joined, results)
         weight = window.weight
         total, entropy, balance = F.adaptation_head(
             logits, self.k, self.entropy_weight, self.balance_weight, self.balance, weight=weight
@@ -164,11 +164,7 @@ class ABPEM(Method):
             trace={
                 "tokens": features,
                 "window_logits": logits,
-                "q": lambda: _joined(q),
-                "k": lambda: _joined(k),
+                "q": lambda: joined(q),
+                "k": lambda: joined(k),
             },
         )  # fmt: skip
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]

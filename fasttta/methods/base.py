@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import FusionModel, Slot
+from .window import joined, pieces
 
 
 @dataclass
@@ -136,7 +137,9 @@ class Method:
 
     def logits(self, model: FusionModel, features: Any) -> Tensor:
         """Prediction [B, C] with the current weights."""
-        return model.fuse(features if self.frozen_encoder else model.encode(*features))
+        if not self.frozen_encoder:
+            return model.fuse(model.encode(*features))
+        return joined([model.fuse(part) for part in pieces(model, features)])
 
     def objective(
         self,

@@ -41,7 +41,7 @@ class READ(Method):
         return True
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
-        logits = model.fuse(features)
+        logits = self.logits(model, features)
         weight = sample_weight(valid)
         total, entropy, balance = F.adaptation_head(
             logits, 1, balance="softmax-sum", eps=0.0, weight=weight

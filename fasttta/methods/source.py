@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from .base import Method, Objective
 
 
@@ -23,5 +21,4 @@ class Source(Method):
     lr: float = 0.0
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
-        logits: Tensor = model.fuse(features)
-        return Objective(losses={}, logits=logits, n_used=0)
+        return Objective(losses={}, logits=self.logits(model, features), n_used=0)

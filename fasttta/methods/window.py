@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from ..protocols import FusionModel
 
 
 def or_zeros(tokens: Tensor, counts: Tensor) -> Tensor:
@@ -20,6 +22,17 @@ def or_zeros(tokens: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts.reshape(counts.shape + (1,) * (tokens.ndim - 1)) > 0, tokens, 0)
 
 
+def pieces(model: FusionModel, tokens: Tensor) -> Sequence[Tensor]:
+    """Encoder outputs in the portions that the model is best fused in."""
+    split = getattr(model, "pieces", None)
+    return (tokens,) if split is None else split(tokens)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat, without a copy of a single part."""
+    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
 class Queue:
     """A list of past batches, which may differ in size, oldest first; the current one is last.
 
@@ -27,31 +40,36 @@ class Queue:
     batch is the last step's prediction), on a GPU all together.
 
     Attributes:
-        batches: what to fuse, [b, ...] each; ``order``: in which.
+        portions: what to fuse, [b, ...] each.
+        order: in which, as indices: the newest past batch first, as where its pass is already
+            there, so that gradients add up in one order and to the same bits.
         weight: [n], 1 where a sample counts.
     """
 
     def __init__(
-        self, tokens: Tensor, valid: Tensor, size: int, state: Mapping[str, Tensor]
+        self,
+        model: FusionModel,
+        tokens: Tensor,
+        valid: Tensor,
+        size: int,
+        state: Mapping[str, Tensor],
     ) -> None:
         past = range(min(size - 1, sum(key.startswith("queue.") for key in state)))
-        self.tokens, self.size = (
-            [*(state[f"queue.{i}"] for i in past), or_zeros(tokens, valid)],
-            size,
-        )
+        self.size = size
+        self.tokens = [*(state[f"queue.{i}"] for i in past), or_zeros(tokens, valid)]
         self.counts = [*(state[f"valid.{i}"] for i in past), valid]
         self.weight = torch.cat(
             [c.expand(len(t)) for t, c in zip(self.tokens, self.counts, strict=True)]
         )
-        together = tokens.device.type != "cpu" and len(self.tokens) > 1
-        self.batches = [torch.cat(self.tokens)] if together else self.tokens
-
-    @property
-    def order(self) -> list[int]:
-        """In which to fuse: the newest past batch first, as where its pass is already there, so
-        that gradients add up in one order and to the same bits."""
-        *past, current = range(len(self.batches))
-        return [*past[-1:], *past[:-1], current]
+        if tokens.device.type != "cpu":
+            self.portions, self.order = [joined(self.tokens)], [0]
+            return
+        numbers, self.portions = [], []
+        for batch in self.tokens:
+            parts = pieces(model, batch)
+            numbers.append(range(len(self.portions), len(self.portions) + len(parts)))
+            self.portions += parts
+        self.order = [i for n in (*numbers[-2:-1], *numbers[:-2], numbers[-1]) for i in n]
 
     def current(self, logits: Tensor) -> Tensor:
         """Rows of the current batch among those of the window, [n, C] -> [B, C]."""
@@ -59,10 +77,8 @@ class Queue:
 
     def after(self, kept: Tensor) -> dict[str, Tensor]:
         """The state for the next batch; ``kept``: whether the current one counts then."""
-        tokens, counts = (
-            [*self.tokens[:-1], or_zeros(self.tokens[-1], kept)],
-            [*self.counts[:-1], kept],
-        )
+        tokens = [*self.tokens[:-1], or_zeros(self.tokens[-1], kept)]
+        counts = [*self.counts[:-1], kept]
         first = max(0, len(tokens) - (self.size - 1))
         return {f"queue.{i}": t for i, t in enumerate(tokens[first:])} | {
             f"valid.{i}": c for i, c in enumerate(counts[first:])
@@ -78,10 +94,15 @@ class Ring:
     """
 
     def __init__(
-        self, tokens: Tensor, valid: Tensor, size: int, state: Mapping[str, Tensor]
+        self,
+        model: FusionModel,
+        tokens: Tensor,
+        valid: Tensor,
+        size: int,
+        state: Mapping[str, Tensor],
     ) -> None:
         self.shape, self.place = state["counts"].shape, state["place"]
-        self.batches, self.order = [state["ring"].flatten(0, 1)], [0]
+        self.portions, self.order = [state["ring"].flatten(0, 1)], [0]
         self.weight = state["counts"].flatten(0, 1)
 
     def current(self, logits: Tensor) -> Tensor:
