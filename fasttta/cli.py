@@ -34,28 +34,120 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--samples", type=int, help="samples in a stream (default 960)")
     demo.add_argument("--batch", type=int, default=64, help="samples in a batch (default 64)")
     demo.add_argument("--seeds", type=_numbers, default=[0], metavar="0,1", help="(default 0)")
+    _report_arguments(demo)
     demo.set_defaults(command=_demo)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report", metavar="OUT.html", help="also write table and charts as one HTML file"
+    )
+    parser.add_argument(
+        "--png",
+        action="store_true",
+        help="also write the charts as PNG files into OUT-charts/ beside the HTML file; needs "
+        "matplotlib: pip install 'fasttta[report]'",
+    )
+
+
+def _check_report(options: argparse.Namespace) -> None:
+    """Refuses what could not be written, before anything is computed."""
+    from .evaluate.output import check_folder, check_matplotlib, check_output
+
+    if options.png and options.report is None:
+        raise ValueError("--png writes beside the HTML file; name that too: --report out.html")
+    if options.report is not None:
+        check_output(options.report, "--report")
+    if options.png:
+        try:
+            check_matplotlib()
+        except ModuleNotFoundError as error:
+            raise ValueError(error) from error
+        check_folder(_charts_folder(options.report), "--png: the folder of the charts")
+
+
+def _charts_folder(report: str) -> str:
+    return os.path.splitext(report)[0] + "-charts"
+
+
+def _write_report(options: argparse.Namespace, report) -> None:
+    """Writes what was asked for; says where on standard error, which JSON does not go to."""
+    if options.report is None:
+        return
+    print(f"report: {report.to_html(options.report)}", file=sys.stderr)
+    if options.png:
+        paths = report.to_png(_charts_folder(options.report))
+        print(f"charts: {len(paths)} files in {paths[0].parent}", file=sys.stderr)
 
 
 def _demo(options: argparse.Namespace) -> int:
     from .demo import run as demo
+    from .evaluate import Report
 
+    _check_report(options)
     given = {name: getattr(options, name) for name in ("streams", "methods", "samples")}
     chosen = {name: value for name, value in given.items() if value is not None}
-    report = demo.run(
-        **{**(demo.QUICK if options.quick else {}), **chosen},
-        severity=options.severity,
-        batch=options.batch,
-        seeds=options.seeds,
-        progress=demo.ProgressBar(),
-    )
-    print(json.dumps(report, indent=1) if options.json else demo.table(report))
-    if not options.json:
-        machine = report["machine"]
-        print(
-            f"{report['seconds']:.1f} s on {machine['processor']}, {machine['threads']} threads, "
-            f"torch {machine['torch']}"
+    report = Report(
+        demo.run(
+            **{**(demo.QUICK if options.quick else {}), **chosen},
+            severity=options.severity,
+            batch=options.batch,
+            seeds=options.seeds,
+            progress=demo.ProgressBar(),
         )
+    )
+    _print(report.data, report.table(), options.json)
+    _write_report(options, report)
+    return 0
+
+
+def _print(found: dict, text: str, json_wanted: bool) -> None:
+    from .evaluate.output import as_json
+
+    if json_wanted:
+        print(as_json(found))
+        return
+    machine = found["machine"]
+    print(text)
+    print(
+        f"{found['seconds']:.1f} s on {machine['processor']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}"
+    )
+
+
+def _study_parser(commands: argparse._SubParsersAction) -> None:
+    study = commands.add_parser(
+        "study",
+        help="measure on the demo's model why ABPEM works: attention gap, ablations, gradients",
+        description="gap: attention gap and accuracy against the severity of corruptions. ablate: "
+        "loss terms and options of ABPEM, one at a time. gradients: how gradients of label-free "
+        "losses agree with the cross-entropy's. Without a name all three.",
+    )
+    study.add_argument(
+        "names", nargs="*", metavar="gap|ablate|gradients", help="which (default: all three)"
+    )
+    study.add_argument("--quick", action="store_true", help="fewer samples and settings")
+    study.add_argument("--json", action="store_true", help="print the results as JSON")
+    study.add_argument(
+        "--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default 0,1,2)"
+    )
+    _report_arguments(study)
+    study.set_defaults(command=_study)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from .demo import study
+    from .evaluate import ProgressBar
+
+    _check_report(options)
+    found = study.run(
+        options.names or tuple(study.STUDIES),
+        seeds=options.seeds,
+        quick=options.quick,
+        progress=ProgressBar(),
+    )
+    _print(found, study.table(found), options.json)
+    _write_report(options, study.document(found))
     return 0
 
 
@@ -77,21 +169,45 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _inspect_parser(commands: argparse._SubParsersAction) -> None:
     inspect = commands.add_parser(
-        "inspect", help="what a checkpoint is recognised as, and what each method would tune"
+        "inspect", help="what a model is recognised as, and what each method would tune"
     )
-    inspect.add_argument("model", metavar="MODEL", help="a CAV-MAE checkpoint file")
+    inspect.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a CAV-MAE checkpoint file, or package.module:name of a module or of a function "
+        "that builds one",
+    )
     inspect.add_argument("--num-heads", type=int, help="attention heads (default 12)")
+    inspect.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="shape of an input, batch first (4x1024x128; 4x20:int64 for token ids), one for each: "
+        "how the parts of a fusion transformer that is no CAV-MAE are found",
+    )
+    inspect.add_argument("--logits", help="where the logits are in what the model returns")
+    inspect.add_argument("--emit-spec", action="store_true", help="print a ModelSpec as Python")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
     inspect.set_defaults(command=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from . import inspection
-    from .models import CAVMAE
 
-    model = CAVMAE.from_checkpoint(options.model, num_heads=options.num_heads or 12)
-    found = inspection.describe(model)
-    found["heads_assumed"] = options.num_heads is None  # a checkpoint does not say
+    model = inspection.open_model(options.model, options.num_heads)
+    spec = None
+    if options.input:
+        spec = inspection.detect(model, options.input, options.logits, options.num_heads)
+    if options.emit_spec:
+        text = (spec or inspection.spec_of(model)).source()
+        print(json.dumps({"spec": text}) if options.json else text)
+        return 0
+    try:
+        found = inspection.describe(model, spec)
+    except TypeError as error:  # a model that fasttta does not know
+        raise ValueError(str(error)) from error
+    found["heads_assumed"] = options.num_heads is None and "blocks" in found
     print(json.dumps(found, indent=1) if options.json else inspection.table(found))
     return 0
 
@@ -107,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fasttta {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _demo_parser(commands)
+    _study_parser(commands)
     _inspect_parser(commands)
     _doctor_parser(commands)
     options = parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import fusions
@@ -34,10 +35,12 @@ def test_doctor(capsys):
     assert found["operations"].keys() == forward
     # what it says of a backend is what asking for it says
     q = torch.randn(1, 1, 4, 2)
-    for backend in ("triton", "cpp"):
-        assert found["operations"]["score_moments"][backend] == "no kernel in this version"
-        with pytest.raises(ValueError, match="in this version"):
-            fasttta.functional.score_moments(q, q, (2, 2), backend=backend)
+    why_not = found["operations"]["score_moments"]["cpp"]
+    with pytest.raises(ValueError, match=re.escape(why_not)):
+        fasttta.functional.score_moments(q, q, (2, 2), backend="cpp")
+    built = found["native"]["library"] is not None
+    assert found["operations"]["entropy"]["cpu"] == ("cpp" if built else "composite")
+    assert (found["operations"]["entropy"]["cpp"] == "live") == built
     status, out, _ = _run(capsys, "doctor")
     assert status == 0
     for word in (*forward, found["processor"]["name"], "torch", "engine", "GPU"):
@@ -47,13 +50,13 @@ def test_doctor(capsys):
 def test_doctor_asks_the_dispatcher():
     """A kernel that is registered shows up without anybody telling doctor."""
     library = torch.library.Library("fasttta", "IMPL")
-    before = environment.diagnose()["operations"]["entropy"]["cpp"]
-    library.impl("entropy", lambda logits: logits.sum(-1), "CPU")
+    before = environment.diagnose()["operations"]["score_moments"]["cpp"]
+    library.impl("score_moments", lambda q, k, *_: (q, k), "CPU")
     try:
-        assert environment.diagnose()["operations"]["entropy"]["cpp"] == "live"
+        assert environment.diagnose()["operations"]["score_moments"]["cpp"] == "live"
     finally:
         library._destroy()
-    assert environment.diagnose()["operations"]["entropy"]["cpp"] == before
+    assert environment.diagnose()["operations"]["score_moments"]["cpp"] == before != "live"
 
 
 def test_doctor_without_a_package(monkeypatch):

@@ -110,6 +110,7 @@ def test_help_lists_what_works(capsys):
         cli.main(["--help"])
     assert re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE) == [
         "demo",
+        "study",
         "inspect",
         "doctor",
     ]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..entry import adapt
-from ..environment import processor
+from ..evaluate import (
+    ProgressBar,
+    attention_gap,
+    gap_numbers,
+    machine,
+    measure_stream,
+    over_seeds,
+    table,
+)
 from ..methods import Method, by_name
 from ..models import CAVMAE
 from .digits import CORRUPTIONS, load_model, stream
+
+__all__ = ["ProgressBar", "adapt_stream", "encode_stream", "run", "table"]
 
 # Not the published 1e-4: this model is 600 times smaller than a ViT-B and sees 15 batches a stream.
 # 3e-3 was the best of 3e-4, 1e-3 and 3e-3 for TENT, READ and ABPEM each, by the mean over
@@ -34,44 +39,51 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 METHODS = ("source", "tent", "read", "abpem")
 STREAMS = ("contrast", "fog", "white", "babble", "low-pass", "contrast+hum")
+CLASSES = tuple("0123456789")
 QUICK = {"streams": ("contrast", "white", "babble"), "samples": 448}
 
 
-def _accuracy(logits: list[Tensor], labels: list[Tensor]) -> float:
-    """Top-1 in percent over all samples, each counted once."""
-    hits = torch.cat(logits).argmax(dim=1) == torch.cat(labels)
-    return 100 * hits.double().mean().item()
+Batches = Sequence[tuple[Tensor, Tensor, Tensor]]  # of (audio, video, labels)
+
+
+class Encoded(NamedTuple):
+    """A stream as the source model sees it."""
+
+    tokens: list[Tensor]  # encoder outputs [b, T, D], one a batch
+    gap: dict[str, float]  # ``evaluate.attention_gap`` with the source's weights
+
+
+def encode_stream(model: CAVMAE, batches: Batches) -> Encoded:
+    """Encoder outputs and attention gap of a stream, which all methods' runs on it share."""
+    tokens = _tokens(model, batches)
+    return Encoded(tokens, attention_gap(model, tokens))
+
+
+def _tokens(model: CAVMAE, batches: Batches) -> list[Tensor]:
+    with torch.no_grad():
+        return [model.encode(audio, video) for audio, video, _ in batches]
 
 
 def adapt_stream(
-    model: CAVMAE, method: Method, batches: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> dict[str, float]:
+    model: CAVMAE, method: Method, batches: Batches, encoded: Encoded, **resources: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
     """One pass over one stream from a fresh state.
 
+    Args:
+        encoded: ``encode_stream(model, batches)``.
+        resources: what the method needs besides its options, for ``adapt``.
+
     Returns:
-        Accuracy in percent ``"before"`` and ``"after"`` each batch's update, the one the method
-        ``"scores"`` with, and samples a second of its own steps (predictions made only for this
-        table are not timed).
+        What ``evaluate.measure_stream`` does; and ``evaluate.attention_gap`` of the same stream
+        with the weights after the last batch, outside of the timing.
     """
-    adapted = adapt(model, method)
-    before, after, labels, seconds, samples = [], [], [], 0.0, 0
-    for audio, video, label in batches:
-        start = time.perf_counter()
-        result = adapted.step(audio, video)
-        seconds += time.perf_counter() - start
-        samples += len(label)
-        before.append(result.logits_before)
-        after.append(result.logits if method.score_at == "after" else adapted.predict(audio, video))
-        labels.append(label)
-    found = {"before": _accuracy(before, labels), "after": _accuracy(after, labels)}
-    return {**found, "score": found[method.score_at], "samples_per_s": samples / seconds}
-
-
-def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Means over seeds, and the spread of the score."""
-    mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
-    scores = [run["score"] for run in runs]
-    return mean | {"score_std": statistics.stdev(scores) if len(scores) > 1 else 0.0}
+    adapted = adapt(model, method, **resources)
+    found = measure_stream(adapted, batches, len(CLASSES))
+    if not method.updates:
+        return found, encoded.gap
+    merged = adapted.unwrap(merge=True)
+    tokens = encoded.tokens if method.frozen_encoder else _tokens(merged, batches)
+    return found, attention_gap(merged, tokens)
 
 
 def run(
@@ -95,8 +107,9 @@ def run(
         progress: called with (runs done, runs in all, what runs now).
 
     Returns:
-        JSON-ready: ``"protocol"``, ``"machine"``, ``"streams"``: {stream: {method: accuracies in
-        percent and samples a second, means over seeds}}, ``"seconds"``.
+        JSON-ready, for ``fasttta.evaluate.Report``: ``"protocol"``, ``"machine"``, ``"classes"``,
+        ``"streams"``: {stream: {method: accuracies in percent, samples a second and attention gaps,
+        means over seeds, and ``"series"``, one of each seed}}, ``"seconds"``.
 
     Raises:
         ValueError: an unknown name or a value out of range.
@@ -116,12 +129,15 @@ def run(
     for seed in seeds:
         for name in streams:
             batches = stream(name, severity=severity, samples=samples, batch=batch, seed=seed)
+            encoded = encode_stream(model, batches)
             for method, options in objects.items():
                 progress(done, total, f"{name}, {method}")
-                runs[name][method].append(adapt_stream(model, options, batches))
+                found, gap = adapt_stream(model, options, batches, encoded)
+                runs[name][method].append(found | gap_numbers(encoded.gap, gap))
                 done += 1
     progress(done, total, "done")
     return {
+        "title": "fasttta demo: adapting to corrupted digits",
         "toy": "real handwritten digits with the same digit in synthetic speech and a model of "
         f"{sum(p.numel() for p in model.parameters()):,} parameters",
         "protocol": {
@@ -137,90 +153,11 @@ def run(
             "reset": "fresh state for each stream",
             "metric": "top-1 accuracy over all samples, in percent",
         },
-        "machine": {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "fasttta": __version__,
-        },
+        "machine": machine(),
+        "classes": list(CLASSES),
         "streams": {
-            name: {method: _summary(found) for method, found in by_method.items()}
+            name: {method: over_seeds(found) for method, found in by_method.items()}
             for name, by_method in runs.items()
         },
         "seconds": time.perf_counter() - start,
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report as text: accuracy before and after the update, spread over seeds, speed."""
-    streams = report["streams"]
-    methods = list(next(iter(streams.values())))
-    adapting = [m for m in methods if m != "source"]
-    several = len(report["protocol"]["seeds"]) > 1
-    width = 20 if several else 14
-
-    def cell(found: dict[str, float]) -> str:
-        spread = f" ±{found['score_std']:.1f}" if several else ""
-        return f"{found['before']:.1f} → {found['after']:.1f}{spread}"
-
-    def line(first: str, source: str, cells: list[str]) -> str:
-        source = f"{source:>8}" if "source" in methods else ""
-        return f"{first:<16}{source}" + "".join(f"{c:>{width}}" for c in cells)
-
-    lines = [line("accuracy, %", "source", adapting)]
-    lines.append("-" * len(lines[0]))
-    for name, found in streams.items():
-        source = f"{found['source']['score']:.1f}" if "source" in found else ""
-        lines.append(line(name, source, [cell(found[m]) for m in adapting]))
-    lines.append("-" * len(lines[0]))
-
-    def mean(method: str, key: str) -> float:
-        return statistics.fmean(found[method][key] for found in streams.values())
-
-    lines.append(
-        line(
-            "mean",
-            f"{mean('source', 'score'):.1f}" if "source" in methods else "",
-            [f"{mean(m, 'before'):.1f} → {mean(m, 'after'):.1f}" for m in adapting],
-        )
-    )
-    lines.append(
-        line(
-            "samples/s",
-            f"{mean('source', 'samples_per_s'):,.0f}" if "source" in methods else "",
-            [f"{mean(m, 'samples_per_s'):,.0f}" for m in adapting],
-        )
-    )
-    p = report["protocol"]
-    settings = [f"{n} lr {p['lr'][n]:g} scored {p['score_at'][n]}" for n in adapting]
-    notes = (
-        "a → b: accuracy of each batch's predictions before and after the update on it; samples/s "
-        "are of the method's own steps",
-        f"protocol: severity {p['severity']:g}, {p['samples']} samples a stream, batch "
-        f"{p['batch']}, {p['steps']} step a batch, one pass; {'; '.join(settings)}; seeds "
-        f"{', '.join(map(str, p['seeds']))}; {p['order']}; {p['reset']}",
-        f"a toy: {report['toy']}; orderings of methods here are no evidence about models of "
-        "published size",
-    )
-    wrapped = [textwrap.fill(note, 92, subsequent_indent="  ") for note in notes]
-    return "\n".join([*lines, "", *wrapped])
-
-
-class ProgressBar:
-    """A bar on standard error, drawn only on a terminal."""
-
-    def __init__(self, width: int = 30) -> None:
-        self.width, self.start = width, time.perf_counter()
-        self.shown = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if not self.shown:
-            return
-        full = self.width * done // total
-        seconds = time.perf_counter() - self.start
-        bar = "█" * full + "·" * (self.width - full)
-        sys.stderr.write(f"\r\x1b[K{bar} {done}/{total} {seconds:.0f} s  {what}")
-        if done == total:
-            sys.stderr.write("\r\x1b[K")
-        sys.stderr.flush()

@@ -1,0 +1,87 @@
+"""One pass of an adapted model over a labelled stream."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapted import Adapted
+
+
+def measure_stream(
+    adapted: Adapted, batches: Iterable[tuple[Tensor, ...]], classes: int
+) -> dict[str, Any]:
+    """Adapts on a stream and records what a report shows; labels are only compared with.
+
+    Args:
+        adapted: in the state to start from; it is left in the state after the last batch.
+        batches: each the model's inputs and, last, labels [b].
+        classes: their number, C.
+
+    Returns:
+        JSON-ready. Top-1 accuracy in percent over all samples ``"before"`` and ``"after"`` each
+        batch's update, the one the method is ``"score"``d with, and ``"samples_per_s"`` of its own
+        steps (predictions made only for the record are not timed). ``"series"``, a value a batch:
+        ``"samples"``, ``"hits_before"``, ``"hits_after"``, and counts [C] of ``"predicted"``
+        classes (of the scored prediction) and of ``"labels"``.
+
+    Raises:
+        ValueError: the stream is empty, or a batch cannot be used.
+    """
+    method = adapted.options
+    names = ("samples", "hits_before", "hits_after", "predicted", "labels")
+    series: dict[str, list] = {name: [] for name in names}
+    seconds = 0.0
+    for *inputs, labels in batches:
+        start = time.perf_counter()
+        result = adapted.step(*inputs)
+        if result.logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+        known = method.score_at == "after" or not method.updates
+        after = result.logits if known else adapted.predict(*inputs)
+        labels = labels.to(after.device)
+        series["samples"].append(len(labels))
+        series["hits_before"].append(_hits(result.logits_before, labels))
+        series["hits_after"].append(_hits(after, labels))
+        series["predicted"].append(_counts(result.logits.argmax(dim=1), classes))
+        series["labels"].append(_counts(labels, classes))
+    samples = sum(series["samples"])
+    if not samples:
+        raise ValueError("batches: the stream is empty; needed at least one batch")
+    found = {
+        when: 100 * sum(series[f"hits_{when}"]) / samples for when in ("before", "after")
+    }  # fmt: skip
+    return {
+        **found,
+        "score": found[method.score_at],
+        "samples_per_s": samples / seconds,
+        "series": series,
+    }
+
+
+def _hits(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(dim=1) == labels).sum())
+
+
+def _counts(classes: Tensor, n: int) -> list[int]:
+    return torch.bincount(classes, minlength=n).tolist()
+
+
+def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the runs of every number, ``"score_std"``, and the runs' ``"series"`` as a list.
+
+    The spread is the standard deviation over runs (divisor n - 1; 0 for a single run).
+    """
+    found: dict[str, Any] = {
+        key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "series"
+    }
+    scores = [run["score"] for run in runs]
+    found["score_std"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    found["series"] = [run["series"] for run in runs]
+    return found
