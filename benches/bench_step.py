@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +13,36 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 import fasttta
+import fasttta.trace
 from fasttta.models import CAVMAE
 from fasttta.ops import reference
 
 CUDA = torch.cuda.is_available()
-PRECISIONS = ("bf16", "fp32") if CUDA else ("fp32",)
+# bf16 where the processor multiplies in it; elsewhere it is emulated and slower than fp32
+HAS_BF16 = CUDA or any(
+    name in Path("/proc/cpuinfo").read_text() for name in ("avx512_bf16", "amx_bf16")
+)
+PRECISIONS = ("bf16", "fp32") if HAS_BF16 else ("fp32",)
 # of the largest logit: fp32 measured 3e-7 on the CPU (Adam turns the sign of a gradient that is
 # noise into a full update); two bf16 computations of ViT-B differ by about 0.01
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}
+# name -> method, options, samples in a batch; the published settings on a GPU
+SETTINGS = {
+    "k50": ("abpem", {"k": 8, "window": 4}, 8),
+    "vgg": ("abpem", {"k": 28, "window": 4}, 32),
+    "no queue": ("abpem", {"k": 8, "window": 1}, 64),
+    "latency": ("abpem", {"k": 8, "window": 1}, 1),
+    "read": ("read", {}, 64),
+    "tent": ("tent", {}, 64),
+}
+if not CUDA:
+    SETTINGS = {
+        "queue of 4": ("abpem", {"k": 8, "window": 4}, 4),
+        "no queue": ("abpem", {"k": 8, "window": 1}, 4),
+        "read": ("read", {}, 4),
+        "tent": ("tent", {}, 4),
+    }
+ENGINES = ("graph", "eager") if CUDA else ("eager",)
 
 
 class OfficialStep:
@@ -39,10 +64,15 @@ class OfficialStep:
         self.optimizer = torch.optim.Adam(self.parameters, lr=method.lr)
         self.queue: list[Tensor] = []
 
-    def _block(self, block, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, block, x: Tensor, split: bool = False) -> tuple[Tensor, Tensor]:
         b, t, dim = x.shape
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(x)).reshape(b, t, 3, attn.heads, dim // attn.heads)
+        attn, h = block.attn, block.norm1(x)
+        if split:
+            rows = zip(attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3), strict=True)
+            qkv = torch.cat([nnf.linear(h, weight, bias) for weight, bias in rows], dim=-1)
+        else:
+            qkv = attn.qkv(h)
+        qkv = qkv.reshape(b, t, 3, attn.heads, dim // attn.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scores = (q @ k.transpose(-2, -1)) * attn.scale  # [B, H, T, T]
         x = x + attn.proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, t, dim))
@@ -63,7 +93,7 @@ class OfficialStep:
 
     def _fuse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for block in self.model.blocks_u:
-            x, scores = self._block(block, x)
+            x, scores = self._block(block, x, split=self.method.name != "tent")
         return self.model.mlp_head(self.model.norm(x).mean(dim=1)), scores
 
     def _gap(self, scores: Tensor) -> Tensor:
@@ -83,6 +113,7 @@ class OfficialStep:
     def _update(self, total: Tensor) -> None:
         self.optimizer.zero_grad()
         total.backward()
+        total.item()
         self.optimizer.step()
 
     def __call__(self, audio: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,36 +155,118 @@ def model(full, device) -> CAVMAE:
     return made.eval().to(device)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("method", ["abpem", "read", "tent"])
-def bench_step(method, precision, model, device, full, measure):
-    batch = (8 if CUDA else 4) if full else 3
-    generator = torch.Generator().manual_seed(1)
+def _case(setting, model, device, full, precision, engine):
+    """The adapted model, the official step, a batch, the method's options."""
+    method, options, batch = SETTINGS[setting]
     shapes = ((1024, 128), (3, 224, 224)) if full else ((6, 8), (3, 6, 6))
-    audio, video = (torch.randn(batch, *s, generator=generator).to(device) for s in shapes)
-    options = {"k": 8 if full else 3, "window": 4 if CUDA else 1} if method == "abpem" else {}
-    adapted = fasttta.adapt(model, method, precision=precision, **options)
-    official = OfficialStep(model, adapted.options, precision)
+    generator = torch.Generator().manual_seed(1)
+    inputs = tuple(
+        torch.randn(batch if full else 3, *s, generator=generator).to(device) for s in shapes
+    )
+    options = options if full or "k" not in options else {**options, "k": 3}
+    adapted = fasttta.adapt(model, method, precision=precision, engine=engine, **options)
+    return adapted, OfficialStep(model, adapted.options, precision), inputs, options
+
+
+def _flops(model: CAVMAE, samples: int, window: int) -> int:
+    """Multiplications and additions of a step's matrix products at least, attention included: the
+    encoders and, for the batches of the window, fusion forward and backward, once more forward for
+    the prediction."""
+    dim, (ta, tv) = model.dim, model.spans
+
+    def block(tokens: int) -> int:
+        return 2 * tokens * 12 * dim * dim + 4 * tokens * tokens * dim
+
+    encoders = len(model.blocks_a) * block(ta) + len(model.blocks_v) * block(tv)
+    fusion = len(model.blocks_u) * block(ta + tv)
+    return samples * (encoders + fusion * (2 * window + 1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("setting", list(SETTINGS))
+def bench_step(setting, precision, engine, model, device, full, measure):
+    adapted, official, inputs, options = _case(setting, model, device, full, precision, engine)
+    window = options.get("window", 1)
 
     def ours():
-        result = adapted.step(audio, video)
+        result = adapted.step(*inputs)
         return result.logits, result.losses["total"]
 
+    measure(
+        ours,
+        lambda: official(*inputs),
+        tolerance=TOLERANCES[precision],
+        checks=window + 1,  # the last has a full window, and sees the updates of the others
+        rounds=20 if CUDA else 3,
+        warmup=3 if CUDA else 0,  # the checks have run both
+        queued=False,
+        memory=True,
+        samples=len(inputs[0]),
+        shape=f"batch {len(inputs[0])}",
+        headline=True,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        flops=_flops(model, len(inputs[0]), window),
+        # what a step must read at least: the weights and the inputs, once
+        bytes=sum(x.nbytes for x in (*inputs, *model.parameters())),
+        breakdown=breakdown(_case(setting, model, device, full, precision, "eager")[0], inputs),
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[:1])
+def bench_stream(precision, model, device, full, measure):
+    """Four batches whose samples are encoded together, against the official steps on them."""
+    adapted, official, inputs, _ = _case("no queue", model, device, full, precision, ENGINES[0])
+    batches = [tuple(x.roll(i, 0) for x in inputs) for i in range(4)]
+    size = 4 * len(inputs[0]) if CUDA else len(inputs[0])
+
+    def ours():
+        results = list(adapted.stream(batches, encode_batch=size))
+        return results[-1].logits, results[-1].losses["total"]
+
     def theirs():
-        return official(audio, video)
+        return [official(*batch) for batch in batches][-1]
 
     measure(
         ours,
         theirs,
         tolerance=TOLERANCES[precision],
-        checks=4 if CUDA else 2,  # the second sees the first's update; the fourth a full window
-        rounds=20 if CUDA else 2,
-        warmup=3 if CUDA else 0,  # the checks have run both
+        rounds=10 if CUDA else 1,
+        warmup=1 if CUDA else 0,
         queued=False,
-        memory=CUDA,  # on the CPU not worth another two steps
-        samples=batch,
-        shape=f"batch {batch}",
-        window=options.get("window", 1),
-        # what a step must read at least: the weights and the inputs, once
-        bytes=sum(x.nbytes for x in (audio, video, *model.parameters())),
+        samples=4 * len(inputs[0]),
+        shape=f"4 batches of {len(inputs[0])}",
+        headline=CUDA,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        flops=4 * _flops(model, len(inputs[0]), 1),
+        bytes=sum(x.nbytes for x in (*inputs, *inputs, *inputs, *inputs, *model.parameters())),
     )
+
+
+def breakdown(adapted: fasttta.Adapted, inputs: tuple[Tensor, ...]) -> str:
+    """Milliseconds of the ranges of its second eager step, each measured to its end (on a GPU with
+    waiting, so their sum is more than an undisturbed step's time; "fuse" is part of others)."""
+    seconds: dict[str, float] = {}
+    device = inputs[0].device
+
+    @contextlib.contextmanager
+    def timed(name: str):
+        _wait(device)
+        start = time.perf_counter()
+        yield
+        _wait(device)
+        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fasttta.trace, "_open", lambda: timed)
+        adapted.step(*inputs)
+        seconds.clear()
+        adapted.step(*inputs)
+    text = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in seconds.items())
+    print(f"\nms: {text}")
+    return text
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine import delta
+from .engine.graph import GraphStep
 from .engine.inputs import as_inputs
 from .engine.precision import Precision
 from .engine.state import State, working_copy
@@ -65,7 +66,8 @@ class Adapted(nn.Module):
         self._hidden = (model, working)
         self._known, self._verified = known, known.module is None
         self._state = state
-        self._step = Step(working, method, state, precision, device, device.type != "cuda")
+        step = GraphStep if engine == "graph" else Step
+        self._step = step(working, method, state, precision, device, device.type != "cuda")
         self._in_source = False
         self._warned_single = False
 
@@ -74,8 +76,11 @@ class Adapted(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """Adapts on this batch and predicts it: logits [B, C], or what the wrapped model returns
         where that is more (tuple, dict, ModelOutput), with the prediction's logits in it."""
+        inputs = self._prepare(inputs)
         with self._outputs() as returned:
-            return returned(self.step(*inputs).logits, first=self._step.method.score_at == "before")
+            logits = self.step(*inputs).logits
+            before = self._step.method.score_at == "before" and not self._in_source
+            return returned(logits, self._step.first_passes - 1 if before else -1)
 
     def step(self, *inputs: Tensor, trace: bool = False) -> StepResult:
         """Adapts on this batch and predicts it.
@@ -102,15 +107,20 @@ class Adapted(nn.Module):
     def predict(self, *inputs: Tensor) -> Any:
         """What a call returns, with the current state; adapts nothing."""
         with self._outputs() as returned:
-            return returned(self._step.predict(self._prepare(inputs)), first=False)
+            return returned(self._step.predict(self._prepare(inputs)), -1)
 
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[Callable[..., Any]]:
         """While it lasts, models that return more than logits keep what they return."""
         working = self._hidden[1]
         if not hasattr(working, "returned"):
-            yield lambda logits, first: logits
+            yield lambda logits, number: logits
             return
+        if working.rich and isinstance(self._step, GraphStep):
+            raise ValueError(
+                'engine="graph" returns logits, and this model returns more; call '
+                'adapted.step(...).logits, or adapt with engine="eager"'
+            )
         working.outputs = []
         try:
             yield working.returned
@@ -125,45 +135,79 @@ class Adapted(nn.Module):
             self._step.method.check_model(self._known.fusion)
         return prepared
 
-    def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
+    def stream(
+        self, loader: Iterable, encode_batch: int | None = None, cache: Any = None
+    ) -> Iterator[StepResult]:
         """Steps on every batch of a loader, in order, yielding a result each.
 
         Args:
             loader: yields one batch at a time as a tuple or list of the model's inputs (without
-                labels), or the input itself where there is one.
+                labels), the input itself where there is one, or ``fasttta.data.Batch``.
             encode_batch: samples that the frozen encoders take at a time, ahead of the steps that
-                use them; None: as the batches come. Methods that tune inside the encoders have
-                nothing to encode ahead and ignore it. Different batch shapes may change the
-                numbers within float noise.
+                use them; None: as the batches come. Different batch shapes may change the numbers
+                within float noise.
+            cache: ``fasttta.data.FeatureCache``, where encoded features are looked for and kept.
+
+        Methods that tune inside the encoders have nothing to encode ahead or to keep, and ignore
+        both; so does a stream inside ``source()``.
 
         Raises:
             ValueError, TypeError: a batch cannot be used; those before it have been adapted on.
         """
         if encode_batch is not None and (not isinstance(encode_batch, int) or encode_batch < 1):
             raise ValueError(f"encode_batch={encode_batch!r}: needed a positive integer or None")
-        return self._stream(loader, encode_batch)
+        if cache is not None and not hasattr(cache, "of"):
+            raise TypeError(f"cache must be a fasttta.data.FeatureCache, found {cache!r}")
+        if not self._step.method.frozen_encoder:
+            encode_batch = cache = None
+        kept = None if cache is None else cache.of(self._hidden[1], self.precision)
+        return self._stream(loader, encode_batch, cache, kept)
 
-    def _stream(self, loader: Iterable, encode_batch: int | None) -> Iterator[StepResult]:
-        batches = (self._prepare(as_inputs(batch)) for batch in loader)
-        ahead = encode_batch is not None and self._step.method.frozen_encoder
-        for group in _groups(batches, encode_batch) if ahead else ([b] for b in batches):
-            for inputs, features in zip(
-                group, self._encode(group, encode_batch) if ahead else [None], strict=True
-            ):
-                if self._in_source:
-                    yield self.step(*inputs)
-                    continue
-                self._warn_single(inputs)
-                yield self._step(inputs, features=features)
+    def _stream(
+        self, loader: Iterable, encode_batch: int | None, cache: Any, kept: Any
+    ) -> Iterator[StepResult]:
+        def batches() -> Iterator[tuple[tuple[Tensor, ...], list[str] | None]]:
+            for batch in loader:
+                named = getattr(batch, "_fields", None) == ("inputs", "ids")
+                inputs = self._prepare(as_inputs(batch.inputs if named else batch))
+                ids = batch.ids if named else None
+                yield inputs, None if kept is None else kept.keys(inputs, ids)
 
-    def _encode(self, group: list[tuple[Tensor, ...]], size: int) -> list[Tensor]:
-        """Features of several batches, encoded together ``size`` samples at a time."""
-        joined = [
-            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*group, strict=True)
-        ]
-        pieces = zip(*(x.split(size) for x in joined), strict=True)
-        features = torch.cat([self._step.encode(piece) for piece in pieces])
-        return list(features.split([len(inputs[0]) for inputs in group]))
+        try:
+            for group in _groups(batches(), encode_batch or 1):
+                features = [None] * len(group)
+                if not self._in_source and (encode_batch or kept):
+                    features = self._encode(group, encode_batch, kept)
+                for (inputs, _), encoded in zip(group, features, strict=True):
+                    if self._in_source:
+                        yield self.step(*inputs)
+                        continue
+                    self._warn_single(inputs)
+                    yield self._step(inputs, features=encoded)
+        finally:
+            if cache is not None:
+                cache.flush()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _encode(self, group: list[tuple], size: int | None, kept: Any) -> list[Tensor]:
+        """Features of several batches, encoded together ``size`` samples at a time (None: all)
+        unless they are kept."""
+        batches, keys = zip(*group, strict=True)
+        joined = tuple(
+            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*batches, strict=True)
+        )
+
+        def encode(inputs: tuple[Tensor, ...]) -> Tensor:
+            pieces = zip(*(x.split(size or len(x)) for x in inputs), strict=True)
+            features = [self._step.encode(piece) for piece in pieces]
+            return torch.cat(features) if len(features) > 1 else features[0]
+
+        if kept is None:
+            features = encode(joined)
+        else:
+            features = kept.features([key for part in keys for key in part], joined, encode)
+        return list(features.split([len(inputs[0]) for inputs in batches]))
 
     def _warn_single(self, inputs: tuple[Tensor, ...]) -> None:
         method, single = self._step.method, inputs[0].shape[0] == 1
@@ -275,13 +319,13 @@ class Adapted(nn.Module):
 
 
 def _groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    """Consecutive batches of at least ``size`` samples together; where the loader fails, what
-    came before it is given out first."""
+    """Consecutive batches (inputs, keys) of at least ``size`` samples together; where the loader
+    fails, what came before it is given out first."""
     group: list[tuple] = []
     try:
         for batch in batches:
             group.append(batch)
-            if sum(len(inputs[0]) for inputs in group) >= size:
+            if sum(len(inputs[0]) for inputs, _ in group) >= size:
                 yield group
                 group = []
     except Exception:

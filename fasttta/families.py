@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,9 @@ class Recognised:
             return False
         exact = Precision("fp64", torch.float64, torch.float64)
         with environment(inputs[0].device, exact, grad=False):
-            ours = structural_copy(self.fusion, _double)
+            ours = structural_copy(self.fusion, _converted(torch.float64))
             ours = ours.fuse(ours.encode(*inputs))  # the copy is gone before the next is made
-            own = self._own_logits(structural_copy(self.module, _double), inputs)
+            own = self._own_logits(structural_copy(self.module, _converted(torch.float64)), inputs)
         if not isinstance(own, Tensor) or own.shape != ours.shape:
             found = list(own.shape) if isinstance(own, Tensor) else type(own).__name__
             raise ValueError(
@@ -122,21 +122,29 @@ class Specified(Recognised):
         Returns, Raises: as ``Recognised.verify``.
         """
         two = tuple(torch.cat((x, x)) if len(x) == 1 else x[:2] for x in inputs)
-        two = tuple(x.double() if x.is_floating_point() else x for x in two)
         if not all(torch.isfinite(x).all() for x in two):
             return False
-        exact = Precision("fp64", torch.float64, torch.float64)
+        try:
+            self._compare(two, torch.float64, 1e-6)
+        except RuntimeError as error:  # a forward that sets types itself
+            if "dtype" not in str(error) and "type" not in str(error):
+                raise
+            self._compare(two, torch.float32, 1e-4)
+        return True
+
+    def _compare(self, two: tuple[Tensor, ...], dtype: torch.dtype, tolerance: float) -> None:
+        two = tuple(x.to(dtype) if x.is_floating_point() else x for x in two)
+        exact = Precision("exact", dtype, dtype)
         with environment(two[0].device, exact, grad=False):
-            twin = structural_copy(self.fusion, _double)
-            for module in twin.modules():
-                for name, x in module._buffers.items():
-                    if x is not None:
-                        x = x.double() if x.is_floating_point() else x.clone()
-                        module._buffers[name] = x
-            own = twin.own_logits(twin.learn(two, check=True))
+            twin = _in_type(self.fusion, dtype)
+            # with the module's hooks, which its own calls run and ours do not
+            hooked = structural_copy(self.module, _converted(dtype), hooks=True)
+            _own_buffers(hooked, dtype)
+            own = twin.own_logits(hooked(*(x.clone() for x in two)))
+            twin.own_logits(twin.learn(two, check=dtype == torch.float64))
             tokens = [twin.encode(*(x[i : i + 1] for x in two)) for i in (0, 1)]
             ours = twin.fuse(torch.cat(tokens)), torch.cat([twin.fuse(x) for x in tokens])
-        tolerance = 1e-6 * max(1.0, own.abs().max().item())
+        tolerance *= max(1.0, own.abs().max().item())
         error = max(
             (own - x).abs().max().item() if own.shape == x.shape else float("inf") for x in ours
         )
@@ -144,10 +152,10 @@ class Specified(Recognised):
             raise ValueError(
                 f"{type(self.module).__name__} cut as its ModelSpec says differs from its own "
                 f"forward by {error:.1e}, needed at most {tolerance:.1e}: is there something "
-                "random or stateful in its forward, or does it mix the samples of a batch? "
-                "ModelSpec(..., encode=(encode, fuse)) gives the cut as two functions"
+                "random or stateful in its forward, does it mix the samples of a batch, or do "
+                "forward hooks change results? ModelSpec(..., encode=(encode, fuse)) gives the "
+                "cut as two functions"
             )
-        return True
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
         module.get_parameter(self.prefix + name.removeprefix("module.")).copy_(value)
@@ -173,6 +181,7 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
             raise TypeError(_unknown(model, inner))
         inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
     if isinstance(inner, CAVMAE):
+        _refuse_replaced(inner)
         return Recognised("fasttta.models.CAVMAE", inner, prefix)
     return _convert(inner, prefix)
 
@@ -183,6 +192,7 @@ def _by_spec(model: nn.Module, spec: ModelSpec) -> Specified:
     inner, prefix = model, ""
     while (wrapped := _wrapped(inner)) not in (None, "va_model"):
         inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
+    _refuse_replaced(inner)
     fusion = SpecifiedModel(inner, spec)
     return Specified(f"{type(inner).__name__} by its ModelSpec", fusion, prefix, module=inner)
 
@@ -198,10 +208,40 @@ def _wrapped(module: nn.Module) -> str | None:
     return None
 
 
-def _double(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is None:
-        return None
-    return nn.Parameter(parameter.detach().to(torch.float64, copy=True), requires_grad=False)
+def _converted(dtype: torch.dtype):
+    def convert(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        return nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+
+    return convert
+
+
+def _own_buffers(module: nn.Module, dtype: torch.dtype) -> None:
+    """Buffers of its own for a structural copy, floating point ones of a type."""
+    for child in module.modules():
+        for name, x in child._buffers.items():
+            if x is not None:
+                x = x.detach()
+                child._buffers[name] = x.to(dtype if x.is_floating_point() else x.dtype, copy=True)
+
+
+def _in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    twin = structural_copy(module, _converted(dtype))
+    _own_buffers(twin, dtype)
+    return twin
+
+
+def _refuse_replaced(model: nn.Module) -> None:
+    """A forward that is bound to the object would run the original's weights in a copy."""
+    for name, child in model.named_modules():
+        own = vars(child).get("forward")
+        if own is not None and not (isinstance(own, MethodType) and own.__self__ is child):
+            raise ValueError(
+                f"the forward of {name or type(model).__name__} is replaced on the object (by a "
+                "patch, torch.compile or a hook library), so that a copy would run the original's "
+                "weights; pass the module as it was before"
+            )
 
 
 def _owns(module: nn.Module, part: str) -> bool:

@@ -152,7 +152,7 @@ class Packed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Normalises in place what it is given: replayed results must be copies."""
+    """What it returns is changed in place by the model: results given again must be copies."""
 
     def __init__(self, inputs, dim):
         super().__init__()

@@ -75,7 +75,7 @@ def test_options(tiny_model, tiny_batch, method, options):
     "options", [{"window": 1}, {"window": 2}, {"window": 5}, {"heads": "each"}, {"pair": "query"}]
 )
 def test_windows(tiny_model, tiny_batch, options):
-    eager, graph = make(tiny_model(), "abpem", **options), None
+    eager = make(tiny_model(), "abpem", **options)
     graph = buffered(make(tiny_model(), "abpem", **options))
     for seed in range(7):
         batch = tiny_batch(seed=seed, dtype=torch.float64)
@@ -135,6 +135,42 @@ def test_bad_batches_take_a_place_and_no_part(tiny_model, tiny_batch, method):
         assert torch.allclose(a.logits, b.logits, rtol=1e-9, equal_nan=True)
         for name, x in eager.tuned.items():
             assert torch.allclose(x, graph.tuned[name], rtol=1e-9, atol=1e-11)
+
+
+def test_a_queue_of_larger_batches(tiny_model, tiny_batch, tmp_path):
+    """Smaller batches after a load, a copy, a trace or under given features still fit the queue."""
+    sizes = (5, 3, 5)
+    batches = [tiny_batch(n, seed=s, dtype=torch.float64) for s, n in enumerate(sizes)]
+    eager = make(tiny_model(), "abpem")
+    expected = [eager.step(*b) for b in batches]
+    graph = buffered(make(tiny_model(), "abpem"))
+    graph.step(*batches[0])
+    graph.save(tmp_path)
+    loaded = buffered(fasttta.load(tiny_model().double(), tmp_path))
+    copied = copy.deepcopy(graph)
+    streamed = copy.deepcopy(graph)
+    for b, e in zip(batches[1:], expected[1:], strict=True):
+        close(loaded.step(*b), e)
+        close(copied.step(*b), e)
+        (result,) = streamed.stream([b], encode_batch=9)
+        close(result, e)
+    traced = buffered(make(tiny_model(), "abpem"))
+    close(traced.step(*batches[0], trace=True), expected[0])
+    for b, e in zip(batches[1:], expected[1:], strict=True):
+        close(traced.step(*b), e)
+
+
+def test_a_partial_batch_after_a_bad_one(tiny_model, tiny_batch, method):
+    """Rows that only fill the buffer do not keep what an earlier batch left there."""
+    eager, graph = make(tiny_model(), method), buffered(make(tiny_model(), method))
+    eager._step.host_checks = False
+    for seed, size in enumerate((5, 5, 3)):
+        batch = tiny_batch(size, seed=seed, dtype=torch.float64)
+        if seed == 1:
+            batch[0][4, 1, 1] = torch.nan
+        a, b = graph.step(*batch), eager.step(*batch)
+        assert int(a.n_used) == int(b.n_used)
+    close(a, b)
 
 
 def test_features_given(tiny_model, tiny_batch):

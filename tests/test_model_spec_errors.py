@@ -59,7 +59,7 @@ def test_values(options, kind, words):
         ({"logits": "logits"}, ("logits='logits'", "tuple(")),
         ({"logits": lambda out: out[0][0]}, ("needed logits [B, C]", "found Tensor[12]")),
         ({"encode": "out"}, ("out", "after the fusion started")),
-        ({"encode": "nothing"}, ("nothing", "not at all")),
+        ({"encode": "nothing"}, ("nothing", "not called")),
         ({"scale": 3.0}, ("scores that attn computes differ", "scale 3", "num_heads=")),
         ({"num_heads": 3}, ("scores that attn computes differ", "3 heads")),
     ],

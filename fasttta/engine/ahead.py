@@ -46,6 +46,8 @@ class Ahead:
         return [x._version for x in (tokens, *self._leaves)]
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._model, name)
 
     def __deepcopy__(self, memo: dict) -> Ahead:

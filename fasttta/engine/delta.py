@@ -28,7 +28,7 @@ def fingerprint(model: nn.Module, state: State) -> dict[str, Any]:
     """What a state was made for: names, shapes and a sample of the values of the whole model
     (every tensor gives up to 512 values, so that 660 MB need not be read), and all source values
     of what is tuned."""
-    whole = hashlib.sha256()
+    whole = hashlib.sha256(getattr(model, "identity", str)().encode())
     for name, x in sorted(model.state_dict().items()):
         flat = x.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 512)][:512].double().cpu()
@@ -45,7 +45,9 @@ def check_fingerprint(saved: Mapping[str, Any], model: nn.Module, state: State) 
     names = sorted(own["source"].keys() | saved["source"].keys())
     odd = [name for name in names if own["source"].get(name) != saved["source"].get(name)]
     if odd or own["model"] != saved["model"]:
-        what = f"source values differ: {', '.join(odd[:3])}" if odd else "its frozen weights differ"
+        what = "its frozen weights or its ModelSpec differ"
+        if odd:
+            what = f"source values differ: {', '.join(odd[:3])}"
         raise ValueError(f"the state was saved for another model or precision: {what}")
 
 

@@ -82,9 +82,9 @@ class GraphStep(Step):
                 self._enter(plan)
             size = len(inputs[0])
             for buffer, x in zip(plan.inputs, inputs, strict=True):
-                buffer[:size].copy_(x)
+                _fill(buffer, x)
             if features is not None:
-                plan.features[:size].copy_(features)
+                _fill(plan.features, features)
             plan.present.fill_(0)[:size].fill_(1)
             self._advance(size)
             if self._window:
@@ -112,7 +112,8 @@ class GraphStep(Step):
             valid = self._valid(plan.inputs) * plan.present
             state = plan.state
             if self._window:
-                self._write(state, features, valid * torch.isfinite(features).all())
+                valid = valid * torch.isfinite(features).all()
+                self._write(state, features, valid)
             self.state.method = state
             if self.method.updates:
                 result = self._adapt(features, valid, False)
@@ -131,10 +132,11 @@ class GraphStep(Step):
             return result
 
     def _write(self, state: dict[str, Tensor], features: Tensor, counts: Tensor) -> None:
-        """The current batch to its place; samples that do not count as zeros."""
+        """The current batch to its place. A batch that does not count leaves the tokens that are
+        there: what a weight of 0 multiplies must be finite."""
         with torch.no_grad():
-            mask = counts.reshape(-1, *(1,) * (features.ndim - 1)) > 0
-            tokens = torch.where(mask, features, 0)
+            there = state["ring"].index_select(0, state["place"])[0]
+            tokens = torch.where(counts.amax() > 0, features, there)
             state["ring"].index_copy_(0, state["place"], tokens.unsqueeze(0))
             state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
 
@@ -145,23 +147,28 @@ class GraphStep(Step):
         key = tuple((x.shape[1:], x.dtype) for x in inputs)
         key += (None if features is None else (features.shape[1:], features.dtype),)
         plan = self.plans.get(key)
-        if plan is None or plan.size < len(inputs[0]):
-            plan = self._captured(inputs, features)
+        past = [len(x) for name, x in self.state.method.items() if name.startswith("queue.")]
+        size = max([len(inputs[0]), *past])
+        if plan is None or plan.size < size:
+            plan = self._captured(inputs, features, size)
             self.plans[key] = plan
         return plan
 
-    def _captured(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
-        size = len(inputs[0])
+    def _captured(self, inputs: tuple[Tensor, ...], features: Tensor | None, size: int) -> Plan:
         plan = Plan(
-            tuple(x.clone() for x in inputs),
-            None if features is None else features.clone(),
+            tuple(_fill(x.new_empty((size, *x.shape[1:])), x) for x in inputs),
+            None
+            if features is None
+            else _fill(features.new_empty((size, *features.shape[1:])), features),
             torch.ones(size, dtype=self.precision.master, device=self.device),
         )
-        tokens = self.encode(inputs) if features is None else features
+        tokens = self.encode(plan.inputs) if features is None else plan.features
         if self._window:
             places = self._window
+            # empty places hold what any sample looks like: zeros may be nothing a model can take
+            finite = torch.where(torch.isfinite(tokens).all(), tokens, 0)
             plan.state = {
-                "ring": tokens.new_zeros((places, *tokens.shape)),
+                "ring": finite.expand(places, *tokens.shape).clone(),
                 "counts": plan.present.new_zeros((places, size)),
                 "place": torch.zeros(1, dtype=torch.int64, device=self.device),
             }
@@ -177,15 +184,22 @@ class GraphStep(Step):
         method, restore = self.state.method, self.state.snapshot()
         blank = {name: x.clone() for name, x in plan.state.items()}
         try:
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    self._body(plan)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            plan.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(plan.graph, pool=self.pool):
-                plan.result = self._body(plan)
+            with torch.cuda.device(self.device):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UP):
+                        self._body(plan)
+                torch.cuda.current_stream().wait_stream(side)
+                plan.graph = torch.cuda.CUDAGraph()
+                # other threads, such as a loader's, may go on using the device meanwhile
+                mode = "thread_local"
+                with torch.cuda.graph(plan.graph, pool=self.pool, capture_error_mode=mode):
+                    plan.result = self._body(plan)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'this step cannot be captured, use engine="eager": {error}'
+            ) from error
         finally:
             restore()
             self.state.method = method
@@ -199,7 +213,6 @@ class GraphStep(Step):
         """Takes the method's state, as eager steps and saved files have it, into the buffers."""
         state = {name: x.clone() for name, x in self.state.method.items()}  # may lie in the buffers
         if self._window:
-            plan.state["ring"].zero_()
             plan.state["counts"].zero_()
             past = [state[f"queue.{i}"] for i in range(sum(n.startswith("queue.") for n in state))]
             past = past[-(self._window - 1) :]
@@ -263,3 +276,11 @@ class GraphStep(Step):
             losses={name: x.clone() for name, x in result.losses.items()},
             stats={name: rows(x) for name, x in result.stats.items()},
         )
+
+
+def _fill(buffer: Tensor, x: Tensor) -> Tensor:
+    """Samples to the first rows of a buffer; the others repeat the first sample."""
+    buffer[: len(x)].copy_(x)
+    if len(x) < len(buffer):
+        buffer[len(x) :].copy_(x[:1].expand_as(buffer[len(x) :]))
+    return buffer

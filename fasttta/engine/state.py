@@ -53,11 +53,13 @@ def working_copy(
 
 
 def structural_copy(
-    model: nn.Module, parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None]
+    model: nn.Module,
+    parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None],
+    hooks: bool = False,
 ) -> nn.Module:
-    """The module tree anew, in evaluation mode and without hooks, which stay with the user's
-    module; parameters as ``parameter(name, theirs)`` says, everything else shared. Unlike
-    ``copy.deepcopy`` it takes modules that hold on to activations, locks or files."""
+    """The module tree anew, in evaluation mode and (unless ``hooks``) without hooks, which stay
+    with the user's module; parameters as ``parameter(name, theirs)`` says, everything else shared.
+    Unlike ``copy.deepcopy`` it takes modules that hold on to activations, locks or files."""
     twins: dict[int, nn.Module] = {}
 
     def twin(module: nn.Module, prefix: str) -> nn.Module:
@@ -65,11 +67,13 @@ def structural_copy(
             return twins[id(module)]
         new = twins[id(module)] = module.__class__.__new__(module.__class__)
         new.__dict__ = {
-            key: (type(value)() if "_hooks" in key else value.copy())
+            key: (type(value)() if "_hooks" in key and not hooks else value.copy())
             if isinstance(value, dict)
             else value
             for key, value in vars(module).items()
         }
+        # of Module.compile(): it is bound to the original
+        new.__dict__.pop("_compiled_call_impl", None)
         own = vars(module).get("forward")
         if isinstance(own, MethodType) and own.__self__ is module:
             new.__dict__["forward"] = MethodType(own.__func__, new)

@@ -178,8 +178,20 @@ class Step:
 
     def _gradients(self, objective: Objective, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         with span("backward"):
-            return torch.autograd.grad(
-                objective.losses["total"], leaves, allow_unused=True, materialize_grads=True
+            total = objective.losses["total"]
+            grads = (
+                torch.autograd.grad(total, leaves, allow_unused=True)
+                if total.requires_grad
+                else (None,)
+            )
+            if all(grad is None for grad in grads):
+                raise ValueError(
+                    "the loss depends on none of the tuned tensors; is a part of the model "
+                    "replaced by something that runs other weights?"
+                )
+            return tuple(
+                torch.zeros_like(leaf) if grad is None else grad
+                for leaf, grad in zip(leaves, grads, strict=True)
             )
 
     def _second_pass(

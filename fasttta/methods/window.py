@@ -10,16 +10,13 @@ from torch import Tensor
 from ..protocols import FusionModel
 
 
-def or_zeros(tokens: Tensor, counts: Tensor) -> Tensor:
-    """The tokens of samples that count, else zeros: what a weight of 0 multiplies must be finite.
-
-    Args:
-        tokens: [B, ...].
-        counts: 0-d for the batch or [B].
-    """
+def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
+    """The tokens [B, ...] of a batch that counts; else those of a past batch, or zeros: what a
+    weight of 0 multiplies must be finite, and something that a model can take."""
     if counts.device.type == "cpu" and counts.all():
         return tokens  # on a GPU the question would wait for the device
-    return torch.where(counts.reshape(counts.shape + (1,) * (tokens.ndim - 1)) > 0, tokens, 0)
+    fill = next((p[: len(tokens)] for p in past if len(p) >= len(tokens)), torch.zeros_like(tokens))
+    return torch.where(counts > 0, tokens, fill)
 
 
 def pieces(model: FusionModel, tokens: Tensor) -> Sequence[Tensor]:
@@ -56,7 +53,8 @@ class Queue:
     ) -> None:
         past = range(min(size - 1, sum(key.startswith("queue.") for key in state)))
         self.size = size
-        self.tokens = [*(state[f"queue.{i}"] for i in past), or_zeros(tokens, valid)]
+        self.tokens = [state[f"queue.{i}"] for i in past]
+        self.tokens.append(finite(tokens, valid, self.tokens))
         self.counts = [*(state[f"valid.{i}"] for i in past), valid]
         self.weight = torch.cat(
             [c.expand(len(t)) for t, c in zip(self.tokens, self.counts, strict=True)]
@@ -77,7 +75,8 @@ class Queue:
 
     def after(self, kept: Tensor) -> dict[str, Tensor]:
         """The state for the next batch; ``kept``: whether the current one counts then."""
-        tokens = [*self.tokens[:-1], or_zeros(self.tokens[-1], kept)]
+        *tokens, current = self.tokens
+        tokens.append(finite(current, kept, tokens))
         counts = [*self.counts[:-1], kept]
         first = max(0, len(tokens) - (self.size - 1))
         return {f"queue.{i}": t for i, t in enumerate(tokens[first:])} | {

@@ -91,14 +91,14 @@ class Projections:
             for handle in handles:
                 handle.remove()
 
-    def heads(self, x: Tensor, batch: int, stop: int) -> Tensor:
+    def heads(self, x: Tensor, batch: int, stop: int, sequence_first: bool) -> Tensor:
         """[B, T, H d] (or [T, B, H d]) -> [B, H, T, d].
 
         Raises:
             ValueError: the shape is neither, H does not divide it, or T < stop, the end of the
                 last span.
         """
-        if x.ndim == 3 and x.shape[0] != batch and x.shape[1] == batch:
+        if x.ndim == 3 and sequence_first:
             x = x.transpose(0, 1)
         if x.ndim != 3 or x.shape[0] != batch:
             raise ValueError(
@@ -182,8 +182,11 @@ def _one(model: nn.Module, spec: ModelSpec, fusion: str | nn.Module) -> Projecti
                 f"{path} is an nn.MultiheadAttention with kdim, vdim, add_bias_kv or "
                 "add_zero_attn; needed plain self-attention"
             )
-        if spec.num_heads not in (None, attention.num_heads):
-            raise ValueError(f"num_heads={spec.num_heads}, but {path} has {attention.num_heads}")
+        width = attention.embed_dim // attention.num_heads
+        for name, found in (("num_heads", attention.num_heads), ("scale", width**-0.5)):
+            given = getattr(spec, name)
+            if given is not None and abs(given - found) > 1e-6 * found:
+                raise ValueError(f"{name}={given}, but that of {path} is {found:g}; leave it out")
         return Projections(path, (), attention.num_heads, scale)
     names = (spec.qkv,) if isinstance(spec.qkv, str) else spec.qkv or _usual(attention, path)
     modules = tuple(_inside(model, path, name) for name in names)
@@ -218,9 +221,10 @@ def _path(model: nn.Module, fusion: str | nn.Module) -> str:
                 f"{type(model).__name__}; name one of it, or give the module itself"
             )
         return names[id(fusion)]
+    every = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for name in (fusion, fusion.removeprefix("module.")):
-        if name and name in names.values():
-            return name
+        if name and name in every:
+            return names[id(model.get_submodule(name))]  # an alias' first name
     known = [name for name, module in model.named_modules() if name and _attends(module)]
     raise ValueError(
         f"fusion={fusion!r} is no submodule of {type(model).__name__}; what looks like attention "

@@ -13,21 +13,17 @@ def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     return (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-2, -1))
 
 
-def check_scores(
-    last: Projections, stop: int, seen: Watch, captured: tuple[Tensor, Tensor]
-) -> None:
+def check_scores(last: Projections, seen: Watch, q: Tensor, k: Tensor) -> None:
     """Compares raw scores from the projections with what the module gives to its softmax.
 
     Args:
         last: the fusion attention.
-        stop: end of the last span.
         seen: a pass over two samples in float64.
-        captured: q and k of that pass.
+        q, k: [2, H, T, d] of that pass.
 
     Raises:
         ValueError: they differ, or the module masks its attention.
     """
-    q, k = (last.heads(x, 2, stop) for x in captured)
     ours = _scores(q, k, last.scale)
     for stack, func, args, kwargs in reversed(seen.scores):
         if not any(call.name == last.path for call in stack):

@@ -76,8 +76,9 @@ class ModelSpec:
                 f"{self.logits!r}"
             )
         _check_encode(self.encode)
-        if isinstance(self.encode, str):
-            object.__setattr__(self, "encode", (self.encode,))
+        if isinstance(self.encode, (str, list)):
+            encode = (self.encode,) if isinstance(self.encode, str) else tuple(self.encode)
+            object.__setattr__(self, "encode", encode)
         heads = self.num_heads
         if heads is not None and (isinstance(heads, bool) or not isinstance(heads, Integral)):
             raise TypeError(f"num_heads must be an int, found {heads!r}")

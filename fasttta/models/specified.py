@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .replay import Replay
 from .scores import check_scores
 from .spec import ModelSpec
 from .trees import described, rebuilt, tensors
+from .watch import watch
 
 _ANY = 16  # inputs that a forward(*args) may take
 _PARTS = ("weight", "bias")
@@ -28,6 +30,8 @@ class _Found:
 
     replay: Replay | None = None
     num_classes: int | None = None
+    sequence_first: bool = False  # the projections' results are [T, B, H d]
+    rich: bool = False  # the module returns more than logits
 
 
 class SpecifiedModel(nn.Module):
@@ -41,14 +45,6 @@ class SpecifiedModel(nn.Module):
 
     def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
-        for name, child in module.named_modules():
-            own = vars(child).get("forward")
-            if own is not None and not (isinstance(own, MethodType) and own.__self__ is child):
-                raise ValueError(
-                    f"the forward of {name or type(module).__name__} is replaced on the object (by "
-                    "a patch, torch.compile or a hook library), so that a copy would run the "
-                    "original's weights; pass the module as it was before"
-                )
         self.module = module
         self.spec = spec
         self.projections: tuple[Projections, ...] = resolve(module, spec)
@@ -67,6 +63,22 @@ class SpecifiedModel(nn.Module):
     @property
     def spans(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.spec.spans.values())
+
+    @property
+    def rich(self) -> bool:
+        """Whether the module returns more than logits; False before the first batch."""
+        return self._found.rich
+
+    def identity(self) -> str:
+        """What besides weights a saved state depends on."""
+        encode = "functions" if self._pair else self.spec.encode
+        return f"{self.projections} {self.spec.spans} {encode}"
+
+    @property
+    def _pair(self) -> tuple[Callable, Callable] | None:
+        """The cut as two functions."""
+        encode = self.spec.encode
+        return encode if encode and callable(encode[0]) else None
 
     @property
     def _stop(self) -> int:
@@ -162,7 +174,8 @@ class SpecifiedModel(nn.Module):
         device = next(self.parameters()).device.type
         cast = nullcontext()
         if self.compute_dtype is not None:
-            cast = torch.autocast(device, dtype=self.compute_dtype)
+            # without its cache, which would outlive the update of a tuned weight
+            cast = torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
         with without_fast_path(), cast:
             yield
 
@@ -171,7 +184,8 @@ class SpecifiedModel(nn.Module):
 
         Args:
             inputs: one batch; its first two samples are used (one is taken twice).
-            check: also compare the projections with the scores that the fusion module computes.
+            check: also compare the projections with the scores that the fusion module computes
+                (in float64).
 
         Returns:
             What the module's own forward returned for the two.
@@ -180,33 +194,44 @@ class SpecifiedModel(nn.Module):
             ValueError: the spec does not fit what was seen.
         """
         two = tuple(torch.cat((x, x)) if len(x) == 1 else x[:2].clone() for x in inputs)
-        found: list[tuple[Tensor, Tensor]] = []
-        last = self.projections[-1]
-        pair = _is_pair(self.spec.encode)
+        captured: list[tuple[Tensor, Tensor]] = []
+        last, pair = self.projections[-1], self._pair
         with self._running(), torch.no_grad():
+            capture = last.capture(self.module, captured) if last.modules else nullcontext()
             if pair:
-                return self.module(*two)
-            with last.capture(self.module, found) if check and last.modules else nullcontext():
-                replay, seen = Replay.find(
-                    self.module,
-                    two,
-                    tuple(p.path for p in self.projections),
-                    {name for p in self.projections for name in (p.modules or (p.path,))},
-                    self.spec.encode,
-                )
-        # two passes were captured; the scores belong to the last calls
-        if found:
-            check_scores(last, self._stop, seen, found[-1])
+                tokens = [pair[0](self.module, *(x[:n].clone() for x in two)) for n in (1, 2)]
+                run = functools.partial(pair[1], self.module)
+                with capture:
+                    for x in tokens:
+                        seen = watch(self.module, run, (x,))
+                output, replay = self.module(*two), None
+            else:
+                with capture:
+                    replay, seen = Replay.find(
+                        self.module,
+                        two,
+                        tuple(p.path for p in self.projections),
+                        {name for p in self.projections for name in (p.modules or (p.path,))},
+                        self.spec.encode,
+                    )
+                output = seen.output
+        if captured:
+            # of one sample, then of two: which axis grows is that of the batch
+            one, q = (captured[i][0].shape for i in (len(captured) // 2 - 1, -1))
+            self._found.sequence_first = len(one) == 3 and one[0] == q[0] and one[1] != q[1]
+        if captured and check:
+            heads = [last.heads(x, 2, self._stop, self._found.sequence_first) for x in captured[-1]]
+            check_scores(last, seen, *heads)
         self._found.replay = replay
-        return seen.output
+        return output
 
     def encode(self, *inputs: Tensor) -> Tensor:
         """One batch -> what ``fuse`` needs of it, [B, values] (a pair of functions: as it says)."""
-        if self._found.replay is None and not _is_pair(self.spec.encode):
+        if self._found.num_classes is None:
             self.learn(inputs)
         with span("encode"), self._running():
-            if _is_pair(self.spec.encode):
-                return self.spec.encode[0](self.module, *inputs)
+            if self._pair:  # what it does in place must not reach the caller's inputs
+                return self._pair[0](self.module, *(x.clone() for x in inputs))
             return self._found.replay.encode(self.module, inputs)
 
     def fuse_attention(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
@@ -217,14 +242,15 @@ class SpecifiedModel(nn.Module):
             for projections in self.projections:
                 captured = [] if projections is self.projections[-1] else found
                 stack.enter_context(projections.capture(self.module, captured))
-            if _is_pair(self.spec.encode):
-                output = self.spec.encode[1](self.module, features)
+            if self._pair:
+                output = self._pair[1](self.module, features.clone())
             else:
                 inputs = stack.enter_context(self._found.replay.given(self.module, features))
                 output = self.module(*inputs)
         if not captured:
             raise ValueError(f"{self.projections[-1].path} was not called by the fusion part")
         logits = self._logits(output)
+        self._found.rich = output is not logits
         if self.outputs is not None:
             kept = {id(x): x.detach() for x in tensors(output)}
             theirs = kept.get(id(logits))
@@ -238,7 +264,8 @@ class SpecifiedModel(nn.Module):
 
     def _attention(self, q: Tensor, k: Tensor, batch: int) -> tuple[Tensor, Tensor, float]:
         last, spans = self.projections[-1], list(self.spec.spans.values())
-        q, k = (last.heads(x, batch, self._stop) for x in (q, k))
+        sequence_first = bool(last.modules) and self._found.sequence_first
+        q, k = (last.heads(x, batch, self._stop, sequence_first) for x in (q, k))
         joined = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         if joined:
             q, k = (x[:, :, spans[0][0] : spans[-1][1]] for x in (q, k))
@@ -299,10 +326,6 @@ class SpecifiedModel(nn.Module):
             return (x[-len(logits) :] if x.ndim and len(x) == samples else x).clone()
 
         return rebuilt(output, fresh)
-
-
-def _is_pair(encode: Any) -> bool:
-    return isinstance(encode, (tuple, list)) and bool(encode) and callable(encode[0])
 
 
 def _early(path: str, encoders: tuple[str, ...]) -> bool:

@@ -60,3 +60,18 @@ def described(tree: Any) -> str:
                           for f in dataclasses.fields(tree))  # fmt: skip
         return f"{type(tree).__name__}({inner})"
     return "None" if tree is None else type(tree).__name__
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two results are the same but for the values and shapes of their tensors."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if dataclasses.is_dataclass(a):
+        return all(alike(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    return isinstance(a, (type(None), bool, int, float, str)) and a == b

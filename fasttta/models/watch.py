@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,8 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         calls: of all submodules, in order of their start.
-        uses: (calls that were going on, identities of the tensors a torch function was given).
+        uses: (calls that were going on, identities of the known tensors that a torch function was
+            given); known are the inputs and all calls' results, which live as long as this.
         scores: (calls that were going on, the function, its arguments) of softmaxes and fused
             attention.
         output: what the module returned.
@@ -52,6 +54,7 @@ class Watch(TorchFunctionMode):
 
     calls: list[Call] = field(default_factory=list)
     uses: list[tuple[tuple[Call, ...], set[int]]] = field(default_factory=list)
+    known: dict[int, Tensor] = field(default_factory=dict)
     scores: list[tuple[tuple[Call, ...], Any, tuple, dict]] = field(default_factory=list)
     output: Any = None
     stack: tuple[Call, ...] = ()
@@ -64,7 +67,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         if func not in _QUESTIONS and not (func.__name__ == "__get__" and name in _METADATA):
-            self.uses.append((self.stack, {id(x) for x in tensors((args, kwargs))}))
+            given = {id(x) for x in tensors((args, kwargs)) if self.known.get(id(x)) is x}
+            if given:
+                self.uses.append((self.stack, given))
         if func in _SOFTMAX or func is nnf.scaled_dot_product_attention:
             self.scores.append((self.stack, func, args, kwargs))
         return func(*args, **kwargs)
@@ -83,6 +88,7 @@ class Watch(TorchFunctionMode):
         call = self.stack[-1]
         call.stop, call.output = self.clock, output
         call.versions = tuple(x._version for x in tensors(output))
+        self.known |= {id(x): x for x in tensors(output)}
         self.clock += 1
         self.stack = self.stack[:-1]
 
@@ -95,9 +101,9 @@ class Watch(TorchFunctionMode):
         return found
 
 
-def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> Watch:
-    """Runs the module once, without gradients."""
-    seen, counts = Watch(), {}
+def watch(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Watch:
+    """Runs the module (or ``run``, which calls it) on inputs once, without gradients."""
+    seen, counts = Watch(known={id(x): x for x in inputs}), {}
     with ExitStack() as hooks, torch.no_grad():
         for name, child in module.named_modules():
             if name:
@@ -107,7 +113,7 @@ def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> Watch:
                 ):
                     hooks.callback(handle.remove)
         with seen:
-            seen.output = module(*inputs)
+            seen.output = run(*inputs)
     return seen
 
 
@@ -128,19 +134,29 @@ def cut(seen: Watch, fusion: tuple[str, ...]) -> int:
     )
 
 
-def finished(seen: Watch, time: int, keep: set[str], names: tuple[str, ...] | None) -> list[Call]:
+def finished(
+    seen: Watch,
+    time: int,
+    keep: set[str],
+    names: tuple[str, ...] | None,
+    without: Set[tuple[str, int]] = frozenset(),
+) -> list[Call]:
     """The outermost calls that had returned by a time, without those of modules in ``keep`` and
     of modules that hold these.
 
     Args:
         names: only these modules' calls; None: all.
+        without: (name, index) of calls to look into, and not to choose themselves.
 
     Raises:
         ValueError: a module of ``names`` was not called, or not before that time.
     """
     chosen: list[Call] = []
     for call in seen.calls:
-        wanted = names is None or call.name in names
+        around = [call, *(c for c in call.stack if (c.name, c.index) in without)]
+        wanted = (call.name, call.index) not in without and (
+            names is None or any(c.name in names for c in around)
+        )
         held = any(k == call.name or k.startswith(call.name + ".") for k in keep)
         if held or not wanted or not (call.stop is not None and call.stop < time):
             continue
@@ -148,9 +164,10 @@ def finished(seen: Watch, time: int, keep: set[str], names: tuple[str, ...] | No
             chosen.append(call)
     for name in names or ():
         calls = [c for c in seen.calls if c.name == name]
-        if not calls or any(c not in chosen for c in calls):
-            when = "after the fusion started" if calls else "not at all"
+        if not calls or any(c.stop is None or c.stop >= time for c in calls):
+            when = "still running, or called, after the fusion started" if calls else "not called"
             raise ValueError(
-                f"encode: {name} is called {when}; needed modules that have returned before"
+                f"encode: {name} is {when}; needed modules that have returned when the fusion "
+                "starts"
             )
     return chosen

@@ -1,0 +1,261 @@
+"""FeatureCache: features of another model are never used."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from caching import adapting, all_same, counting, shards
+from fusions import HuggingFaceStyle, Joint
+from torch import nn
+
+import fasttta
+from fasttta.data import FeatureCache
+from fasttta.data.feature_keys import model_key
+
+
+@pytest.fixture
+def read(tiny_model):
+    """Makes a method, READ unless named, on the tiny model."""
+
+    def make(method="read", model=None, **options):
+        return adapting(model or tiny_model(), method, **options)
+
+    return make
+
+
+def _other(kind, tiny_model):
+    """An adapted model whose features differ from those of tiny_model() in fp32."""
+    model, options = tiny_model(), {}
+    with torch.no_grad():
+        if kind == "one weight":
+            model.blocks_v[1].mlp.fc2.weight[3, 5] += 1e-3
+        elif kind == "heads":
+            model.blocks_a[0].attn.heads = 4
+        elif kind == "scale":
+            model.blocks_a[0].attn.scale = 0.1
+        elif kind == "epsilon":
+            model.blocks_a[0].norm1.eps = 0.1
+        elif kind == "precision":
+            options["precision"] = "bf16"
+        elif kind == "code":
+            model.blocks_v[0].mlp = Doubled(model.blocks_v[0].mlp)
+    return fasttta.adapt(model, "read", **options)
+
+
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.fc1, self.fc2 = inner.fc1, inner.fc2
+
+    def forward(self, x):
+        return 2 * self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["one weight", "heads", "scale", "epsilon", "precision", "code", "storage"]
+)
+def test_features_of_another_model_are_not_used(read, tiny_model, tiny_batch, tmp_path, kind):
+    batch = tiny_batch()
+    list(read().stream([batch], cache=FeatureCache(tmp_path)))
+    adapted = counting(_other(kind, tiny_model))
+    cache = FeatureCache(tmp_path, dtype="bf16" if kind == "storage" else "fp32")
+    list(adapted.stream([batch], cache=cache))
+    assert adapted.encoded == [5]
+    assert len(shards(tmp_path)) == 2  # the other one's are left where they are
+    again = read()
+    list(again.stream([batch], cache=FeatureCache(tmp_path)))
+    assert again.encoded == []
+
+
+def test_weights_behind_the_encoders_may_differ(read, tiny_model, tiny_batch, tmp_path):
+    list(read().stream([tiny_batch()], cache=FeatureCache(tmp_path)))
+    model = tiny_model()
+    torch.nn.init.normal_(model.blocks_u[0].attn.qkv.weight)
+    adapted = read(model=model)
+    expected = list(read(model=model).stream([tiny_batch()]))
+    assert all_same(expected, list(adapted.stream([tiny_batch()], cache=FeatureCache(tmp_path))))
+    assert adapted.encoded == []
+
+
+@pytest.mark.parametrize("how", ["one value", "all through data"])
+def test_weights_changed_in_place(read, tiny_model, tiny_batch, tmp_path, how):
+    """The user's model goes on training: frozen weights are shared with it."""
+    model, batch = tiny_model(), tiny_batch()
+    adapted, cache = read(model=model), FeatureCache(tmp_path)
+    list(adapted.stream([batch], cache=cache))
+    weight = model.blocks_a[0].mlp.fc1.weight
+    with torch.no_grad():
+        if how == "one value":
+            weight.view(-1)[4] += 1  # not one of those that are looked at again
+        else:
+            weight.data.mul_(1.5)  # does not count as a change
+    adapted.reset()
+    changed = list(adapted.stream([batch], cache=cache))
+    assert adapted.encoded == [5, 5]
+    assert all_same(changed, list(read(model=model).stream([batch])))
+
+
+def test_memory_used_again_by_another_model(read, tiny_model, tiny_batch, tmp_path):
+    """A digest is remembered for a tensor, not for its address."""
+    for i in range(6):
+        model = tiny_model()
+        with torch.no_grad():
+            # beyond the values that are looked at when a digest is reused
+            model.blocks_v[0].mlp.fc1.weight.view(-1)[4] += i
+        adapted = read(model=model)
+        list(adapted.stream([tiny_batch()], cache=FeatureCache(tmp_path)))
+        assert adapted.encoded == [5]
+        del adapted, model
+
+
+def _front(model, audio, video):
+    a = model.audio(audio.transpose(1, 2)).transpose(1, 2)
+    v = model.video_norm(model.video(video).flatten(2).transpose(1, 2))
+    return torch.cat((model.token.expand(len(a), -1, -1), a, v), dim=1)
+
+
+def _front_too(model, audio, video):
+    return 1.0 * _front(model, audio, video)
+
+
+def _shifted(by):
+    return lambda model, audio, video: _front(model, audio, video) + by - by
+
+
+class Bare(nn.Module):
+    """As much of a model as a key is made of."""
+
+    def tunable(self, group):
+        return {}
+
+
+@dataclass
+class Settings:
+    width: float = 1.0
+
+
+SCALE = 2.0
+
+
+def _scaled(x, by=1):
+    return SCALE * x * by
+
+
+def _scaled_otherwise(x, by=1):
+    return SCALE + x * by
+
+
+def _edited(forward):
+    """A module of a class that always has the same name."""
+    return type("Edited", (nn.Module,), {"forward": forward})()
+
+
+def _recompiled(function, **changed):
+    """The same function from another edit of its file."""
+    return FunctionType(
+        function.__code__, function.__globals__ | changed, function.__name__, function.__defaults__
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 2), (1, True), (1.0, 1), ("a", "b"), (None, 0), ([1, 2], [2, 1]), ([1], (1,)),
+        ({"a": 1}, {"a": 2}), ({"a", "b"}, {"a", "c"}), (torch.float32, torch.float16),
+        (torch.ones(3), torch.ones(3, 1)), ([torch.ones(3)], [torch.zeros(3)]),
+        (np.ones(3), np.ones(4)), (np.float32(1), np.float32(2)),
+        (Settings(), Settings(2.0)), (SimpleNamespace(a=1), SimpleNamespace(a=2)),
+        ([nn.Linear(2, 2)], [nn.Linear(2, 2)]), (nn.ReLU, nn.GELU),
+        ([_edited(lambda self, x: x + 1)], [_edited(lambda self, x: x + 2)]),
+        (_scaled, _scaled_otherwise), (_shifted(1), _shifted(2)),
+        (partial(_scaled, by=1), partial(_scaled, by=2)),
+        (_scaled, _recompiled(_scaled, SCALE=3.0)),
+        (lambda x: x in {1, 2}, lambda x: x in {1, 3}), (lambda x: x.sin(), lambda x: x.cos()),
+        (lambda x: [y + 1 for y in x], lambda x: [y + 2 for y in x]),
+    ],
+)  # fmt: skip
+def test_settings_are_part_of_a_key(one, other):
+    def key(value):
+        model = Bare()
+        model.setting = value
+        return model_key(model, "fp32", "fp32")
+
+    assert key(one) == key(copy.deepcopy(one))
+    assert key(one) != key(other)
+
+
+def test_what_changes_by_itself_is_not():
+    """Locks, loggers, generators; also where an object lies, and what it holds of itself."""
+
+    def key():
+        model = Bare()
+        model.lock, model.random = threading.Lock(), torch.Generator()
+        model.random.seed()
+        model.logger = logging.getLogger("fasttta.test")
+        model.logger.addHandler(logging.NullHandler())
+        model.itself = [model, {"again": model}]
+        return model_key(model, "fp32", "fp32")
+
+    assert key() == key()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_methods_have_one_key(tiny_model, tiny_batch, precision):
+    """Those with frozen encoders, adapted or not; the model may be wrapped."""
+    keys = set()
+    for method in ("source", "read", "abpem"):
+        adapted = adapting(nn.DataParallel(tiny_model()), method, precision=precision)
+        for _ in range(2):
+            keys.add(model_key(adapted._hidden[1], adapted.precision, "fp32"))
+            list(adapted.stream([tiny_batch()]))
+    assert len(keys) == 1
+
+
+def _specified(cls, **spec):
+    torch.manual_seed(0)
+    spec = {f: getattr(cls.spec, f) for f in ("fusion", "spans", "qkv", "logits")} | spec
+    return fasttta.adapt(cls().eval(), "abpem", k=3, spec=fasttta.ModelSpec(**spec))
+
+
+@pytest.mark.parametrize("cls", [Joint, HuggingFaceStyle])
+def test_specified_models(cls, tmp_path):
+    batches = [cls.batch(4, seed=i) for i in range(3)]
+    expected = list(_specified(cls).stream(batches))
+    for encoded in ([4, 4, 4], []):
+        adapted = counting(_specified(cls))
+        found = list(adapted.stream(batches, cache=FeatureCache(tmp_path)))
+        assert all_same(expected, found)
+        assert adapted.encoded == encoded
+
+
+def _back(model, x):
+    return model.head(model.fusion(x + model.position)[:, 0])
+
+
+def test_another_spec_is_another_model(tmp_path):
+    pairs = [None, (_front, _back), (_front_too, _back), (_shifted(1.0), _back)]
+    pairs += [(_shifted(2.0), _back), ("audio", "video_norm")]
+    batch = Joint.batch(4)
+    for encoded in ([4], []):
+        for pair in pairs:
+            adapted = counting(_specified(Joint, encode=pair))
+            list(adapted.stream([batch], cache=FeatureCache(tmp_path)))
+            # the modules that are named are those that are found: the same cut, another spec
+            assert adapted.encoded == encoded, pair
+
+
+def test_features_that_cannot_be_kept(tmp_path):
+    pair = (lambda m, a, v: {"x": _front(m, a, v)}, lambda m, x: _back(m, x["x"]))
+    adapted = fasttta.adapt(Joint().eval(), "source", spec=fasttta.ModelSpec(
+        fusion=Joint.spec.fusion, spans=Joint.spec.spans, encode=pair))  # fmt: skip
+    adapted._verified = True  # such a pair is refused before it comes to the cache
+    with pytest.raises(TypeError, match="one floating point tensor.*found dict.*without cache"):
+        list(adapted.stream([Joint.batch(4)], cache=FeatureCache(tmp_path)))
