@@ -6,13 +6,34 @@ register_autograd 36 us (torch 2.13, CPU).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..trace import span
 from . import schema
 
-ops = torch.ops.fasttta
 assert schema.LIBRARY is not None  # importing schema is what defines torch.ops.fasttta
+
+
+class _Ranges:
+    """The operations, each in a range of its name for profilers."""
+
+    def __getattr__(self, name: str) -> Callable:
+        op = getattr(torch.ops.fasttta, name)
+
+        def call(*args):
+            if torch.compiler.is_compiling():
+                return op(*args)
+            with span(name):
+                return op(*args)
+
+        self.__dict__[name] = call
+        return call
+
+
+ops = _Ranges()
 
 
 class _ScoreMoments(torch.autograd.Function):
@@ -49,19 +70,19 @@ class _AttentionBootstrap(torch.autograd.Function):
 
 
 class _PerSample(torch.autograd.Function):
-    """An op (logits, *options) -> [n], whose backward op is (grad, logits, *options)."""
+    """An op (x [n, ...], *options) -> [n], whose backward op is (grad, x, *options)."""
 
     @staticmethod
-    def forward(ctx, name, logits, *options):
+    def forward(ctx, name, x, *options):
         ctx.name, ctx.options = name, options
-        ctx.save_for_backward(logits)
-        return getattr(ops, name)(logits, *options)
+        ctx.save_for_backward(x)
+        return getattr(ops, name)(x, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (logits,) = ctx.saved_tensors
-        grad = getattr(ops, f"{ctx.name}_backward")(grad, logits, *ctx.options)
+        (x,) = ctx.saved_tensors
+        grad = getattr(ops, f"{ctx.name}_backward")(grad, x, *ctx.options)
         return None, grad, *(None for _ in ctx.options)
 
 
@@ -80,21 +101,31 @@ class _Balance(torch.autograd.Function):
 
 
 class _AdaptationHead(torch.autograd.Function):
+    """The op returns the gradient of its total, so that the usual backward is one product."""
+
     @staticmethod
     def forward(ctx, logits, k, entropy_weight, balance_weight, softmax_sum, eps, weight):
-        entropy, balance, *grads = ops.adaptation_head(logits, k, softmax_sum, eps, weight)
-        ctx.save_for_backward(*grads)
-        ctx.weights, ctx.dtype = (entropy_weight, balance_weight), logits.dtype
-        return entropy_weight * entropy - balance_weight * balance, entropy, balance
+        options = softmax_sum, eps, weight
+        *losses, grad = ops.adaptation_head(logits, k, entropy_weight, balance_weight, *options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, weight, grad)
+        ctx.options = k, softmax_sum, eps
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, grad_entropy, grad_balance):
-        rows, columns = ctx.saved_tensors
-        of_entropy = grad_total * ctx.weights[0] + grad_entropy
-        of_balance = grad_balance - grad_total * ctx.weights[1]
-        grad = of_entropy * rows + of_balance * columns
-        return grad.to(ctx.dtype), *(None for _ in range(6))
+    def backward(ctx, *upstream):
+        logits, weight, grad = ctx.saved_tensors
+        k, *options = ctx.options
+        found = None
+        # entropy is the total of weights (1, 0), balance that of (0, -1)
+        for up, weights in zip(upstream, (None, (1.0, 0.0), (0.0, -1.0)), strict=True):
+            if up is None:
+                continue
+            if weights is not None:
+                *_, grad = ops.adaptation_head(logits, k, *weights, *options, weight)
+            found = up * grad if found is None else found + up * grad
+        return None if found is None else found.to(logits.dtype), *(None for _ in range(6))
 
 
 def score_moments(q, k, spans, scale, per_head):
@@ -125,3 +156,12 @@ def adaptation_head(logits, k, entropy_weight, balance_weight, softmax_sum, eps,
     return _AdaptationHead.apply(
         logits, k, entropy_weight, balance_weight, softmax_sum, eps, weight
     )
+
+
+def total_variation(maps):
+    return _PerSample.apply("total_variation", maps)
+
+
+@torch.no_grad()
+def reliability_ensemble(maps, logits, temperature):
+    return ops.reliability_ensemble(maps, logits, temperature)
