@@ -1,6 +1,7 @@
-"""From waveforms and images to the inputs that CAV-MAE was trained on."""
+"""From waveforms and images to what models take: inputs of CAV-MAE, views for CLIP."""
 
+from ..views import Views
 from .filterbank import cavmae_audio, fbank, load_wav
 from .frames import cavmae_frame
 
-__all__ = ["cavmae_audio", "cavmae_frame", "fbank", "load_wav"]
+__all__ = ["Views", "cavmae_audio", "cavmae_frame", "fbank", "load_wav"]
