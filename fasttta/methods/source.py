@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from .base import Method, Objective
 
 
@@ -17,11 +15,11 @@ class Source(Method):
 
     name: ClassVar[str] = "source"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    families: ClassVar[tuple[str, ...]] = ("fusion", "vision-language")
     group: ClassVar[str | None] = None
     frozen_encoder: ClassVar[bool] = True
 
     lr: float = 0.0
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
-        logits: Tensor = model.fuse(features)
-        return Objective(losses={}, logits=logits, n_used=0)
+        return Objective(losses={}, logits=self.logits(model, features), n_used=0)
