@@ -138,11 +138,9 @@ def mix_views(views: Views, region: Tensor, mix_high: float = 0.8, mix_low: floa
     if not (mix_high or mix_low):
         mixed = views.augmix
     else:
-        # float64 until it is known to both sides: 1 - M is rounded once, as a Python float's is
-        share = views.weight.double()[:, None, None]
+        share = views.weight.to(views.base.dtype)[:, None, None]
         share = torch.where(region == _HIGH, mix_high, torch.where(region == _LOW, mix_low, share))
-        kept = share.to(views.base.dtype)[:, None]
-        left = (1 - share).to(views.base.dtype)[:, None]
-        mixed = kept * views.base + left * views.mix
+        share = share[:, None]
+        mixed = share * views.base + (1 - share) * views.mix
     mixed[0] = views.base[0]
     return mixed

@@ -118,10 +118,8 @@ class Views:
     @property
     def augmix(self) -> Tensor:
         """The AugMix views [N, 3, R, R], what every method but A-TPT uses."""
-        weight = self.weight.double()  # rounded once, as a Python float would be
-        kept = weight.to(self.base.dtype)[:, None, None, None]
-        left = (1 - weight).to(self.base.dtype)[:, None, None, None]
-        return kept * self.base + left * self.mix
+        weight = self.weight.to(self.base.dtype)[:, None, None, None]
+        return weight * self.base + (1 - weight) * self.mix
 
     def to(self, device: torch.device | str) -> Views:
         """These views on another device."""
