@@ -107,7 +107,7 @@ class Episodic(Method):
         Args:
             prompts: of ``model.prompts(ids, tuned_length)``.
             views: of each image, alike in number.
-            resources: tensors of this call ("noise").
+            resources: of this call: "seed" of random numbers, the same for every image; "noise".
         """
         raise TypeError(f"{type(self).__name__} defines no episode")
 

@@ -72,12 +72,9 @@ class TTC(Episodic):
     def _noise(self, x: Tensor, resources) -> Tensor:
         noise = resources.get("noise")
         if noise is None:
-            generators = resources["generators"]
-            rows = [
-                torch.rand(x.shape[1:], generator=generator, dtype=torch.float64)
-                for generator in generators
-            ]
-            return (self.eps * (2 * torch.stack(rows) - 1)).to(x)
+            generator = torch.Generator().manual_seed(resources.get("seed", 0))
+            row = torch.rand(x.shape[1:], generator=generator, dtype=torch.float64)
+            return (self.eps * (2 * row - 1)).to(x).expand_as(x)
         if not isinstance(noise, Tensor) or noise.shape[1:] != x.shape[1:]:
             found = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
             raise ValueError(f"noise must be [{len(x)}, {', '.join(map(str, x.shape[1:]))}] or one "
