@@ -1,4 +1,4 @@
-"""Views of an image: what they are made of, seeds, devices, errors."""
+"""Views of an image: what they are made of, seeds, devices."""
 
 import numpy as np
 import pytest
@@ -13,6 +13,10 @@ from fasttta.views.draw import DEPTH, OPERATIONS, draw
 # levels of 1/255, on average over a view, between floats and views rounded at every step; the
 # mean holds posterize's jumps of 16 levels
 TOLERANCES = {"base": 0.5, "mix": 3.0}
+# Share of pixels that another device's rounding may move by more than 1e-4 and by more than a
+# level. One pixel on the other side of a threshold moves a level of equalize's table, so a whole
+# bin by 1/255; posterize and solarize jump. Measured, float64 for the other device: 6e-4, 3e-5.
+DEVICE = {1e-4: 3e-3, 1.01 / 255: 1e-4}
 
 
 def _image(height=61, width=83, seed=0):
@@ -192,6 +196,16 @@ def test_augmix_is_the_weighted_sum():
     assert torch.equal(views.augmix[0], views.base[0])
 
 
+def test_made_in_inference_mode():
+    image = _floats(_image())
+    expected = _make(image)
+    with torch.inference_mode():
+        views = _make(image.clone())
+    assert _equal(views, expected)
+    assert not views.base.is_inference()
+    assert not views.mix.is_inference()
+
+
 def test_distributions():
     crops, draws = draw(4000, 100, 150, _seeded())
     area = torch.tensor([c.height * c.width / 15000 for c in crops])
@@ -239,6 +253,20 @@ def test_chains_leave_their_input():
     assert torch.equal(base, before)
 
 
+def _check_devices(one, other):
+    for name in ("base", "mix"):
+        gap = (getattr(one, name).cpu() - getattr(other, name).cpu()).abs()
+        for size, share in DEVICE.items():
+            assert (gap > size).double().mean() < share
+        assert gap.median() < 1e-6
+
+
+def test_other_rounding_moves_few_pixels():
+    image = _floats(_image(200, 300))
+    settings = {"n": 17, "resolution": 112}
+    _check_devices(_make(image, **settings), _make(image.double(), **settings))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("reference", [False, True])
 def test_gpu_equals_cpu(reference):
@@ -246,76 +274,4 @@ def test_gpu_equals_cpu(reference):
     cpu = _make(image, n=64, resolution=224, reference=reference)
     gpu = _make(image, n=64, resolution=224, reference=reference, device="cuda")
     assert gpu.base.device.type == "cuda"
-    for name in ("base", "mix"):
-        gap = (getattr(cpu, name) - getattr(gpu, name).cpu()).abs()
-        # a value on a threshold may fall on either side of it
-        assert (gap > 1e-4).float().mean() < 1e-4
-
-
-GOOD = {"base": torch.rand(2, 3, 4, 4), "mix": torch.rand(2, 3, 4, 4), "weight": torch.rand(2)}
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"base": [1.0]}, TypeError, "base is a list"),
-        ({"base": torch.rand(3, 4, 4)}, ValueError, r"base has shape \[3, 4, 4\]; needed \[N, 3"),
-        ({"base": torch.rand(2, 1, 4, 4)}, ValueError, r"base has shape \[2, 1, 4, 4\]"),
-        ({"base": torch.rand(0, 3, 4, 4)}, ValueError, "none of them empty"),
-        ({"base": torch.rand(2, 3, 4, 5)}, ValueError, "square"),
-        ({"base": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, "base is torch.uint8"),
-        ({"base": torch.rand(2, 3, 4, 4) - 1}, ValueError, "base has pixels.*already normalised"),
-        ({"base": torch.full((2, 3, 4, 4), torch.nan)}, ValueError, "base has pixels from nan"),
-        ({"mix": torch.rand(2, 3, 5, 5)}, ValueError, r"mix has shape \[2, 3, 5, 5\]"),
-        ({"mix": torch.rand(2, 3, 4, 4).double()}, TypeError, "mix is torch.float64 and base"),
-        ({"mix": torch.full((2, 3, 4, 4), 255.0)}, ValueError, "mix has pixels from 255 to 255"),
-        ({"weight": torch.rand(3)}, ValueError, r"weight has shape \[3\]; needed \[2\]"),
-        ({"weight": torch.ones(2, dtype=torch.int64)}, TypeError, "weight is torch.int64"),
-        ({"weight": torch.tensor([0.0, 1.1])}, ValueError, r"weight has values from 0 to 1.1"),
-        ({"region": torch.zeros(2, 4, 4)}, TypeError, "region is torch.float32; needed uint8"),
-        ({"region": torch.zeros(1, 4, 4).byte()}, ValueError, r"region has shape \[1, 4, 4\]"),
-        ({"region": torch.full((2, 4, 4), 3).byte()}, ValueError, "region has values from 3 to 3"),
-    ],
-)
-def test_views_errors(change, error, message):
-    with pytest.raises(error, match=message):
-        Views(**{**GOOD, **change})
-
-
-@pytest.mark.parametrize(
-    ("image", "error", "message"),
-    [
-        ([], ValueError, "empty list"),
-        ("cat.jpg", TypeError, "image is a str; needed a PIL image"),
-        ([_image(), None], TypeError, "image 1 is a NoneType"),
-        (torch.rand(4, 8, 8), ValueError, r"image has shape \[4, 8, 8\]"),
-        (torch.rand(8, 8, 3), ValueError, r"permute\(2, 0, 1\)"),
-        (torch.rand(1, 3, 8, 8), ValueError, r"shape \[1, 3, 8, 8\]"),
-        (torch.rand(3, 0, 8), ValueError, "at least one pixel"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), ValueError, r"\[3, 8, 8\].*permute\(1, 2, 0\)"),
-        (torch.zeros(8, 8, 3, dtype=torch.int64), TypeError, "image is torch.int64"),
-        (torch.full((3, 8, 8), torch.nan), ValueError, "image has pixels from nan"),
-        (torch.full((3, 8, 8), -2.1), ValueError, "from -2.1 .*already normalised"),
-        ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), 255.0)], ValueError, "image 1 has pixels"),
-        (Image.new("I;16", (8, 8)), ValueError, "mode 'I;16'"),
-        (Image.new("RGB", (0, 8)), ValueError, "image is 0x8"),
-    ],
-)
-def test_image_errors(image, error, message):
-    with pytest.raises(error, match=message):
-        _make(image)
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"n": 0}, ValueError, "n is 0"),
-        ({"resolution": 0}, ValueError, "resolution is 0"),
-        ({"base_view": "five"}, ValueError, "base_view is 'five'"),
-        ({"generator": None}, TypeError, "generator is NoneType"),
-        ({"generator": 3}, TypeError, "generator is int"),
-    ],
-)
-def test_setting_errors(settings, error, message):
-    with pytest.raises(error, match=message):
-        make_views(_image(), **{"generator": _seeded(), **settings})
+    _check_devices(cpu, gpu)

@@ -11,7 +11,7 @@ from .image import to_pixels
 
 _TONES = OPERATIONS.index("autocontrast"), OPERATIONS.index("equalize")
 _POSTERIZE, _SOLARIZE = OPERATIONS.index("posterize"), OPERATIONS.index("solarize")
-# views at a time that stay in a CPU's cache: 0.93 s for 63 views against 1.24 s in one piece
+# views at a time that stay in a CPU's cache: 0.9 s for 63 views against 1.2 s in one piece
 _CPU_CHUNK = 8
 
 

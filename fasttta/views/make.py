@@ -40,6 +40,7 @@ def _one_image(
     return Views.trusted(pixels, mix, weight)
 
 
+@torch.inference_mode(False)  # views made within it could not be adapted on
 @torch.no_grad()
 def make_views(
     image: Any,

@@ -73,11 +73,16 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
         matrices = matrices.to(images.device)
         pieces = zip(images.split(_CHUNK), matrices.split(_CHUNK), strict=True)
         return torch.cat([_warp_levels(*piece) for piece in pieces])
-    theta = matrices.view(-1, 2, 3).clone()
-    theta[:, :, 2] = theta[:, :, :2].sum(2) + theta[:, :, 2] * (2 / images.shape[-1]) - 1
-    grid = F.affine_grid(
-        theta.to(images.device, images.dtype), list(images.shape), align_corners=False
+    # grid_sample counts from -1 to 1: the constant terms change, the linear ones do not
+    size = images.shape[-1]
+    linear, constant = matrices.view(-1, 2, 3).split((2, 1), dim=2)
+    constant = linear.sum(2, keepdim=True) + constant * (2 / size) - 1
+    theta = torch.cat([linear, constant], 2).to(images.device, images.dtype)[..., None, None]
+    centre = torch.arange(1 - size, size, 2, device=images.device, dtype=images.dtype) / size
+    grid = theta[:, :, 0] * centre + (theta[:, :, 1] * centre[:, None] + theta[:, :, 2])
+    inside = (grid >= -1) & (grid < 1)  # [n, 2, size, size]
+    inside = inside[:, :1] & inside[:, 1:]
+    warped = F.grid_sample(
+        images, grid.movedim(1, 3).contiguous(), padding_mode="border", align_corners=False
     )
-    inside = ((grid >= -1) & (grid < 1)).all(3)
-    warped = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return (warped * inside[:, None]).clamp_(max=1.0)
+    return warped.mul_(inside).clamp_(max=1.0)
