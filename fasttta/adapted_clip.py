@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .engine.step import StepResult
 from .episodes import as_list, given_views, made_views, result
 from .families_clip import RecognisedCLIP
 from .methods.base import Method
-from .methods.episodic import Episodic, zero_shot
+from .methods.episodic import Episode, Episodic, zero_shot
 from .views import Views
 
 _VIEWS = 256  # computed together, of several images; more are taken in turns
@@ -107,58 +107,56 @@ class AdaptedCLIP(Adapted):
         Raises:
             ValueError, TypeError: what was given cannot be used.
         """
-        single, given = self._given(images, views, self.options)
+        single, items = _items(images, views)
         if noise is not None and self.method != "ttc":
             raise TypeError(f"noise= is for 'ttc', the method is {self.method!r}")
-        self._verify(given[0].base[:1])
-        with environment(self._device, self._numbers, grad=False):
-            if self._in_source or not isinstance(self.options, Episodic):
-                return self._plain(given, trace)
-            parts = [
-                self.options.run(
-                    self._hidden[1], self._prompts, given[rows], trace=trace,
+        parts = []
+        plain = self._in_source or not isinstance(self.options, Episodic)
+        for rows, given in self._groups(items, None if plain else self.options):
+            with environment(self._device, self._numbers, grad=False):
+                if plain:
+                    parts.append(self._plain(given))
+                    continue
+                part = self.options.run(
+                    self._hidden[1], self._prompts, given, trace=trace,
                     resources={"seed": self.seed, "noise": _rows_of(noise, rows)},
-                )
-                for rows in self._groups(given)
-            ]  # fmt: skip
+                )  # fmt: skip
+                parts.append(part)
+        with torch.inference_mode(False), torch.no_grad():
             return result(parts, single, trace)
 
     def predict(self, images: Any = None, *, views: Views | None = None) -> Tensor:
         """Zero-shot logits [B, C] of the anchors with the prompt that episodes start from."""
-        _, given = self._given(images, views, None)
-        self._verify(given[0].base[:1])
-        with environment(self._device, self._numbers, grad=False):
-            return self._plain(given, False).logits
+        _, items = _items(images, views)
+        logits = []
+        for _, given in self._groups(items, None):
+            with environment(self._device, self._numbers, grad=False):
+                logits.append(self._plain(given).logits)
+        return torch.cat(logits)
 
-    def _plain(self, given: list[Views], trace: bool) -> StepResult:
+    def _plain(self, given: list[Views]) -> Episode:
         anchors = torch.cat([views.base[:1] for views in given])
         logits = zero_shot(self._hidden[1], self._prompts, anchors)
-        none = torch.zeros((), dtype=torch.int64, device=logits.device)
-        return StepResult(
-            logits=logits, logits_before=logits.clone(), n_used=none,
-            grads={} if trace else None, trace={} if trace else None,
-        )  # fmt: skip
+        return Episode(logits, logits.clone(), torch.zeros_like(logits[:, 0], dtype=torch.bool))
 
-    def _groups(self, given: list[Views]) -> Iterator[slice]:
-        """Images that are computed together."""
-        together = max(1, _VIEWS // len(given[0]))
-        for at in range(0, len(given), together):
-            yield slice(at, at + together)
-
-    def _given(
-        self, images: Any, views: Views | None, method: Method | None
-    ) -> tuple[bool, list[Views]]:
-        """Whether it is a single image, and every image's views (method None: the anchor)."""
-        if (images is None) == (views is None):
-            raise TypeError("needed images, or views= of one image; found both or neither")
+    def _groups(
+        self, items: Sequence[Any], method: Method | None
+    ) -> Iterator[tuple[slice, list[Views]]]:
+        """Images that are computed together, with the views that a method asks for (None: the
+        anchor); those of later groups are made when it is their turn."""
         size, dtype = self._hidden[1].resolution, self._numbers.master
-        if views is not None:
-            return True, [given_views(views, size, self._device, dtype)]
-        single, listed = as_list(images)
-        return single, [
-            made_views(image, i, method, size, self._device, dtype, self.seed)
-            for i, image in enumerate(listed)
-        ]
+        count = len(items[0]) if isinstance(items[0], Views) else getattr(method, "view_count", 1)
+        together = max(1, _VIEWS // count)
+        for at in range(0, len(items), together):
+            rows = slice(at, at + together)
+            given = [
+                given_views(item, size, self._device, dtype)
+                if isinstance(item, Views)
+                else made_views(item, at + i, method, size, self._device, dtype, self.seed)
+                for i, item in enumerate(items[rows])
+            ]
+            self._verify(given[0].base[:1])
+            yield rows, given
 
     def _verify(self, pixels: Tensor) -> None:
         """On the first image: was the user's module understood?"""
@@ -274,6 +272,17 @@ class AdaptedCLIP(Adapted):
 
     def extra_repr(self) -> str:
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
+
+
+def _items(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:
+    """Whether it is a single image, and images or views, one an episode."""
+    if (images is None) == (views is None):
+        raise TypeError("needed images, or views= of one image; found both or neither")
+    if views is None:
+        return as_list(images)
+    if not isinstance(views, Views):
+        raise TypeError(f"views must be fasttta.data.Views, found {type(views).__name__}")
+    return True, [views]
 
 
 def _rows_of(noise: Tensor | None, rows: slice) -> Tensor | None:
