@@ -39,8 +39,8 @@ class Chunk:
         gather: [c * L] packed row of every place of the padded [c, L]; None: nothing to pad.
         scatter: [S] place of every packed row.
         last: [c] packed row of the end token.
-        causal: [L, P + L] bool, what a token sees: the prefix, and its class up to itself.
-        own: [c, 1, 1, P + L] bool, what an end token sees; None: all.
+        causal: [L, P + L], 0 where a token sees: the prefix, and its class up to itself; else -inf.
+        own: [c, 1, 1, P + L], the same of the end tokens; None: they see all.
         length: L.
     """
 
@@ -110,13 +110,17 @@ class Prompts:
             real = column < (starts[1:] - starts[:-1])[:, None]  # [c, L]
             gather = torch.where(real, starts[:-1, None] + column, 0).flatten()
             scatter = real.flatten().nonzero()[:, 0]
-            own = F.pad(real, (p, 0), value=True)[:, None, None]
-        causal = torch.ones(most, p + most, dtype=torch.bool, device=device).tril(p)
+            own = self._bias(F.pad(real, (p, 0), value=True)[:, None, None])
+        causal = self._bias(torch.ones(most, p + most, dtype=torch.bool, device=device).tril(p))
         tokens = self._embedded(flat) + self.model.positional_embedding[places]
         return Chunk(
             torch.tensor(classes, device=device), tokens, gather, scatter, starts[1:] - 1,
             causal, own, most,
         )  # fmt: skip
+
+    def _bias(self, seen: Tensor) -> Tensor:
+        weight = self.model.positional_embedding
+        return weight.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
     # ------------------------------------------------------------------ the tower
 
@@ -126,12 +130,13 @@ class Prompts:
         fixed = self._embedded(self.ids).expand(len(prompt), -1, -1)
         x = torch.cat((fixed[:, :1], prompt, fixed[:, 1 + n :]), 1) if n else fixed
         x, cached = x + model.positional_embedding[: self.prefix], []
+        seen = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=x.device).tril()
+        shared = self._bias(seen)
         *blocks, last = model.transformer.resblocks
         for block in blocks:
             q, k, v = map(block.attn.split, block.attn.project(block.ln_1(x)))
             cached.append((k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=block.attn.scale)
-            x = x + block.attn.combine(y)
+            x = x + block.attn.combine(_attend(q, k, v, shared, block.attn.scale))
             x = x + block.mlp(block.ln_2(x))
         cached.append(tuple(map(last.attn.split, last.attn.project(last.ln_1(x), "kv"))))
         return cached
@@ -155,9 +160,7 @@ class Prompts:
         for block, (k0, v0) in zip(blocks, cached, strict=False):
             attn = block.attn
             q, k, v = (padded(y, attn.heads) for y in attn.project(block.ln_1(x)))
-            y = F.scaled_dot_product_attention(
-                q, joined(k0, k), joined(v0, v), attn_mask=chunk.causal, scale=attn.scale
-            )
+            y = _attend(q, joined(k0, k), joined(v0, v), chunk.causal, attn.scale)
             y = y.transpose(1, 2).reshape(b, c * chunk.length, -1)
             x = x + attn.out_proj(y if chunk.scatter is None else y.index_select(1, chunk.scatter))
             x = x + block.mlp(block.ln_2(x))
@@ -167,11 +170,9 @@ class Prompts:
         x = x.index_select(1, chunk.last)
         q = attn.project(n.index_select(1, chunk.last), "q")[0]
         k, v = (padded(y, attn.heads) for y in attn.project(n, "kv"))
-        y = F.scaled_dot_product_attention(
-            q.reshape(b * c, 1, attn.heads, -1).transpose(1, 2), joined(k0, k), joined(v0, v),
-            attn_mask=None if chunk.own is None else chunk.own.repeat(b, 1, 1, 1),
-            scale=attn.scale,
-        )  # fmt: skip
+        q = q.reshape(b * c, 1, attn.heads, -1).transpose(1, 2)
+        own = None if chunk.own is None else chunk.own.repeat(b, 1, 1, 1)
+        y = _attend(q, joined(k0, k), joined(v0, v), own, attn.scale)
         x = x + attn.out_proj(y.transpose(1, 2).reshape(b, c, -1))
         x = x + last.mlp(last.ln_2(x))
         return model.ln_final(x) @ model.text_projection
@@ -257,6 +258,16 @@ class Prompts:
                 for x, g in zip(total, torch.autograd.grad(features, ends, row), strict=True):
                     x.add_(g)
             return torch.autograd.grad(cached, leaf, total)[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of a few tokens. On the CPU written out: forward and backward of 37 sequences of 6
+    tokens take 9 ms, those of the flash kernel 14 (2 cores, 8 heads)."""
+    bias = None if bias is None else bias.to(q.dtype)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = q @ (k * scale).transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 def _common(rows: list[list[int]]) -> int:
