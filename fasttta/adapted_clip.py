@@ -252,13 +252,13 @@ class AdaptedCLIP(Adapted):
             self._prompts.start_at(kept)
 
     def unwrap(self, merge: bool = False) -> nn.Module:
-        """The user's own module; or (merge) a ``fasttta.models.CLIP`` over its weights that
+        """The user's own module; or (merge) a ``fasttta.models.CLIP`` with its weights that
         predicts these classes with the prompt that episodes start from: no episode leaves
         anything to merge."""
         if not merge:
             return self._hidden[0]
         with torch.inference_mode(False), torch.no_grad():
-            merged = copy.copy(self._known.clip)
+            merged = copy.deepcopy(self._known.clip)
             text = self._prompts.linearise().features[0]
             merged.class_features = text / text.norm(dim=-1, keepdim=True)
         return merged

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clips import tiny_clip, tiny_ids, tiny_views
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fasttta"
@@ -118,6 +119,8 @@ def test_public_names_can_be_called_twice(tiny_model, tiny_batch, tmp_path):
         fasttta.methods.names()
         fasttta.methods.by_name("read").preset("paper")
         fasttta.models.CAVMAE.from_checkpoint(model.state_dict(), num_heads=3)
+        clip = fasttta.models.CLIP.from_checkpoint(tiny_clip().state_dict())
+        fasttta.adapt(clip, classes=tiny_ids(), views=4, select=0.5).step(views=tiny_views(4))
         fasttta.data.fbank(*_tone())
         fasttta.data.cavmae_audio(*_tone())
     assert set(fasttta.__all__) <= set(dir(fasttta))

@@ -58,7 +58,7 @@ class ATPT(PromptTuning):
     Source: A-TPT (ICML 2026) and its official code, which differ. Presets ``"code"`` and
     ``"paper"`` are the two to the letter. The default is the code's map, masks and views, with
     the paper's ensemble on the grid: total variation at pixel resolution picks a single view, and
-    the code's similarity ensemble is no use of attention. The official code's weights of the last
+    the code's similarity ensemble uses no attention. The official code's weights of the last
     block are rounding noise in float32; here they are those of float64. Its refinement runs with
     the prompt of the image before; here every image starts afresh.
     """
