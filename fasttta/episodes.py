@@ -81,7 +81,9 @@ def _cast(views: Views, dtype: torch.dtype) -> Views:
         return x.clone() if x.is_inference() else x
 
     with torch.inference_mode(False), torch.no_grad():
-        base, mix = own(views.base).to(dtype), own(views.mix).to(dtype)
+        alike = views.mix.data_ptr() == views.base.data_ptr()  # without augmentation
+        base = own(views.base).to(dtype)
+        mix = base if alike else own(views.mix).to(dtype)
         region = None if views.region is None else own(views.region)
         return Views.trusted(base, mix, own(views.weight), region)
 

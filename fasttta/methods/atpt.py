@@ -112,9 +112,12 @@ class ATPT(PromptTuning):
     def pixels(self, model, text, views):
         regions = [each.region for each in views]
         given = all(region is not None for region in regions)
-        b, n, stats = len(views), len(views[0]), {}
+        b, n, features, stats = len(views), len(views[0]), None, {}
         if not given or self.ensemble == "tv" or self.tv_loss:
-            maps = model.attention_maps(joined(views, "base"), text, self.rollout).grid
+            found = model.attention_maps(joined(views, "base"), text, self.rollout)
+            maps = found.grid
+            if all(each.mix.data_ptr() == each.base.data_ptr() for each in views):
+                features = found.features  # without augmentation nothing is mixed
             stats["attention"] = maps.unflatten(0, (b, n))
             large, size = maps, views[0].resolution
             if self.tv_map == "pixel" or model.map_kind == "grad-cam":
@@ -124,15 +127,17 @@ class ATPT(PromptTuning):
             stats["tv"] = total_variation(large if self.tv_map == "pixel" else maps)
             stats["tv"] = stats["tv"].unflatten(0, (b, n))
             if not given:
-                found = region_map(large, size, self.mask, self.high, self.low).split(n)
-                pairs = zip(regions, found, strict=True)
+                masks = region_map(large, size, self.mask, self.high, self.low).split(n)
+                pairs = zip(regions, masks, strict=True)
                 regions = [ours if theirs is None else theirs for theirs, ours in pairs]
         stats["region"] = torch.stack(regions)
+        if features is not None:
+            return joined(views, "base"), features, stats
         mixed = [
             mix_views(each, region, self.mix_high, self.mix_low)
             for each, region in zip(views, regions, strict=True)
         ]
-        return torch.cat(mixed), stats
+        return torch.cat(mixed), None, stats
 
     def loss_weights(self, stats, selected):
         return self._weights(stats, selected) if self.tv_loss else None

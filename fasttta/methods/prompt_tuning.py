@@ -80,9 +80,10 @@ class PromptTuning(Episodic):
 
     def pixels(
         self, model: VisionLanguageModel, text: Tensor, views: Sequence[Views]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Views to learn from [B * N, 3, R, R], and statistics [B, ...] of how they were made."""
-        return joined(views, "augmix"), {}
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Views to learn from [B * N, 3, R, R]; their features [B * N, E] where these are known
+        already; statistics [B, ...] of how the views were made."""
+        return joined(views, "augmix"), None, {}
 
     def losses(self, logits: Tensor, text: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
         """[B] each, with ``"total"``, of selected views.
@@ -120,8 +121,9 @@ class PromptTuning(Episodic):
         with torch.no_grad():
             start = prompts.linearise()
             text = unit(start.features)  # [1, C, E]
-            pixels, stats = self.pixels(model, text[0], views)
-            features = unit(model.encode_image(pixels)).unflatten(0, (b, n))  # [B, N, E]
+            pixels, features, stats = self.pixels(model, text[0], views)
+            features = model.encode_image(pixels) if features is None else features
+            features = unit(features).unflatten(0, (b, n))  # [B, N, E]
             before = scale * features @ text.transpose(1, 2)  # [B, N, C]
             uncertain = entropy(before)
             selected = uncertain.argsort(dim=1, stable=True)[:, :count]
