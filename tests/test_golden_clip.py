@@ -422,6 +422,33 @@ def test_kernels():
     near(scale * mode @ text.T, k["mta.final_logits"], 1e-9)
 
 
+def test_loss_and_optimiser_kernels():
+    from safetensors.torch import load_file
+
+    from fasttta.methods import CTPT, RTPT
+    from fasttta.methods.episodic import unit
+
+    k = load_file(ROOT / "kernels_f64.safetensors")
+    text, image = (k[f"head.{name}_raw"].clone().requires_grad_() for name in ("text", "image"))
+    logits = k["head.scale"] * unit(image) @ unit(text).T
+    near(logits.detach(), k["head.logits"], 1e-9)
+    loss = RTPT().losses(logits[k["head.selected_idx"]][None], unit(text)[None], None)["total"]
+    near(loss[0].detach(), k["head.loss"], 1e-9)
+    for found, name in zip(torch.autograd.grad(loss.sum(), (text, image)), ("text", "image"),
+                           strict=True):  # fmt: skip
+        near(found, k[f"head.grad_{name}_raw"], 1e-9)
+    spread = CTPT().losses(logits[None, :4], unit(text)[None], None)["dispersion"]
+    near(spread[0].detach(), k["ctpt.dispersion"], 1e-9)
+    (found,) = torch.autograd.grad(spread.sum(), text)
+    near(found, k["ctpt.grad_text_raw"], 1e-9)
+    prompt = torch.nn.Parameter(k["adamw.p0"].clone())
+    optimizer = RTPT().optimizer([prompt])
+    for i in range(3):
+        prompt.grad = k[f"adamw.g{i}"]
+        optimizer.step()
+        near(prompt.detach(), k[f"adamw.p{i + 1}"], 1e-12)
+
+
 def test_names_give_the_same_tokens(vit, vit_model):
     """Class names through the merges file against the tokens of the official tokeniser."""
     pytest.importorskip("tokenizers")
