@@ -10,9 +10,11 @@ from torch import nn
 
 from . import methods
 from .adapted import Adapted
+from .adapted_clip import AdaptedCLIP
 from .engine import delta
 from .engine.precision import resolve
 from .families import recognise
+from .families_clip import recognise_clip
 from .methods.base import Method
 from .models.spec import ModelSpec
 
@@ -37,35 +39,40 @@ def adapt(
         model: a ``fasttta.models`` model, or a module of the official CAV-MAE's structure (CAV-MAE,
             READ, ABPEM or BriMPR code; in DataParallel, DDP or torch.compile or not), which is
             compared with its own forward on the first batch; or any fusion transformer with a
-            ``spec``. It is never modified: frozen weights are shared, tuned tensors are private
+            ``spec``; or a CLIP (``fasttta.models.CLIP``, Hugging Face's, open_clip's, OpenAI's).
+            It is never modified: frozen weights are shared, tuned tensors are private
             copies.
         method: a name (``fasttta.methods.names()``), a method object, or ``"auto"``: ``"abpem"``
-            for two-modality fusion models.
+            for two-modality fusion models, ``"a-tpt"`` for CLIP.
         precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
             stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors are fp32
             (fp64 under ``"fp64"``); fp32 means IEEE fp32.
         engine: ``"graph"``: steps captured as CUDA graphs, one replay a step; needs a GPU.
             ``"eager"``; ``"auto"``: eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
-        classes, guard: for model families that this version does not have; must be None.
+        classes: for CLIP: class names, or token ids [C, L] (int64).
+        guard: for methods that this version does not have; must be None.
         seed: of the random state.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
-            ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA).
+            ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA); for class
+            names ``tokenizer``: a callable, or the path of CLIP's merges file.
 
     Raises:
         TypeError: not a model that fasttta knows, or an option that the method does not have.
         ValueError: an unknown name or a value out of range.
     """
-    for name, value in (("classes", classes), ("guard", guard)):
+    clip = recognise_clip(model) if spec is None else None
+    for name, value in (("classes", None if clip else classes), ("guard", guard)):
         if value is not None:
-            raise ValueError(
-                f"{name}={value!r}: this version adapts fusion transformers, which take no {name}"
-            )
+            raise ValueError(f"{name}={value!r:.80}: models of this family take no {name}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, found {seed!r}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
+    if clip:
+        chosen, resources = _method("a-tpt" if method == "auto" else method, options)
+        return _adapted_clip(model, clip, chosen, precision, engine, int(seed), classes, resources)
     known = recognise(model, spec)
     chosen, resources = _method(method, options)
     parameter = next(known.fusion.parameters())
@@ -105,6 +112,14 @@ def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, d
     return cls(**options), resources
 
 
+def _adapted_clip(model, clip, method, precision, engine, seed, classes, resources) -> AdaptedCLIP:
+    parameter = clip.clip.positional_embedding
+    return AdaptedCLIP(
+        model, clip, method, resolve(precision, parameter.device, parameter.dtype),
+        engine=_engine(engine, parameter.device), seed=seed, classes=classes, resources=resources,
+    )  # fmt: skip
+
+
 def _engine(engine: str, device: torch.device) -> str:
     if engine not in _ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; known: {', '.join(map(repr, _ENGINES))}")
@@ -137,8 +152,16 @@ def load(
         ValueError: the files are damaged or of another model.
     """
     record, tensors = delta.read(folder)
-    known = recognise(model, spec)
     method, _ = _method(record["method"], record["options"])
+    if spec is None and (clip := recognise_clip(model)):
+        if "classes" not in tensors:
+            raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
+        adapted = _adapted_clip(
+            model, clip, method, record["precision"], engine, record["seed"], tensors["classes"], {}
+        )
+        adapted.take(record, tensors)
+        return adapted
+    known = recognise(model, spec)
     parameter = next(known.fusion.parameters())
     constants = {
         name.removeprefix("constant."): x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,28 @@ class FusionModel(Protocol):
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), converting frozen weights."""
+
+
+@runtime_checkable
+class VisionLanguageModel(Protocol):
+    """Images and class prompts in one space; ``prompts`` is the text tower on a class list, whose
+    first tokens after SOT (``initial`` [n, D]) methods tune."""
+
+    logit_scale: Tensor  #: logarithm of the factor of the cosine similarities
+    map_kind: str  #: where attention maps come from, "rollout" or "grad-cam"
+
+    @property
+    def resolution(self) -> int:
+        """R: images are [N, 3, R, R] with pixels in [0, 1]."""
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """[N, 3, R, R] -> features [N, E], not normalised."""
+
+    def prompts(self, ids: Tensor, length: int = 0) -> Any:
+        """Token ids [C, L] -> features, and their derivative, as a function of the prompt."""
+
+    def attention_maps(self, pixels: Tensor, text: Tensor, rollout: str = "code") -> Any:
+        """Attention ``grid`` [N, G, G] of every image to its top class of text [C, E]."""
 
 
 _STATISTICS = (("scores", 1, "[M]"), ("scores_per_head", 2, "[H, M]"))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clips import tiny_clip, tiny_ids, tiny_views
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fasttta"
@@ -20,11 +21,12 @@ LEVELS = (
     ("ops",),
     ("functional",),
     ("protocols",),
-    ("views", "models", "methods"),
+    ("views",),
+    ("models", "methods"),
     ("engine",),
-    ("families",),
+    ("families", "families_clip", "classes", "episodes"),
     ("collect",),
-    ("entry", "adapted", "environment", "inspection"),
+    ("entry", "adapted", "adapted_clip", "environment", "inspection"),
     ("data",),
     ("evaluate",),
     ("demo",),
@@ -59,7 +61,7 @@ def test_import_direction():
         assert own in LEVEL, f"{own} has no level"
         for other in _imports(path):
             assert other == own or LEVEL[other] < LEVEL[own] or {own, other} <= {
-                "entry", "adapted",
+                "entry", "adapted", "adapted_clip",
             }, f"{path.relative_to(ROOT)} imports {other}"  # fmt: skip
             assert not (own == "methods" and other == "models")
     for path in (ROOT / "kernels").rglob("*.py"):
@@ -117,6 +119,8 @@ def test_public_names_can_be_called_twice(tiny_model, tiny_batch, tmp_path):
         fasttta.methods.names()
         fasttta.methods.by_name("read").preset("paper")
         fasttta.models.CAVMAE.from_checkpoint(model.state_dict(), num_heads=3)
+        clip = fasttta.models.CLIP.from_checkpoint(tiny_clip().state_dict())
+        fasttta.adapt(clip, classes=tiny_ids(), views=4, select=0.5).step(views=tiny_views(4))
         fasttta.data.fbank(*_tone())
         fasttta.data.cavmae_audio(*_tone())
     assert set(fasttta.__all__) <= set(dir(fasttta))

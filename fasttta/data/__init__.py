@@ -1,7 +1,18 @@
-"""From waveforms and images to a model's inputs, and what its encoders made of them on disk."""
+"""From waveforms and images to what models take, and what their encoders made of it on disk."""
 
+from ..views import Views
+from . import attack
 from .feature_cache import Batch, FeatureCache
 from .filterbank import cavmae_audio, fbank, load_wav
 from .frames import cavmae_frame
 
-__all__ = ["Batch", "FeatureCache", "cavmae_audio", "cavmae_frame", "fbank", "load_wav"]
+__all__ = [
+    "Batch",
+    "FeatureCache",
+    "Views",
+    "attack",
+    "cavmae_audio",
+    "cavmae_frame",
+    "fbank",
+    "load_wav",
+]

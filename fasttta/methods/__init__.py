@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from .abpem import ABPEM
+from .atpt import ATPT
 from .base import Method
 from .eata import EATA
+from .mta import MTA
+from .prompt_tuning import CTPT, RTPT, TPT
 from .read import READ
 from .sar import SAR
 from .source import Source
 from .tent import Tent
+from .ttc import TTC
 
-_METHODS: tuple[type[Method], ...] = (Source, Tent, EATA, SAR, READ, ABPEM)
+_METHODS: tuple[type[Method], ...] = (
+    Source, Tent, EATA, SAR, READ, ABPEM, TPT, CTPT, RTPT, ATPT, MTA, TTC,
+)  # fmt: skip
 
-__all__ = ["ABPEM", "EATA", "READ", "SAR", "Method", "Source", "Tent", "by_name", "names"]
+__all__ = [
+    "ABPEM", "ATPT", "CTPT", "EATA", "MTA", "READ", "RTPT", "SAR", "TPT", "TTC", "Method",
+    "Source", "Tent", "by_name", "names",
+]  # fmt: skip
 
 
-def names() -> list[str]:
-    """Names that ``fasttta.adapt`` takes as ``method``."""
-    return [method.name for method in _METHODS]
+def names(family: str | None = None) -> list[str]:
+    """Names that ``fasttta.adapt`` takes as ``method``: all, or those for the models of a family,
+    ``"fusion"`` or ``"vision-language"``."""
+    return [method.name for method in _METHODS if family in (None, *method.families)]
 
 
 def by_name(name: str) -> type[Method]:

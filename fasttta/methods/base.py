@@ -68,6 +68,8 @@ class Method:
     RESOURCES: ClassVar[tuple[str, ...]] = ()
     #: with several steps on a batch, each takes the method state that the one before it left
     carries_state: ClassVar[bool] = False
+    #: which models it adapts, "fusion" or "vision-language"
+    families: ClassVar[tuple[str, ...]] = ("fusion",)
     #: what of the model is tuned ("norm", "encoder_norm", "fusion_qkv"; None: nothing)
     group: ClassVar[str | None]
     #: everything before ``fuse`` is frozen: encoded once a batch, without autograd

@@ -15,6 +15,7 @@ class Source(Method):
 
     name: ClassVar[str] = "source"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    families: ClassVar[tuple[str, ...]] = ("fusion", "vision-language")
     group: ClassVar[str | None] = None
     frozen_encoder: ClassVar[bool] = True
 

@@ -1,0 +1,140 @@
+"""Vision-language models told by their structure, and compared with their own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .engine.state import structural_copy
+from .models import CLIP
+from .models.clip_convert import convert_hugging_face, convert_open_clip
+
+_HUGGING_FACE = ("text_model", "vision_model", "visual_projection", "text_projection")
+_OPENAI = ("visual", "transformer", "token_embedding", "ln_final")
+_CUSTOM_TEXT = ("visual", "text")
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value; half: 2e-2
+
+
+@dataclass
+class RecognisedCLIP:
+    """A user's module as episodic methods see it.
+
+    Attributes:
+        family: its name, for messages.
+        clip: the model that fasttta runs; shares the module's weights.
+        module: the part that was recognised, to be compared with; None if it is ``clip`` itself.
+        outputs: (module, normalised pixels, ids) -> its image features and text features.
+    """
+
+    family: str
+    clip: CLIP
+    module: nn.Module | None = field(default=None, repr=False)
+    outputs: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @torch.no_grad()
+    def verify(self, pixels: Tensor, ids: Tensor) -> None:
+        """Compares features of an image [1, 3, R, R] and of up to two classes ids [C, L] with the
+        module's own, in its own precision.
+
+        Raises:
+            ValueError: they differ by more than 1e-5 of the largest value (2e-2 in half
+                precision), or its forward fails.
+        """
+        if self.module is None:
+            return
+        clip, dtype = self.clip, next(self.module.parameters()).dtype
+        ids = ids[:2].to(pixels.device)
+        x = clip._normalised(pixels).to(dtype)
+        own = structural_copy(self.module, lambda name, parameter: parameter)
+        try:
+            theirs = self.outputs(own, x, ids)
+        except Exception as error:
+            raise ValueError(
+                f"recognised as {self.family}, but its own forward fails: {error}"
+            ) from error
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        ours = structural_copy(clip, lambda name, parameter: _as(parameter, wide))
+        for name, buffer in ours.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            if buffer.is_floating_point():
+                ours.get_submodule(path)._buffers[leaf] = buffer.to(wide)
+        found = ours.encode_image(pixels.to(wide)), ours.encode_text(ids)
+        limit = _TOLERANCE.get(dtype, 2e-2)
+        for what, a, b in zip(("image", "text"), found, theirs, strict=True):
+            a, b = (y.double() / y.double().norm(dim=-1, keepdim=True) for y in (a, b))
+            error = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
+            if not error <= limit:
+                raise ValueError(
+                    f"recognised as {self.family}, but its own normalised {what} features differ "
+                    f"from that architecture's by {error:.1e}, needed at most {limit:.0e}: is "
+                    "something in its forward patched?"
+                )
+
+
+def _as(parameter: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+
+
+def recognise_clip(model: object) -> RecognisedCLIP | None:
+    """The model as episodic methods see it: ``fasttta.models.CLIP``, Hugging Face's ``CLIPModel``,
+    open_clip's or OpenAI's CLIP; in DataParallel, DDP or torch.compile or not. None: none of them.
+
+    Raises:
+        ValueError: it has the parts of one but cannot be converted.
+        TypeError: a TorchScript module.
+    """
+    while isinstance(model, nn.Module):
+        if isinstance(model, CLIP):
+            return RecognisedCLIP("fasttta.models.CLIP", model)
+        if _has(model, _HUGGING_FACE) and hasattr(model, "config"):
+            family, convert, outputs = "Hugging Face CLIPModel", convert_hugging_face, _hugging_face
+            break
+        custom = _has(model, _CUSTOM_TEXT) and _has(model.text, _OPENAI[1:])
+        if (_has(model, _OPENAI) or custom) and hasattr(model, "logit_scale"):
+            family, convert, outputs = "open_clip or OpenAI CLIP", convert_open_clip, _open_clip
+            break
+        inner = "module" if isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ) else "_orig_mod" if type(model).__name__ == "OptimizedModule" else None  # fmt: skip
+        if inner is None:
+            return None
+        model = getattr(model, inner)
+    else:
+        return None
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "a TorchScript CLIP cannot be adapted as it is; take its weights: "
+            "fasttta.models.CLIP.from_checkpoint(model.state_dict())"
+        )
+    try:
+        clip = convert(model)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{type(model).__name__} looks like {family}, but {error}") from error
+    return RecognisedCLIP(family, clip, model, outputs)
+
+
+def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
+    return all(part in module._modules or part in module._parameters for part in parts)
+
+
+def _feature(x: object) -> Tensor:
+    """transformers 5 returns an output object where 4 returned the tensor."""
+    return x if isinstance(x, Tensor) else x.pooler_output
+
+
+def _hugging_face(module: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    image = module.get_image_features(pixel_values=pixels)
+    return _feature(image), _feature(module.get_text_features(input_ids=ids))
+
+
+def _open_clip(module: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    # those modules take ids of the whole context only
+    text = getattr(module, "text", module)
+    length = text.positional_embedding.shape[0]
+    ids = torch.nn.functional.pad(ids[:, :length], (0, max(0, length - ids.shape[1])))
+    return module.encode_image(pixels), module.encode_text(ids)

@@ -1,0 +1,123 @@
+"""Methods of vision-language models: every image is an episode of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..protocols import VisionLanguageModel
+from ..views import Views
+from .base import Method, require, require_int
+
+
+@dataclass
+class Episode:
+    """What B episodes, computed together, leave behind.
+
+    Attributes:
+        logits, logits_before: [B, C]; before any update: zero-shot, of the anchor.
+        losses: [B] each, of the first step.
+        stats: [B, ...] each.
+        used: [B] bool, whether something was learnt from the image.
+        grads: [B, ...] each, of the first step, by tuned name.
+        trace: [B, ...] each, intermediates.
+    """
+
+    logits: Tensor
+    logits_before: Tensor
+    used: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    trace: dict[str, Tensor] = field(default_factory=dict)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Episodic(Method):
+    """Options that every method of vision-language models has, ``prompt`` and ``prompt_length``
+    besides those of ``Method``; subclasses place them.
+
+    Args:
+        prompt: what precedes the class name and a full stop, where classes are names.
+        prompt_length: tuned tokens after SOT. None: the space-separated words of ``prompt``, as
+            official code counts them (a hyphenated word is several tokens, the last of which then
+            stay fixed).
+    """
+
+    RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    families: ClassVar[tuple[str, ...]] = ("vision-language",)
+    frozen_encoder: ClassVar[bool] = True
+    group: ClassVar[str | None] = None
+
+    score_at: str = field(default="after", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(isinstance(self.prompt, str) and bool(self.prompt.strip()), "prompt",
+                self.prompt, "words such as \"a photo of a\"")  # fmt: skip
+        if self.prompt_length is not None:
+            require_int("prompt_length", self.prompt_length, 1)
+
+    @property
+    def tuned_length(self) -> int:
+        """Tokens after SOT that are tuned (or could be)."""
+        if self.prompt_length is not None:
+            return self.prompt_length
+        return len(self.prompt.strip().replace("_", " ").split(" "))
+
+    @property
+    def view_count(self) -> int:
+        """Views made of an image, the anchor included."""
+        return 1
+
+    @property
+    def augmented(self) -> bool:
+        """Whether views are made with AugMix."""
+        return False
+
+    def tuned(self, model: Any) -> dict:
+        return {}
+
+    def check_model(self, model: Any) -> None:
+        if not isinstance(model, VisionLanguageModel):
+            raise ValueError(
+                f"{self.name!r} adapts vision-language models such as fasttta.models.CLIP, found "
+                f"{type(model).__name__}"
+            )
+
+    def run(
+        self,
+        model: VisionLanguageModel,
+        prompts: Any,
+        views: Sequence[Views],
+        *,
+        trace: bool = False,
+        resources: Mapping[str, Any] | None = None,
+    ) -> Episode:
+        """B episodes; each starts at ``prompts.initial``.
+
+        Args:
+            prompts: of ``model.prompts(ids, tuned_length)``.
+            views: of each image, alike in number.
+            resources: of this call: "seed" of random numbers, the same for every image; "noise".
+        """
+        raise TypeError(f"{type(self).__name__} defines no episode")
+
+
+def zero_shot(model: VisionLanguageModel, prompts: Any, anchors: Tensor) -> Tensor:
+    """Logits [B, C] of anchors [B, 3, R, R] with the initial prompt."""
+    text = unit(prompts.linearise().features[0])
+    return model.logit_scale.exp() * unit(model.encode_image(anchors)) @ text.T
+
+
+def joined(views: Sequence[Views], name: str) -> Tensor:
+    """A part of all images' views, [B * N, ...]."""
+    return torch.cat([getattr(each, name) for each in views])

@@ -1,0 +1,134 @@
+"""MTA: a robust mean of the views' features, without any training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import require, require_int, require_number
+from .episodic import Episode, Episodic, joined, unit
+
+
+@dataclass(frozen=True)
+class MTA(Episodic):
+    """MeanShift for test-time augmentation: the mode of the views' features, with a learnt
+    inlierness of every view, is classified.
+
+    Args:
+        views: of an image, the anchor included; without AugMix, as published.
+        prompt, prompt_length: as in ``TPT``; nothing of it is tuned.
+        nearest: share of the other views that a view's bandwidth is measured on.
+        affinity: weight of what views with like predictions say about a view's inlierness.
+        temperature: of the inlierness.
+        iterations: of each fixed point, and of their alternation.
+        tolerance: of each fixed point.
+
+    ``stats``: ``"weights"`` [N], the inlierness; ``"bandwidth"`` [N]. ``.logits`` are
+    those of the mode. lr and steps have no effect.
+
+    Source: Zanella and Ben Ayed, CVPR 2024, and its code.
+    """
+
+    name: ClassVar[str] = "mta"
+    PRESETS: ClassVar = {"code": {}, "paper": {}}
+
+    views: int = 64
+    prompt: str = "a photo of a"
+    prompt_length: int | None = None
+    nearest: float = 0.3
+    affinity: float = 4.0
+    temperature: float = 0.2
+    iterations: int = 5
+    tolerance: float = 1e-6
+    augment: bool = field(default=False, kw_only=True)
+    lr: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("views", self.views, 1)
+        require_int("iterations", self.iterations, 1)
+        require_number("affinity", self.affinity)
+        for name in ("nearest", "temperature", "tolerance"):
+            require_number(name, getattr(self, name), positive=True)
+        require(self.nearest <= 1, "nearest", self.nearest, "a share of at most 1")
+
+    @property
+    def view_count(self) -> int:
+        return self.views
+
+    @property
+    def augmented(self) -> bool:
+        return self.augment
+
+    def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode:
+        b, n, scale = len(views), len(views[0]), model.logit_scale.exp()
+        with torch.no_grad():
+            text = unit(prompts.linearise().features)  # [1, C, E]
+            features = unit(model.encode_image(joined(views, "augmix"))).unflatten(0, (b, n))
+            logits = scale * features @ text.transpose(1, 2)
+            bandwidth = self._bandwidth(features)
+            mode, weights = self._mode(features, logits.softmax(-1), bandwidth)
+            scored = mode if self.score_at == "after" else features[:, 0]
+            prediction = scale * torch.einsum("be,ce->bc", scored, text[0])
+        return Episode(
+            logits=prediction,
+            logits_before=logits[:, 0],
+            used=prediction.isfinite().all(1),
+            stats={"weights": weights, "bandwidth": bandwidth.sqrt()},
+            trace={"features": features, "logits": logits, "mode": mode} if trace else {},
+        )
+
+    def _bandwidth(self, features: Tensor) -> Tensor:
+        """Squared, [B, N]: half the mean squared distance to the nearest other views."""
+        n = features.shape[1]
+        count = int(self.nearest * (n - 1))
+        if not count:  # too few views for a share of them: those that there are
+            count = n - 1
+        if not count:
+            return features.new_ones(features.shape[:2])
+        squared = torch.cdist(features, features, compute_mode=_EXACT).square()
+        squared = squared + torch.diag(squared.new_full((n,), torch.inf))
+        return 0.5 * squared.topk(count, dim=-1, largest=False).values.mean(-1)
+
+    def _mode(self, features: Tensor, p: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
+        """Mode [B, E] and inlierness [B, N]."""
+        affinity = p @ p.transpose(1, 2)  # [B, N, N]
+        mode = features[:, 0]
+        y = torch.full_like(bandwidth, 1 / features.shape[1])
+        # equal views have bandwidth 0 and lie at distance 0 of each other
+        width = 2 * bandwidth.clamp_min(torch.finfo(bandwidth.dtype).tiny)
+
+        def kernel(mode: Tensor) -> Tensor:
+            return (-(features - mode[:, None]).square().sum(-1) / width).exp()
+
+        def fixed_point(start: Tensor, update) -> Tensor:
+            """Iterates until nothing moves, per image; decided on the device."""
+            value, going = start, torch.ones_like(start[:, 0], dtype=torch.bool)
+            for _ in range(self.iterations):
+                new = torch.where(going[:, None], update(value), value)
+                going = going & ((new - value).norm(dim=1) >= self.tolerance)
+                value = new
+            return value
+
+        def inlierness(k: Tensor):
+            return lambda y: (
+                (k + self.affinity * (affinity @ y[..., None])[..., 0]) / self.temperature
+            ).softmax(-1)
+
+        def shifted(y: Tensor):
+            def update(mode: Tensor) -> Tensor:
+                w = kernel(mode) * y
+                return unit((w[..., None] * features).sum(1) / w.sum(1, keepdim=True))
+
+            return update
+
+        for _ in range(self.iterations):
+            y = fixed_point(y, inlierness(kernel(mode)))
+            mode = fixed_point(mode, shifted(y))
+        return mode, y
+
+
+_EXACT = "donot_use_mm_for_euclid_dist"

@@ -1,0 +1,272 @@
+"""Tuning the words before the class name on confident views of one image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..protocols import VisionLanguageModel
+from ..views import Views
+from .base import require, require_int, require_number
+from .episodic import Episode, Episodic, joined, unit
+from .reliability import ensemble_logits, entropy, marginal_entropy, similarity_weights
+
+
+@dataclass(frozen=True)
+class PromptTuning(Episodic):
+    """Options of methods that tune a prompt.
+
+    Args:
+        views: of an image, the anchor included.
+        select: share of the views in the loss, those of the lowest entropy before any update;
+            int(views * select) of them, of equal entropies the first.
+        lr, weight_decay: of AdamW, whose state starts afresh with every image.
+        augment: AugMix the views of images (off in official runs on ImageNet's variants).
+    """
+
+    group: ClassVar[str | None] = "prompt"
+
+    views: int = 64
+    select: float = 0.1
+    lr: float = 5e-3
+    weight_decay: float = 0.01
+    prompt: str = "a photo of a"
+    prompt_length: int | None = None
+    augment: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_int("views", self.views, 1)
+        require_number("select", self.select, positive=True)
+        require(self.select <= 1, "select", self.select, "a share of at most 1")
+        require_number("weight_decay", self.weight_decay)
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(isinstance(self.augment, bool), "augment", self.augment, "True or False")
+        self.selected_count(self.views)
+
+    @property
+    def view_count(self) -> int:
+        return self.views
+
+    @property
+    def augmented(self) -> bool:
+        return self.augment
+
+    def selected_count(self, views: int) -> int:
+        """Views in the loss.
+
+        Raises:
+            ValueError: none would be.
+        """
+        count = int(views * self.select)
+        if not count:
+            raise ValueError(
+                f"select={self.select}: of {views} views none would be selected; needed at least "
+                f"{1 / views:.4g}"
+            )
+        return count
+
+    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            list(parameters), lr=self.lr, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=self.weight_decay,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ what methods differ in
+
+    def pixels(
+        self, model: VisionLanguageModel, text: Tensor, views: Sequence[Views]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Views to learn from [B * N, 3, R, R]; their features [B * N, E] where these are known
+        already; statistics [B, ...] of how the views were made."""
+        return joined(views, "augmix"), None, {}
+
+    def losses(self, logits: Tensor, text: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
+        """[B] each, with ``"total"``, of selected views.
+
+        Args:
+            logits: [B, n, C].
+            text: [B, C, E], normalised.
+            weights: [B, n] of ``loss_weights``.
+        """
+        raise NotImplementedError
+
+    def loss_weights(self, stats: dict[str, Tensor], selected: Tensor) -> Tensor | None:
+        """[B, n] of the selected views in the loss; None: all alike."""
+        return None
+
+    def predict(
+        self, logits: Tensor, features: Tensor, selected: Tensor, stats: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction [B, C] and weights of the views [B, N].
+
+        Args:
+            logits: [B, N, C] of all views.
+            features: [B, N, E], normalised.
+            selected: [B, n] view indices.
+        """
+        weights = torch.zeros_like(logits[..., 0])
+        weights[:, 0] = 1
+        return logits[:, 0], weights
+
+    # ------------------------------------------------------------------ the episodes
+
+    def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode:
+        b, n = len(views), len(views[0])
+        count, scale = self.selected_count(n), model.logit_scale.exp()
+        with torch.no_grad():
+            start = prompts.linearise()
+            text = unit(start.features)  # [1, C, E]
+            pixels, features, stats = self.pixels(model, text[0], views)
+            features = model.encode_image(pixels) if features is None else features
+            features = unit(features).unflatten(0, (b, n))  # [B, N, E]
+            before = scale * features @ text.transpose(1, 2)  # [B, N, C]
+            uncertain = entropy(before)
+            selected = uncertain.argsort(dim=1, stable=True)[:, :count]
+            chosen = features.gather(1, selected[..., None].expand(-1, -1, features.shape[-1]))
+            weights = self.loss_weights(stats, selected)
+            prompt = torch.nn.Parameter(prompts.initial.repeat(b, 1, 1))
+        optimizer = self.optimizer([prompt])
+        first, used = None, torch.ones(b, dtype=torch.bool, device=before.device)
+        for step in range(self.steps):
+            at = start if step == 0 else prompts.linearise(prompt.detach())
+            with torch.enable_grad():
+                leaf = at.features.expand(b, -1, -1).detach().requires_grad_()
+                tuned = unit(leaf)
+                losses = self.losses(scale * chosen @ tuned.transpose(1, 2), tuned, weights)
+                (cotangent,) = torch.autograd.grad(losses["total"].sum(), leaf)
+            with torch.no_grad():
+                grad = at.pullback(cotangent)
+                finite = grad.isfinite().all(2).all(1) & losses["total"].isfinite()
+                prompt.grad, kept = grad, prompt.detach().clone()
+                optimizer.step()
+                prompt.copy_(torch.where(finite[:, None, None], prompt, kept))
+                if first is None:
+                    first, used = losses, finite
+                    grads = grad
+        with torch.no_grad():
+            tuned = unit(prompts.features(prompt.detach()))
+            after = scale * features @ tuned.transpose(1, 2)
+            scored = after if self.score_at == "after" else before
+            logits, view_weights = self.predict(scored, features, selected, stats)
+        stats = stats | {"selected": selected, "weights": view_weights, "prompt": prompt.detach()}
+        return Episode(
+            logits=logits,
+            logits_before=before[:, 0],
+            used=used,
+            losses={name: x.detach() for name, x in first.items()},
+            stats=stats,
+            grads={"prompt": grads},
+            trace={
+                "features": features, "entropy": uncertain, "logits": before,
+                "logits_after": after, "text": text.expand(b, -1, -1), "text_after": tuned,
+                "pixels": pixels.unflatten(0, (b, n)), "grad_last": grad,
+            } if trace else {},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TPT(PromptTuning):
+    """Test-time prompt tuning: sharpen the confident views' mean prediction.
+
+    ``losses``: ``"entropy"`` (marginal), ``"total"``. ``stats``: ``"selected"`` [n] (indices by
+    ascending entropy), ``"weights"`` [N] (1 at the anchor), ``"prompt"`` [n_ctx, D] after the
+    step. The prediction is that of the anchor with the tuned prompt.
+
+    Source: Shu et al., NeurIPS 2022, and its code (fp16 there; the master precision here).
+    """
+
+    name: ClassVar[str] = "tpt"
+    PRESETS: ClassVar = {"code": {}, "paper": {}}
+
+    def losses(self, logits, text, weights):
+        value = marginal_entropy(logits)
+        return {"entropy": value, "total": value}
+
+
+@dataclass(frozen=True)
+class CTPT(PromptTuning):
+    """Calibrated prompt tuning: TPT's loss, less the dispersion of the classes' text features.
+
+    Args:
+        dispersion_weight: of the mean distance of text features to their mean.
+
+    ``losses``: ``"entropy"``, ``"dispersion"``, ``"total"`` = entropy - dispersion_weight *
+    dispersion. Otherwise as TPT.
+
+    Source: Yoon et al., ICLR 2024, and its code (one joint step).
+    """
+
+    name: ClassVar[str] = "c-tpt"
+    PRESETS: ClassVar = {"code": {}, "paper": {}}
+
+    dispersion_weight: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("dispersion_weight", self.dispersion_weight)
+
+    def losses(self, logits, text, weights):
+        value = marginal_entropy(logits)
+        spread = (text - text.mean(1, keepdim=True)).norm(dim=-1).mean(1)
+        total = value - self.dispersion_weight * spread
+        return {"entropy": value, "dispersion": spread, "total": total}
+
+
+@dataclass(frozen=True)
+class RTPT(PromptTuning):
+    """Robust prompt tuning: sharpen every confident view by itself, trust views that agree.
+
+    Args:
+        neighbours: nearest views that a view is compared with, at most all others.
+        temperature: of the weights, softmax(mean similarity / temperature).
+        drop_self: pattern of a run of the official code; see ``similarity_weights``. None: a view
+            is never its own neighbour.
+
+    ``losses``: ``"entropy"`` (mean over the selected views), ``"total"``. ``stats``:
+    ``"selected"``, ``"weights"`` [N] over all views, ``"prompt"``. The prediction is the weighted
+    mean of all views' logits with the tuned prompt.
+
+    Source: Sheng et al., CVPR 2025, and its code, whose self-similarities are excluded only where
+    rounding makes them at least 1; here always.
+    """
+
+    name: ClassVar[str] = "r-tpt"
+    PRESETS: ClassVar = {"code": {}, "paper": {}}
+
+    neighbours: int = 20
+    temperature: float = 0.01
+    drop_self: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_agreement(self, self.temperature, "temperature")
+
+    def losses(self, logits, text, weights):
+        value = entropy(logits).mean(1)
+        return {"entropy": value, "total": value}
+
+    def predict(self, logits, features, selected, stats):
+        return agreement(self, logits, features, self.temperature)
+
+
+def check_agreement(method: Any, temperature: float, name: str) -> None:
+    require_int("neighbours", method.neighbours, 1)
+    require_number(name, temperature, positive=True)
+    if method.drop_self is not None:
+        object.__setattr__(method, "drop_self", tuple(bool(x) for x in method.drop_self))
+
+
+def agreement(
+    method: Any, logits: Tensor, features: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """R-TPT's ensemble: logits [B, C] and weights [B, N]."""
+    n = features.shape[1]
+    if method.drop_self is not None and len(method.drop_self) != n:
+        raise ValueError(f"drop_self has {len(method.drop_self)} entries, the image {n} views")
+    weights = similarity_weights(features, method.neighbours, temperature, method.drop_self)
+    return ensemble_logits(logits, weights), weights

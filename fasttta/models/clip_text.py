@@ -1,0 +1,279 @@
+"""CLIP's text tower on a list of classes: only the tokens that matter, each computed once.
+
+The tower is causal, so nothing after a prompt's end token reaches its feature, and tokens that all
+prompts begin with have one hidden state for all classes. Both savings are exact: ImageNet's 1000
+prompts are 4,170 tokens instead of 77,000 (specs: 77 tokens, official code: 40).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Tokens in one pass. CPU: the fastest of 512, 1024, 2048 at 1000 classes (2 cores, width 512) and
+# 371 MiB at its peak; GPU: one pass up to ImageNet's size.
+_TOKENS = {"cpu": 512, "cuda": 8192}
+_KEEP_BYTES = 256 * 2**20  # activations of the initial prompt that are kept for later images
+
+
+class Linearised(NamedTuple):
+    """Text features and their derivative: ``pullback`` takes dL/d(features) [B, C, E] to
+    dL/d(prompt) [B, n, D]; features may have B = 1 where all prompts are the same."""
+
+    features: Tensor  # [B, C, E], not normalised
+    pullback: Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Chunk:
+    """Consecutive classes (by length), their own tokens packed without padding.
+
+    Attributes:
+        classes: [c] class indices.
+        tokens: [S, D] embeddings with positions, class after class.
+        gather: [c * L] packed row of every place of the padded [c, L]; None: nothing to pad.
+        scatter: [S] place of every packed row.
+        last: [c] packed row of the end token.
+        causal: [L, P + L], 0 where a token sees: the prefix, and its class up to itself; else -inf.
+        own: [c, 1, 1, P + L], the same of the end tokens; None: they see all.
+        length: L.
+    """
+
+    classes: Tensor
+    tokens: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
+    last: Tensor
+    causal: Tensor
+    own: Tensor | None
+    length: int
+
+
+class Prompts:
+    """Class prompts [SOT, prompt, rest, class, ..., EOT] as a function of the prompt's embeddings.
+
+    Args:
+        model: has ``token_embedding``, ``positional_embedding``, ``transformer``, ``ln_final``,
+            ``text_projection``.
+        ids: [C, L] int64.
+        ends: [C] where each row's end token is; what follows does not matter.
+        length: n, tokens after SOT that the prompt replaces, the same in all rows; 0: none.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, ends: Tensor, length: int = 0) -> None:
+        self.model, self.length = model, length
+        # on the host, once a class list
+        device, ends = model.positional_embedding.device, (ends + 1).tolist()
+        rows = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
+        self.prefix = min(_common(rows), min(ends) - 1)  # every class keeps a token of its own
+        self.ids = torch.tensor(rows[0][: self.prefix], device=device)
+        order = sorted(range(len(rows)), key=lambda i: ends[i])
+        self.count = len(rows)
+        self.position = torch.tensor(order, device=device).argsort()
+        with torch.inference_mode(False), torch.no_grad():
+            self.initial = self._embedded(self.ids[1 : 1 + length]).clone()  # [n, D]
+            self.chunks = list(self._chunks(rows, order, device))
+        self._first: Linearised | None = None
+
+    def start_at(self, prompt: Tensor) -> None:
+        """Takes another initial prompt [n, D]."""
+        self.initial, self._first = prompt.detach().to(self.initial, copy=True), None
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.model.token_embedding.weight)
+
+    def _chunks(self, rows: list[list[int]], order: list[int], device) -> Iterator[Chunk]:
+        limit, start, p = _TOKENS[device.type if device.type in _TOKENS else "cpu"], 0, self.prefix
+        while start < len(order):
+            stop, total = start, 0
+            while stop < len(order) and (total := total + len(rows[order[stop]]) - p) <= limit:
+                stop += 1
+            stop = max(stop, start + 1)
+            suffixes = [rows[i][p:] for i in order[start:stop]]
+            yield self._chunk(suffixes, order[start:stop], device)
+            start = stop
+
+    def _chunk(self, suffixes: list[list[int]], classes: list[int], device) -> Chunk:
+        p, lengths = self.prefix, [len(row) for row in suffixes]
+        most = max(lengths)
+        flat = torch.tensor([token for row in suffixes for token in row], device=device)
+        places = torch.tensor([p + j for n in lengths for j in range(n)], device=device)
+        starts = torch.tensor([0, *lengths], device=device).cumsum(0)
+        gather = scatter = own = None
+        if min(lengths) < most:
+            column = torch.arange(most, device=device)
+            real = column < (starts[1:] - starts[:-1])[:, None]  # [c, L]
+            gather = torch.where(real, starts[:-1, None] + column, 0).flatten()
+            scatter = real.flatten().nonzero()[:, 0]
+            own = self._bias(F.pad(real, (p, 0), value=True)[:, None, None])
+        causal = self._bias(torch.ones(most, p + most, dtype=torch.bool, device=device).tril(p))
+        tokens = self._embedded(flat) + self.model.positional_embedding[places]
+        return Chunk(
+            torch.tensor(classes, device=device), tokens, gather, scatter, starts[1:] - 1,
+            causal, own, most,
+        )  # fmt: skip
+
+    def _bias(self, seen: Tensor) -> Tensor:
+        weight = self.model.positional_embedding
+        return weight.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+
+    # ------------------------------------------------------------------ the tower
+
+    def _prefix(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Prompts [B, n, D] -> keys and values [B, H, P, d] of the shared tokens by block."""
+        model, n = self.model, self.length
+        fixed = self._embedded(self.ids).expand(len(prompt), -1, -1)
+        x = torch.cat((fixed[:, :1], prompt, fixed[:, 1 + n :]), 1) if n else fixed
+        x, cached = x + model.positional_embedding[: self.prefix], []
+        seen = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=x.device).tril()
+        shared = self._bias(seen)
+        *blocks, last = model.transformer.resblocks
+        for block in blocks:
+            q, k, v = map(block.attn.split, block.attn.project(block.ln_1(x)))
+            cached.append((k, v))
+            x = x + block.attn.combine(_attend(q, k, v, shared, block.attn.scale))
+            x = x + block.mlp(block.ln_2(x))
+        cached.append(tuple(map(last.attn.split, last.attn.project(last.ln_1(x), "kv"))))
+        return cached
+
+    def _suffix(self, chunk: Chunk, cached: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Features [B, c, E] of a chunk's classes after the shared tokens' keys and values."""
+        model, b, c = self.model, len(cached[0][0]), len(chunk.classes)
+        *blocks, last = model.transformer.resblocks
+        x = chunk.tokens.expand(b, -1, -1)
+
+        def padded(x: Tensor, heads: int) -> Tensor:
+            """[B, S, D] -> [B * c, H, L, d]."""
+            if chunk.gather is not None:
+                x = x.index_select(1, chunk.gather)
+            return x.reshape(b * c, chunk.length, heads, -1).transpose(1, 2)
+
+        def joined(shared: Tensor, own: Tensor) -> Tensor:
+            """[B, H, P, d] in front of every class's [B * c, H, L, d]."""
+            return torch.cat((shared.repeat_interleave(c, 0), own), 2)
+
+        for block, (k0, v0) in zip(blocks, cached, strict=False):
+            attn = block.attn
+            q, k, v = (padded(y, attn.heads) for y in attn.project(block.ln_1(x)))
+            y = _attend(q, joined(k0, k), joined(v0, v), chunk.causal, attn.scale)
+            y = y.transpose(1, 2).reshape(b, c * chunk.length, -1)
+            x = x + attn.out_proj(y if chunk.scatter is None else y.index_select(1, chunk.scatter))
+            x = x + block.mlp(block.ln_2(x))
+
+        # the last block only where a feature is read
+        attn, n, (k0, v0) = last.attn, last.ln_1(x), cached[-1]
+        x = x.index_select(1, chunk.last)
+        q = attn.project(n.index_select(1, chunk.last), "q")[0]
+        k, v = (padded(y, attn.heads) for y in attn.project(n, "kv"))
+        q = q.reshape(b * c, 1, attn.heads, -1).transpose(1, 2)
+        own = None if chunk.own is None else chunk.own.repeat(b, 1, 1, 1)
+        y = _attend(q, joined(k0, k), joined(v0, v), own, attn.scale)
+        x = x + attn.out_proj(y.transpose(1, 2).reshape(b, c, -1))
+        x = x + last.mlp(last.ln_2(x))
+        return model.ln_final(x) @ model.text_projection
+
+    # ------------------------------------------------------------------ features
+
+    def features(self, prompt: Tensor | None = None) -> Tensor:
+        """Text features [B, C, E] of prompts [B, n, D] (None: the initial one, B = 1), not
+        normalised; differentiable where autograd is on."""
+        prompt = self.initial[None] if prompt is None else prompt
+        groups = prompt.split(self._together) if len(prompt) else [prompt]
+        parts = []
+        for group in groups:
+            cached = self._prefix(group)
+            parts.append(torch.cat([self._suffix(chunk, cached) for chunk in self.chunks], 1))
+        return torch.cat(parts).index_select(1, self.position)
+
+    @property
+    def _together(self) -> int:
+        """Prompts in one pass."""
+        limit = _TOKENS[self.position.device.type if self.position.is_cuda else "cpu"]
+        return max(1, limit // max(len(chunk.tokens) for chunk in self.chunks))
+
+    def linearise(self, prompt: Tensor | None = None) -> Linearised:
+        """Features and pullback at prompts [B, n, D]; None: the initial prompt, for any number of
+        cotangents, its features (and activations, where they fit) kept for the next call.
+
+        Chunks of classes are computed again in the backward pass, so that its peak is that of one
+        chunk.
+        """
+        if prompt is not None:
+            with torch.no_grad():
+                features = self.features(prompt)
+            return Linearised(features, lambda cotangent: self._pullback(prompt, cotangent))
+        if self._first is None:
+            self._first = self._kept() if self._fits else self._linearised_initial()
+        return self._first
+
+    @property
+    def _fits(self) -> bool:
+        # about 15 values a token, channel and block are saved for the backward pass
+        tokens = sum(len(chunk.tokens) for chunk in self.chunks)
+        x, blocks = self.initial, len(self.model.transformer.resblocks)
+        return 15 * tokens * blocks * x.shape[-1] * x.element_size() <= _KEEP_BYTES
+
+    def _linearised_initial(self) -> Linearised:
+        with torch.no_grad():
+            features = self.features()
+        start = self.initial[None]
+        return Linearised(features, lambda cotangent: self._pullback(start, cotangent))
+
+    def _kept(self) -> Linearised:
+        with torch.enable_grad():
+            leaf = self.initial[None].clone().requires_grad_()
+            features = self.features(leaf)
+
+        def pullback(cotangent: Tensor) -> Tensor:
+            rows = [
+                torch.autograd.grad(features, leaf, row[None], retain_graph=True)[0]
+                for row in cotangent
+            ]
+            return torch.cat(rows)
+
+        return Linearised(features.detach(), pullback)
+
+    def _pullback(self, prompt: Tensor, cotangent: Tensor) -> Tensor:
+        """Chunk by chunk to the shared keys and values, then once through the shared tokens.
+        prompt [1 or B, n, D], cotangent [B, C, E] -> [B, n, D]."""
+        if len(prompt) == 1 < len(cotangent):
+            return torch.cat([self._pullback(prompt, row[None]) for row in cotangent])
+        if len(prompt) > self._together:
+            pairs = zip(prompt.split(self._together), cotangent.split(self._together), strict=True)
+            return torch.cat([self._pullback(*pair) for pair in pairs])
+        with torch.enable_grad():
+            leaf = prompt.detach().clone().requires_grad_()
+            cached = [x for pair in self._prefix(leaf) for x in pair]
+            ends = [x.detach().requires_grad_() for x in cached]
+            pairs = list(zip(ends[::2], ends[1::2], strict=True))
+            total = [torch.zeros_like(x) for x in ends]
+            for chunk in self.chunks:
+                features = self._suffix(chunk, pairs)
+                row = cotangent.index_select(1, chunk.classes)
+                for x, g in zip(total, torch.autograd.grad(features, ends, row), strict=True):
+                    x.add_(g)
+            return torch.autograd.grad(cached, leaf, total)[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of a few tokens. On the CPU written out: forward and backward of 37 sequences of 6
+    tokens take 9 ms, those of the flash kernel 14 (2 cores, 8 heads)."""
+    bias = None if bias is None else bias.to(q.dtype)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = q @ (k * scale).transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
+def _common(rows: list[list[int]]) -> int:
+    """Tokens that all rows begin with."""
+    first, last = min(rows), max(rows)
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )

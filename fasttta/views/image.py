@@ -1,0 +1,80 @@
+"""One image as a tensor [3, H, W]: 8-bit levels stay levels, floats stay floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import check_range
+
+
+def _is_pil(image: Any) -> bool:
+    return all(hasattr(image, name) for name in ("mode", "convert", "tobytes", "size"))
+
+
+def _from_pil(image: Any, name: str) -> Tensor:
+    if image.mode[0] in "IF":  # PIL would clip 16-bit levels to 255 without a word
+        raise ValueError(
+            f"{name} is a PIL image of mode {image.mode!r}; needed 8 bits per channel, e.g. 'RGB'"
+        )
+    if 0 in image.size:
+        raise ValueError(f"{name} is {image.width}x{image.height}; needed at least one pixel")
+    levels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return levels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def read_image(image: Any, name: str, device: torch.device | str | None = None) -> Tensor:
+    """A PIL image or tensor as uint8 levels or floats in [0, 1], [3, H, W] either way.
+
+    Args:
+        image: a PIL image with 8 bits per channel, a uint8 tensor [H, W, 3], or a floating one
+            [3, H, W] in [0, 1]. Half precision becomes float32.
+        name: what errors call it.
+        device: where the result lies; None: where the image is, a PIL image on the CPU.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: its shape or its values are wrong.
+    """
+    if _is_pil(image):
+        pixels = _from_pil(image, name)
+    elif not isinstance(image, Tensor):
+        raise TypeError(
+            f"{name} is a {type(image).__name__}; needed a PIL image, a floating tensor [3, H, W] "
+            "in [0, 1] or a uint8 tensor [H, W, 3]"
+        )
+    elif image.dtype == torch.uint8:
+        if image.ndim != 3 or image.shape[2] != 3 or image.numel() == 0:
+            raise ValueError(
+                f"{name} is uint8 with shape {list(image.shape)}; needed [H, W, 3], "
+                "from [3, H, W]: image.permute(1, 2, 0)"
+            )
+        pixels = image.permute(2, 0, 1)
+    elif image.is_floating_point():
+        if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+            raise ValueError(
+                f"{name} has shape {list(image.shape)}; needed [3, H, W] with at least one pixel, "
+                "from [H, W, 3]: image.permute(2, 0, 1)"
+            )
+        check_range(**{name: image})
+        pixels = image.detach()
+        if pixels.dtype != torch.float64:
+            pixels = pixels.float()
+    else:
+        raise TypeError(f"{name} is {image.dtype}; needed uint8 or floating point")
+    return (pixels if device is None else pixels.to(device)).contiguous()
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """Floats in [0, 1] as uint8 levels, cut and not rounded, as official code stores them.
+
+    Levels divided by 255 in float32 come back unchanged.
+    """
+    return pixels if pixels.dtype == torch.uint8 else (pixels * 255).to(torch.uint8)
+
+
+def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 levels as floats in [0, 1]; floats as they are."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images

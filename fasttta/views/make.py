@@ -1,0 +1,110 @@
+"""From an image to the views that an episode adapts on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chains import mix_chains
+from .draw import Crop, draw
+from .image import read_image, to_levels, to_pixels
+from .resize import centre_view, resize
+from .types import Views
+
+_BASE_VIEWS = ("crop", "flip")
+
+
+def _crop(image: Tensor, crop: Crop, size: int) -> Tensor:
+    part = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    part = resize(part, size, size, "bilinear")
+    return part.flip(2) if crop.flip else part
+
+
+def _one_image(
+    image: Tensor, n: int, size: int, generator: torch.Generator, base_view: str, augment: bool
+) -> Views:
+    anchor = centre_view(image, size)
+    crops, draws = draw(n - 1, *image.shape[1:], generator)
+    if base_view == "crop":
+        base = [anchor, *(_crop(image, crop, size) for crop in crops)]
+    else:
+        base = [anchor, *(anchor.flip(2) if crop.flip else anchor for crop in crops)]
+    base = torch.stack(base)
+    pixels = to_pixels(base)
+    weight = torch.cat([draws.weight.new_ones(1), draws.weight]).to(pixels.device)
+    mix = pixels
+    if augment and n > 1:
+        mix = torch.cat([pixels[:1], mix_chains(base[1:], draws)])
+    return Views.trusted(pixels, mix, weight)
+
+
+@torch.inference_mode(False)  # views made within it could not be adapted on
+@torch.no_grad()
+def make_views(
+    image: Any,
+    n: int = 64,
+    *,
+    generator: torch.Generator,
+    resolution: int = 224,
+    base_view: str = "crop",
+    augment: bool = True,
+    reference: bool = False,
+    device: torch.device | str | None = None,
+) -> Views | list[Views]:
+    """The anchor and n - 1 random views of an image, before and after augmentation.
+
+    Random numbers are drawn on the CPU and pixels computed on the image's device, so that a seed
+    gives the same views everywhere, up to rounding. The first views of a larger n are those of a
+    smaller one.
+
+    Args:
+        image: a PIL image with 8 bits per channel, a floating tensor [3, H, W] in [0, 1] or a
+            uint8 tensor [H, W, 3], RGB; or a list of them of any sizes.
+        n: views, the anchor included.
+        generator: a CPU generator; each image of a list goes on where the last one stopped.
+        resolution: R, the views' height and width.
+        base_view: "crop" is a random resized crop (area 0.08 to 1, aspect 3/4 to 4/3) flipped
+            with probability 1/2, as in A-TPT's code; "flip" is the anchor flipped with
+            probability 1/2, as in its paper.
+        augment: False leaves AugMix out, as official code does on the variants of ImageNet:
+            mix is base.
+        reference: every step stores 8-bit levels and computes them exactly as Pillow does, as
+            official loaders do; a floating image is first cut (not rounded) to levels. Otherwise
+            nothing is rounded but what operations define on levels: the faster way, and the one
+            that keeps small perturbations of the image.
+        device: where to compute; None: where the image is, a PIL image on the CPU.
+
+    Returns:
+        Views, or a list of them for a list of images. float32, float64 for a float64 image
+        (unless ``reference``).
+
+    Raises:
+        TypeError: an image is none of the above, or the generator no CPU generator.
+        ValueError: an image has a wrong shape, no pixels, or values outside [0, 1] (as
+            normalised ones have); the list is empty; another argument cannot be used.
+
+    Source: the loaders of TPT and A-TPT. Their random stream is not reproduced.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}; needed at least 1 view, the anchor")
+    if resolution < 1:
+        raise ValueError(f"resolution is {resolution}; needed at least 1 pixel")
+    if base_view not in _BASE_VIEWS:
+        raise ValueError(f"base_view is {base_view!r}; needed one of {_BASE_VIEWS}")
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise TypeError(
+            f"generator is {getattr(generator, 'device', type(generator).__name__)}; needed a "
+            "torch.Generator on the CPU: torch.Generator().manual_seed(0)"
+        )
+    several = isinstance(image, (list, tuple))
+    if several and not image:
+        raise ValueError("image is an empty list; needed at least one image")
+    pixels = [
+        read_image(x, f"image {i}" if several else "image", device)
+        for i, x in enumerate(image if several else [image])
+    ]
+    settings = (n, resolution, generator, base_view, augment)
+    views = [_one_image(to_levels(x) if reference else to_pixels(x), *settings) for x in pixels]
+    return views if several else views[0]
