@@ -15,6 +15,7 @@ from .engine.precision import resolve
 from .families import recognise
 from .methods.base import Method
 from .models.spec import ModelSpec
+from .protocols import SourceStats
 
 _ENGINES = ("auto", "eager", "graph")
 
@@ -51,7 +52,7 @@ def adapt(
         seed: of the random state.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
-            ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA).
+            BriMPR and ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA).
 
     Raises:
         TypeError: not a model that fasttta knows, or an option that the method does not have.
@@ -68,6 +69,7 @@ def adapt(
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
     known = recognise(model, spec)
     chosen, resources = _method(method, options)
+    _check_origin(resources.get("source_stats"), known.fusion)
     parameter = next(known.fusion.parameters())
     return Adapted(
         model,
@@ -103,6 +105,18 @@ def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, d
             f"{', '.join((*cls.option_names(), *cls.RESOURCES))}"
         )
     return cls(**options), resources
+
+
+def _check_origin(source_stats: object, fusion: nn.Module) -> None:
+    """Raises ValueError if source statistics say that they are of other weights."""
+    if isinstance(source_stats, SourceStats) and source_stats.model is not None:
+        found = delta.model_digest(fusion)
+        if found != source_stats.model:
+            raise ValueError(
+                f"source_stats are of another model: weights {source_stats.model}, this one's are "
+                f"{found}; collect them anew, or, if you know that they fit, pass "
+                "dataclasses.replace(source_stats, model=None)"
+            )
 
 
 def _engine(engine: str, device: torch.device) -> str:

@@ -166,6 +166,7 @@ def _inputs(fusion: CAVMAE) -> dict[str, str]:
 def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     try:
         method.check_model(fusion)
+        fusion = method.extend(fusion, 0)
         slots = method.tuned(fusion)
     except ValueError as error:
         return {"impossible": f"with its default options: {error}"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +108,35 @@ class Step:
     # ------------------------------------------------------------------ adaptation
 
     def __call__(
-        self, inputs: tuple[Tensor, ...], *, features: Any = None, trace: bool = False
+        self,
+        inputs: tuple[Tensor, ...],
+        *,
+        features: Any = None,
+        trace: bool = False,
+        drawn: tuple[Tensor, ...] | None = None,
     ) -> StepResult:
-        """One step on prepared inputs (``features``: already encoded ones)."""
+        """One step on prepared inputs (``features``: already encoded ones; ``drawn``: in place of
+        what the method draws at random)."""
+        with self._complete(inputs, drawn) as inputs:
+            return self._eager(inputs, features, trace)
+
+    @contextlib.contextmanager
+    def _complete(
+        self, inputs: tuple[Tensor, ...], drawn: tuple[Tensor, ...] | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The inputs with what the method draws for them; where a step fails, nothing is drawn."""
+        generator = self.state.generator
+        before = generator.get_state()
+        try:
+            if drawn is None:
+                with torch.inference_mode(False):
+                    drawn = self.method.draw(self.model, inputs, generator)
+            yield (*inputs, *drawn)
+        except BaseException:
+            generator.set_state(before)
+            raise
+
+    def _eager(self, inputs: tuple[Tensor, ...], features: Any, trace: bool) -> StepResult:
         if features is None:
             features = self.encode(inputs)
         with environment(self.device, self.precision, grad=True):

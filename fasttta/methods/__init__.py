@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from .abpem import ABPEM
 from .base import Method
+from .brimpr import BriMPR
 from .eata import EATA
 from .read import READ
 from .sar import SAR
 from .source import Source
 from .tent import Tent
 
-_METHODS: tuple[type[Method], ...] = (Source, Tent, EATA, SAR, READ, ABPEM)
+_METHODS: tuple[type[Method], ...] = (Source, Tent, EATA, SAR, READ, ABPEM, BriMPR)
 
-__all__ = ["ABPEM", "EATA", "READ", "SAR", "Method", "Source", "Tent", "by_name", "names"]
+__all__ = [
+    "ABPEM", "EATA", "READ", "SAR", "BriMPR", "Method", "Source", "Tent", "by_name", "names",
+]  # fmt: skip
 
 
 def names() -> list[str]:

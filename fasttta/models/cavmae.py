@@ -189,6 +189,21 @@ class CAVMAE(nn.Module):
             return slots
         raise ValueError(f'group={group!r} is unknown; known: "norm", "encoder_norm", "fusion_qkv"')
 
+    def feature_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes [blocks, D] of the features that ``SourceStats`` describe, and ``"joint"``."""
+        depths = {"audio": len(self.blocks_a), "video": len(self.blocks_v), "joint": 1}
+        return {name: (depth, self.dim) for name, depth in depths.items()}
+
+    def prompted(self, prompts: Mapping[str, Tensor]) -> nn.Module:
+        """A model over the same weights whose encoder blocks take prompts.
+
+        Args:
+            prompts: by modality, [blocks, n, D].
+        """
+        from .prompted import PromptedCAVMAE
+
+        return PromptedCAVMAE(self, prompts)
+
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), frozen weights converted once.
 
@@ -256,17 +271,25 @@ class CAVMAE(nn.Module):
 
     # ------------------------------------------------------------------ computation
 
+    def embed_audio(self, audio: Tensor) -> Tensor:
+        """Audio [B, frames, mel bins] -> what enters its encoder [B, Ta, D], frequency-major."""
+        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
+        return x + self.pos_embed_a + self.modality_a
+
+    def embed_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, rows, columns] -> what enters its encoder [B, Tv, D], row-major."""
+        return self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
-        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
-        x = x + self.pos_embed_a + self.modality_a
+        x = self.embed_audio(audio)
         for block in self.blocks_a:
             x, _ = block(x)
         return x
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
-        x = self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+        x = self.embed_video(video)
         for block in self.blocks_v:
             x, _ = block(x)
         return x
