@@ -27,7 +27,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
     Returns:
         JSON-ready. ``"methods"``: name -> ``"tuned"`` (values), ``"delta_bytes"`` (what
         ``Adapted.save`` writes of tensors before any batch: tuned values, two moments and a step
-        count), ``"names"`` of the tuned tensors, or ``"impossible"``, why it cannot run.
+        count; source statistics that a method keeps come on top), ``"names"`` of the tuned
+        tensors, or ``"impossible"``, why it cannot run.
 
     Raises:
         TypeError, ValueError: it is not a model that fasttta knows.

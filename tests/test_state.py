@@ -148,8 +148,9 @@ def test_unwrap_merge(tiny_model, tiny_batch, method):
     merged = adapted.unwrap(merge=True)
     batch = tiny_batch(seed=3)
     assert torch.equal(merged(*batch), adapted.predict(*batch))
-    assert type(merged) is type(model)
-    assert (merged.state_dict().keys()) == model.state_dict().keys()
+    if method != "brimpr":  # prompts have no place in the user's own class
+        assert type(merged) is type(model)
+        assert (merged.state_dict().keys()) == model.state_dict().keys()
     adapted(*batch)
     assert not any(
         merged.get_parameter(s.parameter).data_ptr() == leaf.data_ptr()

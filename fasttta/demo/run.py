@@ -18,7 +18,7 @@ from ..entry import adapt
 from ..environment import processor
 from ..methods import Method, by_name
 from ..models import CAVMAE
-from .digits import CORRUPTIONS, load_model, stream
+from .digits import CORRUPTIONS, load_model, load_statistics, stream
 
 # Not the published 1e-4: this model is 600 times smaller than a ViT-B and sees 15 batches a stream.
 # 3e-3 was the best of 3e-4, 1e-3 and 3e-3 for TENT, READ and ABPEM each, by the mean over
@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sar": {"lr": 3e-3},
     "read": {"lr": 3e-3},
     "abpem": {"lr": 3e-3, "k": 2, "window": 4},
+    # at 3e-3 its mean on those is 72.6 %, at 3e-4 81.2 %, at the published 1e-4 81.0 %
+    "brimpr": {"lr": 3e-4},
 }
 METHODS = ("source", "tent", "read", "abpem")
 STREAMS = ("contrast", "fog", "white", "babble", "low-pass", "contrast+hum")
@@ -53,7 +55,9 @@ def adapt_stream(
         ``"scores"`` with, and samples a second of its own steps (predictions made only for this
         table are not timed).
     """
-    adapted = adapt(model, method)
+    # ABPEM takes statistics too, but not with the options that it has here
+    needs = {"source_stats": load_statistics()} if method.name == "brimpr" else {}
+    adapted = adapt(model, method, **needs)
     before, after, labels, seconds, samples = [], [], [], 0.0, 0
     for audio, video, label in batches:
         start = time.perf_counter()
