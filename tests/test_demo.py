@@ -32,14 +32,15 @@ def test_every_method_has_settings():
 
 
 def test_shipped_statistics_are_of_the_shipped_model():
-    """BriMPR takes them, and they are of features like those of clean test pairs."""
+    """And of features like those of clean test pairs, up to what 32 samples can tell."""
     model, shipped = digits.load_model(), digits.load_statistics()
     assert shipped.n == 32
     clean = fasttta.collect_stats(model, [b[:2] for b in digits.stream("clean")], n=512)
     assert clean.model == shipped.model
     for name in ("audio", "video", "joint"):
         (std, mean), (theirs_std, theirs_mean) = getattr(clean, name), getattr(shipped, name)
-        assert (mean - theirs_mean).norm() < 0.5 * mean.norm()
+        # the mean over 32 samples has a standard error of std / 32 ** 0.5 a component
+        assert (mean - theirs_mean).norm() < 1.5 * std.norm() / 32**0.5
         assert (std - theirs_std).norm() < 0.3 * std.norm()
 
 
