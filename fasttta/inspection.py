@@ -45,7 +45,9 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
         "device": str(weight.device),
         "heads": fusion.num_heads,
         **about,
-        "methods": {name: _method(fusion, methods.by_name(name)()) for name in methods.names()},
+        "methods": {
+            name: _method(fusion, methods.by_name(name)()) for name in methods.names("fusion")
+        },
     }
 
 

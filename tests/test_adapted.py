@@ -14,7 +14,7 @@ from fasttta import methods
 
 
 def test_names_and_auto(tiny_model):
-    assert methods.names() == list(METHODS)
+    assert methods.names("fusion") == list(METHODS)
     for name in methods.names():
         assert methods.by_name(name).name == name
     assert fasttta.adapt(tiny_model(), k=3).method == "abpem"

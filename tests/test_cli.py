@@ -69,7 +69,7 @@ def test_inspect(capsys, tmp_path):
     found = json.loads(out)
     assert (found["width"], found["heads"], found["classes"]) == (64, 4, 10)
     assert found["spans"] == {"audio": 32, "video": 16}
-    assert found["methods"].keys() == set(methods.names())
+    assert found["methods"].keys() == set(methods.names("fusion"))
     model = fasttta.models.CAVMAE.from_checkpoint(MODEL_PATH, num_heads=4)
     for name, method in found["methods"].items():
         needs = {"source_stats": load_statistics()} if name == "brimpr" else {}

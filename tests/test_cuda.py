@@ -27,7 +27,7 @@ def _on_gpu(batch):
     return tuple(x.cuda() for x in batch)
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", methods.names("fusion"))
 def test_same_numbers_as_on_the_cpu(tiny_model, tiny_batch, method):
     gpu = _adapted(tiny_model, method, precision="fp64")
     cpu = _adapted(tiny_model, method, "cpu", precision="fp64")
@@ -44,7 +44,7 @@ def test_same_numbers_as_on_the_cpu(tiny_model, tiny_batch, method):
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", methods.names("fusion"))
 def test_a_step_does_not_wait_for_the_device(tiny_model, tiny_batch, method, precision):
     adapted = _adapted(tiny_model, method, precision=precision)
     batches = [_on_gpu(tiny_batch(seed=s)) for s in range(4)]
@@ -60,7 +60,7 @@ def test_a_step_does_not_wait_for_the_device(tiny_model, tiny_batch, method, pre
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", methods.names("fusion"))
 def test_bad_input_is_skipped_on_the_device(tiny_model, tiny_batch, method):
     adapted = _adapted(tiny_model, method)
     adapted.step(*_on_gpu(tiny_batch(seed=0)))
@@ -75,7 +75,7 @@ def test_bad_input_is_skipped_on_the_device(tiny_model, tiny_batch, method):
     assert torch.isfinite(after.logits).all()
 
 
-@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("method", methods.names("fusion"))
 def test_captured_steps(tiny_model, tiny_batch, tmp_path, method):
     """One replay a step, no waiting, the eager numbers, partial batches and resets included."""
     options = OPTIONS.get(method, {})

@@ -26,7 +26,7 @@ def report():
 
 
 def test_every_method_has_settings():
-    assert demo.SETTINGS.keys() == set(fasttta.methods.names())
+    assert demo.SETTINGS.keys() == set(fasttta.methods.names("fusion"))
     found = demo.run(["fog"], ["eata", "sar", "brimpr"], samples=64)
     assert list(found["streams"]["fog"]) == ["eata", "sar", "brimpr"]
 

@@ -23,7 +23,7 @@ LEVELS = (
     ("views", "models", "methods"),
     ("engine",),
     ("families",),
-    ("collect",),
+    ("collect", "finetuning"),
     ("entry", "adapted", "environment", "inspection"),
     ("data",),
     ("evaluate",),

@@ -154,7 +154,7 @@ class Step:
                 raise
 
     def _logits(self, features: Any) -> Tensor:
-        return self.method.logits(self.model, features)
+        return self.method.score(self.model, features)
 
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
         with span("objective"):
@@ -171,6 +171,9 @@ class Step:
         leaves = list(state.leaves.values())
         first: Objective | None = None
         carried, recovered = state.method, None
+        if method.episodic:
+            state.recover(torch.ones((), dtype=torch.bool, device=self.device))
+            carried = {}
         for _ in range(method.steps):
             objective = self._objective(features, valid, carried)
             grads = self._gradients(objective, leaves)
@@ -198,6 +201,8 @@ class Step:
                     predict = self.ahead.predict if self.ahead else self._logits
                     after = predict(features)
             state.method = {name: x.detach() for name, x in objective.state.items()}
+            if method.episodic:
+                state.method = {}
             if recovered is not None:
                 first.stats["recovered"] = recovered
             logits = first.logits if after is None else after

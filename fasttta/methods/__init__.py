@@ -6,21 +6,24 @@ from .abpem import ABPEM
 from .base import Method
 from .brimpr import BriMPR
 from .eata import EATA
+from .rada import RAda
 from .read import READ
 from .sar import SAR
 from .source import Source
 from .tent import Tent
 
-_METHODS: tuple[type[Method], ...] = (Source, Tent, EATA, SAR, READ, ABPEM, BriMPR)
+_METHODS: tuple[type[Method], ...] = (Source, Tent, EATA, SAR, READ, ABPEM, BriMPR, RAda)
 
 __all__ = [
-    "ABPEM", "EATA", "READ", "SAR", "BriMPR", "Method", "Source", "Tent", "by_name", "names",
+    "ABPEM", "EATA", "READ", "SAR", "BriMPR", "Method", "RAda", "Source", "Tent", "by_name",
+    "names",
 ]  # fmt: skip
 
 
-def names() -> list[str]:
-    """Names that ``fasttta.adapt`` takes as ``method``."""
-    return [method.name for method in _METHODS]
+def names(family: str | None = None) -> list[str]:
+    """Names that ``fasttta.adapt`` takes as ``method``: all, or those for the models of a family,
+    ``"fusion"`` or ``"features"``."""
+    return [method.name for method in _METHODS if family in (None, *method.families)]
 
 
 def by_name(name: str) -> type[Method]:

@@ -63,6 +63,8 @@ class Method:
 
     name: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: kinds of models that it adapts
+    families: ClassVar[tuple[str, ...]] = ("fusion",)
     #: keywords of ``adapt`` besides the options: tensors that the method needs
     RESOURCES: ClassVar[tuple[str, ...]] = ()
     #: with several steps on a batch, each takes the method state that the one before it left
@@ -98,6 +100,11 @@ class Method:
     def updates(self) -> bool:
         """Whether a step changes anything."""
         return self.group is not None
+
+    @property
+    def episodic(self) -> bool:
+        """Whether every step begins at the start again, whatever the one before it learnt."""
+        return False
 
     @property
     def window_batches(self) -> int:
@@ -174,6 +181,10 @@ class Method:
     def logits(self, model: FusionModel, features: Any) -> Tensor:
         """Prediction [B, C] with the current weights."""
         return model.fuse(features if self.frozen_encoder else model.encode(*features))
+
+    def score(self, model: FusionModel, features: Any) -> Tensor:
+        """What a step that scores after its update predicts; for most methods the logits."""
+        return self.logits(model, features)
 
     def objective(
         self,
