@@ -96,8 +96,8 @@ class RationalHead(nn.Module):
         return (logits, mask) if return_mask else logits
 
     def _split(self, x: Tensor) -> Tensor:
-        """[B, K, D] -> [B, H, K, d]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """[B, K, D] -> [B, H, K, d], laid out so that no product needs a copy of its own."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
 
     def _check(self, image: Tensor, text: Tensor, scale: float | Tensor) -> None:
         weight = self.out_proj.weight
