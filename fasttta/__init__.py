@@ -14,6 +14,8 @@ _PUBLIC = {
     "SourceStats": "protocols",
     "ModelSpec": "models.spec",
     "collect_stats": "collect",
+    "finetune": "finetuning",
+    "FineTuning": "finetuning",
     "collect_fisher": "collect",
 }
 _MODULES = ("data", "evaluate", "functional", "methods", "models")

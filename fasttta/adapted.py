@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,9 @@ class Adapted(nn.Module):
         super().__init__()
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
-        fusion = known.fusion
-        method.check_model(fusion)
+        method.check_model(known.fusion)
+        with torch.inference_mode(False):
+            fusion = method.extend(known.fusion, seed)
         parameter = next(fusion.parameters())
         device = parameter.device
         slots = method.tuned(fusion)
@@ -63,7 +64,7 @@ class Adapted(nn.Module):
             state = State(leaves, slots, method, fixed, seed)
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
         # model, nor move tensors from under the optimiser
-        self._hidden = (model, working)
+        self._hidden = (model, working, None if fusion is known.fusion else fusion)
         self._known, self._verified = known, known.module is None
         self._state = state
         step = GraphStep if engine == "graph" else Step
@@ -82,17 +83,23 @@ class Adapted(nn.Module):
             before = self._step.method.score_at == "before" and not self._in_source
             return returned(logits, self._step.first_passes - 1 if before else -1)
 
-    def step(self, *inputs: Tensor, trace: bool = False) -> StepResult:
+    def step(
+        self, *inputs: Tensor, trace: bool = False, keep: Sequence[Tensor] | None = None
+    ) -> StepResult:
         """Adapts on this batch and predicts it.
 
         Args:
             inputs: one batch, as the wrapped model takes it.
             trace: also return gradients and the method's intermediates.
+            keep: for methods that mask tokens at random (BriMPR): the ids [B, K] of those that
+                each modality keeps, in place of the draw.
 
         Raises:
             ValueError, TypeError: the inputs cannot be used; the state is as before.
         """
-        prepared = self._prepare(inputs)
+        prepared, drawn = self._prepare(inputs), None
+        if keep is not None:
+            drawn = self._step.method.injected(self._step.model, prepared, keep)
         if self._in_source:
             logits = self._step.predict(prepared)
             with torch.inference_mode(False):
@@ -102,7 +109,7 @@ class Adapted(nn.Module):
                     grads={} if trace else None, trace={} if trace else None,
                 )  # fmt: skip
         self._warn_single(prepared)
-        return self._step(prepared, trace=trace)
+        return self._step(prepared, trace=trace, drawn=drawn)
 
     def predict(self, *inputs: Tensor) -> Any:
         """What a call returns, with the current state; adapts nothing."""
@@ -210,16 +217,11 @@ class Adapted(nn.Module):
         return list(features.split([len(inputs[0]) for inputs in batches]))
 
     def _warn_single(self, inputs: tuple[Tensor, ...]) -> None:
-        method, single = self._step.method, inputs[0].shape[0] == 1
-        if single and method.balanced and not self._warned_single and not self._state.method:
+        if inputs[0].shape[0] > 1 or self._warned_single or self._state.method:
+            return
+        if message := self._step.method.single_sample:
             self._warned_single = True
-            advice = "" if getattr(method, "window", 2) > 1 else ", or a window of past batches"
-            warn(
-                f"{type(method).__name__} on a single sample: the balance term is the entropy of "
-                "that one prediction and works against the entropy term. Give larger batches"
-                + advice,
-                UserWarning,
-            )
+            warn(message, UserWarning)
 
     # ------------------------------------------------------------------ state
 
@@ -268,7 +270,7 @@ class Adapted(nn.Module):
         holders = {name: _owner(working, name) for name in self._state.leaves}
         try:
             for name, (module, leaf) in holders.items():
-                source = self._state.source[name]
+                source = self._step.method.unadapted(self._state.source[name])
                 module._parameters[leaf] = nn.Parameter(source, requires_grad=False)
             self._in_source = True
             yield self
@@ -278,10 +280,13 @@ class Adapted(nn.Module):
                 module._parameters[leaf] = self._state.leaves[name]
 
     def unwrap(self, merge: bool = False) -> nn.Module:
-        """A plain module: the user's own, or (merge) a copy of it with the adapted weights."""
-        model = self._hidden[0]
+        """A plain module: the user's own, or (merge) a copy of it with the adapted weights; where
+        the method adds to the model (prompts), a copy of what it made of it."""
+        model, _, extended = self._hidden
         if not merge:
             return model
+        if extended is not None:
+            model = extended
         with torch.inference_mode(False), torch.no_grad():
             try:
                 merged = copy.deepcopy(model)
@@ -290,7 +295,10 @@ class Adapted(nn.Module):
                     f"{type(model).__name__} cannot be copied, which merge=True needs: {error}"
                 ) from error
             for name, leaf in self._state.leaves.items():
-                self._known.merge_into(merged, name, leaf)
+                if extended is None:
+                    self._known.merge_into(merged, name, leaf)
+                else:
+                    merged.get_parameter(name).copy_(leaf)
         return merged
 
     # ------------------------------------------------------------------ nn.Module

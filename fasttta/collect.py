@@ -9,13 +9,14 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from . import functional as F
+from .engine.delta import model_digest
 from .engine.inputs import as_inputs, prepare
 from .engine.precision import Precision, environment, resolve
 from .engine.state import working_copy
 from .families import Recognised, recognise
 from .methods import EATA
 from .models.spec import ModelSpec
-from .protocols import FusionModel, SourceStats
+from .protocols import FusionModel, Promptable, SourceStats
 
 
 def _samples(known: Recognised, model: FusionModel, loader: Iterable, n: int, precision: Precision):
@@ -57,8 +58,10 @@ def collect_stats(
         spec: as for ``fasttta.adapt``.
 
     Returns:
-        ``SourceStats``: mean over samples of the score means, and the root of the mean over
-        samples of the (unbiased) score variances.
+        ``SourceStats``: ``scores`` and ``scores_per_head``: mean over samples of the score means,
+        and the root of the mean over samples of the (unbiased) score variances. Of a CAV-MAE also
+        ``audio``, ``video`` and ``joint``: moments over samples of pooled features, from two
+        samples on.
 
     Raises:
         ValueError, TypeError: n is not positive, the loader is empty or a batch cannot be used.
@@ -66,10 +69,23 @@ def collect_stats(
     known, device, precision = _setup(model, n, spec)
     with torch.inference_mode(False):
         working, _ = working_copy(known.fusion, set(), precision)
-    seen, sums = 0, {}
+    seen, sums, moments_of, layered = 0, {}, {}, isinstance(working, Promptable)
+    if layered:
+        shapes = working.feature_shapes()
+        bare = working.prompted(
+            {m: torch.zeros(shapes[m][0], 0, shapes[m][1], dtype=precision.master, device=device)
+             for m in working.input_names}
+        )  # fmt: skip
     for inputs in _samples(known, working, loader, n, precision):
         with environment(device, precision, grad=False):
-            _, (q, k, scale) = working.fuse_attention(working.encode(*inputs))
+            if layered:
+                tokens, features = bare.layers(*inputs)
+                joint, (q, k, scale) = working.pool(tokens)
+                named = zip(working.input_names, features, strict=True)
+                for name, x in (*named, ("joint", joint.unsqueeze(1))):
+                    moments_of.setdefault(name, _Moments()).add(x)
+            else:
+                _, (q, k, scale) = working.fuse_attention(working.encode(*inputs))
             for heads in ("mean", "each"):
                 moments = F.score_moments(q, k, working.spans, scale, heads)
                 mean = moments.mean.diagonal(dim1=-2, dim2=-1).sum(dim=0)
@@ -78,7 +94,33 @@ def collect_stats(
                 sums[heads] = before[0] + variance, before[1] + mean
         seen += len(inputs[0])
     std_mean = {heads: ((v / seen).sqrt(), m / seen) for heads, (v, m) in sums.items()}
-    return SourceStats(scores=std_mean["mean"], scores_per_head=std_mean["each"], n=seen)
+    features = {name: m.std_mean(precision.master) for name, m in moments_of.items() if seen > 1}
+    return SourceStats(
+        scores=std_mean["mean"],
+        scores_per_head=std_mean["each"],
+        **features,
+        n=seen,
+        model=model_digest(known.fusion),
+    )
+
+
+class _Moments:
+    """Mean and spread over samples that come in batches, in float64 (Chan et al., 1983)."""
+
+    def __init__(self) -> None:
+        self.n, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        """x: [B, ...]."""
+        x = x.double()
+        step = x.mean(dim=0) - self.mean
+        total = self.n + len(x)
+        within = (x - x.mean(dim=0)).square().sum(dim=0)
+        self.squares = self.squares + within + step.square() * (self.n * len(x) / total)
+        self.mean, self.n = self.mean + step * (len(x) / total), total
+
+    def std_mean(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return (self.squares / (self.n - 1)).sqrt().to(dtype), self.mean.to(dtype)
 
 
 def collect_fisher(

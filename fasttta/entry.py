@@ -17,6 +17,7 @@ from .families import recognise
 from .families_clip import recognise_clip
 from .methods.base import Method
 from .models.spec import ModelSpec
+from .protocols import SourceStats
 
 _ENGINES = ("auto", "eager", "graph")
 
@@ -55,8 +56,8 @@ def adapt(
         seed: of the random state.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
-            ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA); for class
-            names ``tokenizer``: a callable, or the path of CLIP's merges file.
+            BriMPR and ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA);
+            for class names ``tokenizer``: a callable, or the path of CLIP's merges file.
 
     Raises:
         TypeError: not a model that fasttta knows, or an option that the method does not have.
@@ -75,6 +76,7 @@ def adapt(
         return _adapted_clip(model, clip, chosen, precision, engine, int(seed), classes, resources)
     known = recognise(model, spec)
     chosen, resources = _method(method, options)
+    _check_origin(resources.get("source_stats"), known.fusion)
     parameter = next(known.fusion.parameters())
     return Adapted(
         model,
@@ -118,6 +120,18 @@ def _adapted_clip(model, clip, method, precision, engine, seed, classes, resourc
         model, clip, method, resolve(precision, parameter.device, parameter.dtype),
         engine=_engine(engine, parameter.device), seed=seed, classes=classes, resources=resources,
     )  # fmt: skip
+
+
+def _check_origin(source_stats: object, fusion: nn.Module) -> None:
+    """Raises ValueError if source statistics say that they are of other weights."""
+    if isinstance(source_stats, SourceStats) and source_stats.model is not None:
+        found = delta.model_digest(fusion)
+        if found != source_stats.model:
+            raise ValueError(
+                f"source_stats are of another model: weights {source_stats.model}, this one's are "
+                f"{found}; collect them anew, or, if you know that they fit, pass "
+                "dataclasses.replace(source_stats, model=None)"
+            )
 
 
 def _engine(engine: str, device: torch.device) -> str:

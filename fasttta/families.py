@@ -13,6 +13,7 @@ from .engine.precision import Precision, environment
 from .engine.state import structural_copy
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
+from .models.rational import FeatureClassifier
 from .models.spec import ModelSpec
 from .models.specified import SpecifiedModel
 from .protocols import FusionModel
@@ -174,6 +175,8 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     if spec is not None:
         return _by_spec(model, spec)
+    if isinstance(model, FeatureClassifier):
+        return Recognised("fasttta.models.FeatureClassifier", model)
     inner, prefix = model, ""
     while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
         wrapped = _wrapped(inner)

@@ -27,7 +27,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
     Returns:
         JSON-ready. ``"methods"``: name -> ``"tuned"`` (values), ``"delta_bytes"`` (what
         ``Adapted.save`` writes of tensors before any batch: tuned values, two moments and a step
-        count), ``"names"`` of the tuned tensors, or ``"impossible"``, why it cannot run.
+        count; source statistics that a method keeps come on top), ``"names"`` of the tuned
+        tensors, or ``"impossible"``, why it cannot run.
 
     Raises:
         TypeError, ValueError: it is not a model that fasttta knows.
@@ -168,6 +169,7 @@ def _inputs(fusion: CAVMAE) -> dict[str, str]:
 def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     try:
         method.check_model(fusion)
+        fusion = method.extend(fusion, 0)
         slots = method.tuned(fusion)
     except ValueError as error:
         return {"impossible": f"with its default options: {error}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -47,7 +48,8 @@ class FusionModel(Protocol):
         """Tokens -> logits [B, C] and (q [B,H,T,d], k [B,H,T,d], scale) of the fusion attention."""
 
     def tunable(self, group: str) -> dict[str, Slot]:
-        """What can be tuned under a group's name ("norm", "encoder_norm", "fusion_qkv")."""
+        """What can be tuned under a group's name ("norm", "encoder_norm", "fusion_qkv"; of a
+        prompted model "prompts")."""
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), converting frozen weights."""
@@ -75,7 +77,36 @@ class VisionLanguageModel(Protocol):
         """Attention ``grid`` [N, G, G] of every image to its top class of text [C, E]."""
 
 
-_STATISTICS = (("scores", 1, "[M]"), ("scores_per_head", 2, "[H, M]"))
+class Streams(NamedTuple):
+    """One batch as BriMPR sees it: every modality whole and with tokens masked away."""
+
+    logits: Tensor  # [B, C] of all modalities whole, without gradient
+    joint: Tensor  # [B, D], the feature those logits are read from, without gradient
+    features: tuple[Tensor, ...]  # a modality: [B, blocks, D], pooled behind each encoder block
+    masked_logits: tuple[Tensor, ...]  # a modality: [B, C] with that one masked, the others whole
+    representations: tuple[Tensor, ...]  # a modality: [B, D], it alone through the fusion blocks
+
+
+@runtime_checkable
+class Promptable(Protocol):
+    """A fusion model whose encoders take prompts, as BriMPR tunes them."""
+
+    def feature_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes [blocks, D] of the pooled features by modality, and [1, D] of ``"joint"``."""
+
+    def prompted(self, prompts: Mapping[str, Tensor]) -> FusionModel:
+        """The model with prompts [blocks, n, D] a modality; besides what a ``FusionModel`` has, it
+        has ``streams(*inputs, *keep, ...) -> Streams``."""
+
+
+# name, dimensions, layout, whether a standard deviation of 0 makes no sense
+_STATISTICS = (
+    ("scores", 1, "[M]", True),
+    ("scores_per_head", 2, "[H, M]", True),
+    ("audio", 2, "[blocks, D]", False),
+    ("video", 2, "[blocks, D]", False),
+    ("joint", 2, "[1, D]", False),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,30 +118,46 @@ class SourceStats:
     Args:
         scores: [M] each: raw self-attention scores of each modality, averaged over heads first.
         scores_per_head: [H, M] each: the same of every head.
+        audio, video: [blocks, D] each: over samples (n - 1), of the mean over tokens behind each
+            encoder block, under the LayerNorm that the next block begins with.
+        joint: [1, D] each: the same of the feature that the classifier reads.
         n: samples they were taken over, where that is known.
+        model: digest of the weights they are of; with it, other models refuse them.
 
     Raises:
-        ValueError: wrong shapes, non-finite values or a standard deviation that is not positive.
+        ValueError: wrong shapes, non-finite values, a standard deviation that is negative or (of
+            scores) 0.
     """
 
     scores: tuple[Tensor, Tensor] | None = None
     scores_per_head: tuple[Tensor, Tensor] | None = None
+    audio: tuple[Tensor, Tensor] | None = None
+    video: tuple[Tensor, Tensor] | None = None
+    joint: tuple[Tensor, Tensor] | None = None
     n: int | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
-        for name, rank, layout in _STATISTICS:
+        for name, rank, layout, positive in _STATISTICS:
             if getattr(self, name) is None:
                 continue
-            std, mean = getattr(self, name)
-            if not (isinstance(std, Tensor) and isinstance(mean, Tensor)):
-                raise TypeError(f"{name} must be a pair of tensors (std, mean)")
+            pair = getattr(self, name)
+            if not (
+                isinstance(pair, (tuple, list))
+                and len(pair) == 2
+                and all(isinstance(x, Tensor) and x.is_floating_point() for x in pair)
+            ):
+                raise TypeError(f"{name} must be a pair of tensors (std, mean), floating point")
+            std, mean = pair
             if std.ndim != rank or std.shape != mean.shape:
                 raise ValueError(
                     f"{name} must be (std, mean), each {layout}, found {list(std.shape)} and "
                     f"{list(mean.shape)}"
                 )
-            if not (torch.isfinite(std).all() and torch.isfinite(mean).all() and (std > 0).all()):
-                raise ValueError(f"{name} must be finite with std above 0")
+            least = (std > 0) if positive else (std >= 0)
+            if not (torch.isfinite(std).all() and torch.isfinite(mean).all() and least.all()):
+                bound = "above 0" if positive else "at least 0"
+                raise ValueError(f"{name} must be finite with std {bound}")
 
     def self_scores(self, heads: str) -> tuple[Tensor, Tensor]:
         """(std, mean) for ABPEM's ``heads`` option.
@@ -123,17 +170,67 @@ class SourceStats:
             raise ValueError(f"source_stats have no {name}; collect them with collect_stats")
         return getattr(self, name)
 
+    def features(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+        """``"<name>.std"`` and ``"<name>.mean"`` of the features that a model has, for BriMPR.
+
+        Raises:
+            ValueError: one was not collected, or is of a model of another size.
+        """
+        found = {}
+        for name, shape in shapes.items():
+            pair = getattr(self, name, None)
+            if pair is None:
+                raise ValueError(f"source_stats have no {name}; collect them with collect_stats")
+            if tuple(pair[0].shape) != shape:
+                raise ValueError(
+                    f"source_stats are of another model: {name} {list(pair[0].shape)}, needed "
+                    f"{list(shape)} (encoder blocks, width)"
+                )
+            found |= {f"{name}.std": pair[0], f"{name}.mean": pair[1]}
+        return found
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file."""
         from safetensors.torch import save_file
 
         tensors = {
             f"{name}.{part}": x.detach().cpu().contiguous()
-            for name, _, _ in _STATISTICS
+            for name, *_ in _STATISTICS
             if getattr(self, name) is not None
             for part, x in zip(("std", "mean"), getattr(self, name), strict=True)
         }
-        save_file(tensors, path, metadata={"n": json.dumps(self.n)})
+        save_file(tensors, path, metadata={"n": json.dumps(self.n), "model": self.model or ""})
+
+    @classmethod
+    def from_official(cls, path: str | os.PathLike) -> SourceStats:
+        """Reads a statistics file of the official BriMPR code (``src_stat_ks50.pth``): a pickled
+        3-tuple (audio, video, joint) of pairs (std, mean).
+
+        Nothing but tensors and tuples is unpickled, and tensors saved on a GPU are taken to the
+        CPU. Which weights they are of is not in the file: only shapes can be checked later.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it holds something else.
+        """
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no source statistics at {os.fspath(path)!r}")
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file may fail anywhere in torch's readers
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no source statistics and was not run: {reason}"
+            ) from error
+        pairs = isinstance(found, (tuple, list)) and len(found) == 3
+        if not pairs or not all(isinstance(x, (tuple, list)) and len(x) == 2 for x in found):
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no source statistics: needed three pairs (std, mean), "
+                f"found {type(found).__name__}"
+            )
+        try:
+            return cls(**dict(zip(("audio", "video", "joint"), map(tuple, found), strict=True)))
+        except TypeError as error:
+            raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SourceStats:
@@ -149,12 +246,15 @@ class SourceStats:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                n = json.loads((file.metadata() or {})["n"])
+                about = file.metadata() or {}
+                n = json.loads(about.get("n", "null"))
             parts = {
                 name: (tensors[f"{name}.std"], tensors[f"{name}.mean"])
-                for name, _, _ in _STATISTICS
+                for name, *_ in _STATISTICS
                 if f"{name}.std" in tensors
             }
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {error}") from error
-        return cls(**parts, n=n)
+        if not parts:
+            raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {list(tensors)[:4]}")
+        return cls(**parts, n=n, model=about.get("model") or None)

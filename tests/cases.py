@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import torch
 
+
+def tiny_stats():
+    """Source statistics that fit the tiny model: 1 and 2 encoder blocks of width 12."""
+    from fasttta import SourceStats
+
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(n):
+        mean = torch.randn(n, 12, generator=generator)
+        return torch.rand(n, 12, generator=generator) + 0.1, mean
+
+    return SourceStats(audio=pair(1), video=pair(2), joint=pair(1))
+
+
 METHODS = {
     "source": {},
     "tent": {"lr": 1e-3},
@@ -12,6 +26,7 @@ METHODS = {
     "sar": {"lr": 1e-3, "e_margin": 1.9, "rho": 0.01},
     "read": {"lr": 1e-3},
     "abpem": {"k": 3, "window": 3, "lr": 1e-3},
+    "brimpr": {"lr": 1e-3, "prompts": (2, 3), "source_stats": tiny_stats()},
 }
 
 

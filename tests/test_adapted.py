@@ -92,7 +92,8 @@ def test_methods_differ_and_learn(tiny_model, tiny_batch):
         first = adapted.step(*batch)
         assert first.logits.shape == (5, 7)
         logits[name] = adapted.predict(*batch)
-        assert torch.allclose(first.logits_before, tiny_model()(*batch), atol=1e-6)
+        if name != "brimpr":  # fresh prompts already change the prediction
+            assert torch.allclose(first.logits_before, tiny_model()(*batch), atol=1e-6)
         if name == "source":
             assert adapted.tuned == {}
             assert torch.equal(first.logits, first.logits_before)

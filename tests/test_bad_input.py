@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import METHODS
 
 import fasttta
 from fasttta import functional as F
@@ -75,7 +76,7 @@ def test_logits():
 
 @pytest.mark.parametrize("method", methods.names("fusion"))
 def test_a_bad_batch_changes_nothing(tiny_model, tiny_batch, method):
-    adapted = fasttta.adapt(tiny_model(), method, **({"k": 3} if method == "abpem" else {}))
+    adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
     audio, video = tiny_batch()
     adapted(audio, video)
     before = adapted._state.tensors()

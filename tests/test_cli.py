@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import fasttta
 from fasttta import cli, environment, inspection, methods
-from fasttta.demo.digits import MODEL_PATH
+from fasttta.demo.digits import MODEL_PATH, load_statistics
 from fasttta.ops import schema
 
 
@@ -75,13 +75,16 @@ def test_inspect(capsys, tmp_path):
     assert found["methods"].keys() == set(methods.names("fusion"))
     model = fasttta.models.CAVMAE.from_checkpoint(MODEL_PATH, num_heads=4)
     for name, method in found["methods"].items():
-        adapted = fasttta.adapt(model, name)
+        needs = {"source_stats": load_statistics()} if name == "brimpr" else {}
+        adapted = fasttta.adapt(model, name, **needs)
         assert method["names"] == list(adapted.tuned)
         assert method["tuned"] == sum(x.numel() for x in adapted.tuned.values())
         adapted.save(tmp_path)
         record = json.loads((tmp_path / "fasttta.json").read_text())
         tensors = load_file(tmp_path / record["state"])
-        written = sum(x.nbytes for key, x in tensors.items() if key != "random")
+        written = sum(
+            x.nbytes for key, x in tensors.items() if not key.startswith(("random", "constant."))
+        )
         assert method["delta_bytes"] == written
     status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4")
     assert status == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import tiny_stats
 
 import fasttta
 from fasttta import methods
@@ -11,7 +12,10 @@ from fasttta.families import Recognised
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-OPTIONS = {"abpem": {"k": 3, "window": 2}, "eata": {"e_margin": 9.0}, "sar": {"e_margin": 9.0}}
+OPTIONS = {
+    "abpem": {"k": 3, "window": 2}, "eata": {"e_margin": 9.0}, "sar": {"e_margin": 9.0},
+    "brimpr": {"prompts": (2, 3), "source_stats": tiny_stats()},
+}  # fmt: skip
 
 
 def _adapted(tiny_model, method, device="cuda", **options):

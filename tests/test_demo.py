@@ -10,6 +10,7 @@ import pytest
 
 import fasttta
 from fasttta import cli
+from fasttta.demo import digits
 from fasttta.demo import run as demo
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -26,8 +27,21 @@ def report():
 
 def test_every_method_has_settings():
     assert demo.SETTINGS.keys() == set(fasttta.methods.names("fusion"))
-    found = demo.run(["fog"], ["eata", "sar"], samples=64)
-    assert list(found["streams"]["fog"]) == ["eata", "sar"]
+    found = demo.run(["fog"], ["eata", "sar", "brimpr"], samples=64)
+    assert list(found["streams"]["fog"]) == ["eata", "sar", "brimpr"]
+
+
+def test_shipped_statistics_are_of_the_shipped_model():
+    """And of features like those of clean test pairs, up to what 32 samples can tell."""
+    model, shipped = digits.load_model(), digits.load_statistics()
+    assert shipped.n == 32
+    clean = fasttta.collect_stats(model, [b[:2] for b in digits.stream("clean")], n=512)
+    assert clean.model == shipped.model
+    for name in ("audio", "video", "joint"):
+        (std, mean), (theirs_std, theirs_mean) = getattr(clean, name), getattr(shipped, name)
+        # the mean over 32 samples has a standard error of std / 32 ** 0.5 a component
+        assert (mean - theirs_mean).norm() < 1.5 * std.norm() / 32**0.5
+        assert (std - theirs_std).norm() < 0.3 * std.norm()
 
 
 def test_report(report):

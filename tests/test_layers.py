@@ -25,7 +25,7 @@ LEVELS = (
     ("models", "methods"),
     ("engine",),
     ("families", "families_clip", "classes", "episodes"),
-    ("collect",),
+    ("collect", "finetuning"),
     ("entry", "adapted", "adapted_clip", "environment", "inspection"),
     ("data",),
     ("evaluate",),

@@ -148,8 +148,9 @@ def test_unwrap_merge(tiny_model, tiny_batch, method):
     merged = adapted.unwrap(merge=True)
     batch = tiny_batch(seed=3)
     assert torch.equal(merged(*batch), adapted.predict(*batch))
-    assert type(merged) is type(model)
-    assert (merged.state_dict().keys()) == model.state_dict().keys()
+    if method != "brimpr":  # prompts have no place in the user's own class
+        assert type(merged) is type(model)
+        assert (merged.state_dict().keys()) == model.state_dict().keys()
     adapted(*batch)
     assert not any(
         merged.get_parameter(s.parameter).data_ptr() == leaf.data_ptr()
@@ -254,5 +255,7 @@ def test_saving_leaves_other_files_alone(tiny_model, tiny_batch, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.blocks_v[0].mlp.fc1.weight.mul_(2)  # frozen, and not what READ tunes
-    with pytest.raises(ValueError, match="another model.*its frozen weights or its ModelSpec differ"):
+    with pytest.raises(
+        ValueError, match="another model.*or its ModelSpec differ"
+    ):
         fasttta.load(model, tmp_path)

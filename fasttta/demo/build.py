@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..collect import collect_stats
 from ..data import fbank
-from .digits import DATA_PATH, MODEL_PATH, enlarge, load_model, stream
-from .train import MODES, train
+from ..protocols import SourceStats
+from .digits import DATA_PATH, MODEL_PATH, STATISTICS_PATH, enlarge, load_model, stream
+from .train import MODES, pair, train
 
 SEED = 2026
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -141,6 +143,16 @@ def moments(x: Tensor) -> tuple[float, float]:
     return x.mean().item(), x.std().item()
 
 
+def statistics(
+    audio: Tensor, audio_labels: Tensor, video: Tensor, video_labels: Tensor, n: int = 32
+) -> SourceStats:
+    """Statistics of the stored model over n random pairs of a digit seen and heard."""
+    generator = torch.Generator().manual_seed(SEED)
+    seen = torch.randperm(len(video), generator=generator)[:n]
+    heard = pair(video_labels[seen], audio_labels, generator)
+    return collect_stats(load_model(), [(audio[heard], video[seen])], n)
+
+
 def clean_accuracy() -> dict[str, float]:
     """Percent correct of the stored model on the stored data, by mode."""
     model, batches = load_model(), stream("clean")
@@ -187,13 +199,13 @@ def main() -> None:
         video_std=video_norm[1],
     )
 
-    model = train(
+    training_set = (
         (train_audio - audio_norm[0]) / audio_norm[1],
         torch.tensor([take.digit for take in train_takes]),
         (train_video - video_norm[0]) / video_norm[1],
         image_labels[:TRAIN_IMAGES],
-        seed=SEED,
     )
+    model = train(*training_set, seed=SEED)
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     MODEL_PATH.write_bytes(save(weights))
     accuracy = ", ".join(f"{mode} {value:.1f} %" for mode, value in clean_accuracy().items())
@@ -206,8 +218,9 @@ def main() -> None:
         "test_speakers": ", ".join(test_speakers),
     }
     MODEL_PATH.write_bytes(save(weights, metadata))  # again, now that the stored file was measured
+    statistics(*training_set).save(STATISTICS_PATH)
     print(provenance)
-    for path in (MODEL_PATH, DATA_PATH):
+    for path in (MODEL_PATH, DATA_PATH, STATISTICS_PATH):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters} parameters; {time.perf_counter() - start:.0f} s in all")

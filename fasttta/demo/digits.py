@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import CAVMAE
+from ..protocols import SourceStats
 from .corruptions import CORRUPTIONS
 
-__all__ = ["CORRUPTIONS", "Digits", "load_data", "load_model", "stream"]
+__all__ = ["CORRUPTIONS", "Digits", "load_data", "load_model", "load_statistics", "stream"]
 
 MODEL_PATH = Path(__file__).with_name("model.safetensors")
 DATA_PATH = Path(__file__).with_name("data.npz")
+STATISTICS_PATH = Path(__file__).with_name("statistics.safetensors")
 SEVERITIES = (1, 8)  # lowest and highest; 5 is the strongest of the usual benchmarks
 
 
@@ -36,6 +38,11 @@ class Digits(NamedTuple):
 def load_model() -> CAVMAE:
     """The demo's CAV-MAE of 265,162 parameters, trained on clean digits, in evaluation mode."""
     return CAVMAE.from_checkpoint(MODEL_PATH, num_heads=4)
+
+
+def load_statistics() -> SourceStats:
+    """The model's statistics over 32 clean pairs of the training set, which is not shipped."""
+    return SourceStats.load(STATISTICS_PATH)
 
 
 def load_data() -> Digits:

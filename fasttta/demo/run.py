@@ -21,7 +21,7 @@ from ..evaluate import (
 )
 from ..methods import Method, by_name
 from ..models import CAVMAE
-from .digits import CORRUPTIONS, load_model, stream
+from .digits import CORRUPTIONS, load_model, load_statistics, stream
 
 __all__ = ["ProgressBar", "adapt_stream", "encode_stream", "run", "table"]
 
@@ -36,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sar": {"lr": 3e-3},
     "read": {"lr": 3e-3},
     "abpem": {"lr": 3e-3, "k": 2, "window": 4},
+    # at 3e-3 its mean on those is 72.6 %, at 3e-4 81.2 %, at the published 1e-4 81.0 %
+    "brimpr": {"lr": 3e-4},
 }
 METHODS = ("source", "tent", "read", "abpem")
 STREAMS = ("contrast", "fog", "white", "babble", "low-pass", "contrast+hum")
@@ -77,6 +79,8 @@ def adapt_stream(
         What ``evaluate.measure_stream`` does; and ``evaluate.attention_gap`` of the same stream
         with the weights after the last batch, outside of the timing.
     """
+    if method.name == "brimpr":  # ABPEM takes statistics too, but not with the options here
+        resources = {"source_stats": load_statistics(), **resources}
     adapted = adapt(model, method, **resources)
     found = measure_stream(adapted, batches, len(CLASSES))
     if not method.updates:

@@ -24,17 +24,21 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
 
-def fingerprint(model: nn.Module, state: State) -> dict[str, Any]:
-    """What a state was made for: names, shapes and a sample of the values of the whole model
-    (every tensor gives up to 512 values, so that 660 MB need not be read), and all source values
-    of what is tuned."""
+def model_digest(model: nn.Module) -> str:
+    """Names, shapes and a sample of the values of a whole model (every tensor gives up to 512
+    values, so that 660 MB need not be read)."""
     whole = hashlib.sha256(getattr(model, "identity", str)().encode())
     for name, x in sorted(model.state_dict().items()):
         flat = x.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 512)][:512].double().cpu()
         whole.update(f"{name} {list(x.shape)}".encode() + sample.numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module, state: State) -> dict[str, Any]:
+    """What a state was made for: the model, and all source values of what is tuned."""
     return {
-        "model": whole.hexdigest()[:16],
+        "model": model_digest(model),
         "source": {name: _digest(x) for name, x in state.source.items()},
     }
 

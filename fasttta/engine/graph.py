@@ -71,11 +71,9 @@ class GraphStep(Step):
             model, self.method, state, self.precision, self.device, False, capture=self.capture
         )
 
-    def __call__(
-        self, inputs: tuple[Tensor, ...], *, features: Any = None, trace: bool = False
-    ) -> StepResult:
+    def _eager(self, inputs: tuple[Tensor, ...], features: Any, trace: bool) -> StepResult:
         if trace or not (features is None or isinstance(features, Tensor)):
-            return super().__call__(inputs, features=features, trace=trace)
+            return super()._eager(inputs, features, trace)
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan(inputs, features)
             if plan is not self.current or self.state.method is not self.published:

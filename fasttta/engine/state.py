@@ -111,6 +111,7 @@ class State:
         self.source = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         self.method: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
+        self.episodic = method.episodic
         self.optimizer = method.optimizer(leaves.values()) if leaves else None
         for leaf in leaves.values():
             # as Adam's first step would make it; made here so that a state can be saved,
@@ -160,6 +161,8 @@ class State:
         with torch.inference_mode(False), torch.no_grad():
             for name, value in ready.items():
                 views[name].copy_(value)
+            if self.episodic:  # or the next episode would not begin with them
+                self.source = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
 
     # ------------------------------------------------------------------ snapshots
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +108,35 @@ class Step:
     # ------------------------------------------------------------------ adaptation
 
     def __call__(
-        self, inputs: tuple[Tensor, ...], *, features: Any = None, trace: bool = False
+        self,
+        inputs: tuple[Tensor, ...],
+        *,
+        features: Any = None,
+        trace: bool = False,
+        drawn: tuple[Tensor, ...] | None = None,
     ) -> StepResult:
-        """One step on prepared inputs (``features``: already encoded ones)."""
+        """One step on prepared inputs (``features``: already encoded ones; ``drawn``: in place of
+        what the method draws at random)."""
+        with self._complete(inputs, drawn) as inputs:
+            return self._eager(inputs, features, trace)
+
+    @contextlib.contextmanager
+    def _complete(
+        self, inputs: tuple[Tensor, ...], drawn: tuple[Tensor, ...] | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The inputs with what the method draws for them; where a step fails, nothing is drawn."""
+        generator = self.state.generator
+        before = generator.get_state()
+        try:
+            if drawn is None:
+                with torch.inference_mode(False):
+                    drawn = self.method.draw(self.model, inputs, generator)
+            yield (*inputs, *drawn)
+        except BaseException:
+            generator.set_state(before)
+            raise
+
+    def _eager(self, inputs: tuple[Tensor, ...], features: Any, trace: bool) -> StepResult:
         if features is None:
             features = self.encode(inputs)
         with environment(self.device, self.precision, grad=True):
@@ -127,7 +154,7 @@ class Step:
                 raise
 
     def _logits(self, features: Any) -> Tensor:
-        return self.method.logits(self.model, features)
+        return self.method.score(self.model, features)
 
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
         with span("objective"):
@@ -144,6 +171,9 @@ class Step:
         leaves = list(state.leaves.values())
         first: Objective | None = None
         carried, recovered = state.method, None
+        if method.episodic:
+            state.recover(torch.ones((), dtype=torch.bool, device=self.device))
+            carried = {}
         for _ in range(method.steps):
             objective = self._objective(features, valid, carried)
             grads = self._gradients(objective, leaves)
@@ -171,6 +201,8 @@ class Step:
                     predict = self.ahead.predict if self.ahead else self._logits
                     after = predict(features)
             state.method = {name: x.detach() for name, x in objective.state.items()}
+            if method.episodic:
+                state.method = {}
             if recovered is not None:
                 first.stats["recovered"] = recovered
             logits = first.logits if after is None else after

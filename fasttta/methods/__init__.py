@@ -5,9 +5,11 @@ from __future__ import annotations
 from .abpem import ABPEM
 from .atpt import ATPT
 from .base import Method
+from .brimpr import BriMPR
 from .eata import EATA
 from .mta import MTA
 from .prompt_tuning import CTPT, RTPT, TPT
+from .rada import RAda
 from .read import READ
 from .sar import SAR
 from .source import Source
@@ -15,18 +17,18 @@ from .tent import Tent
 from .ttc import TTC
 
 _METHODS: tuple[type[Method], ...] = (
-    Source, Tent, EATA, SAR, READ, ABPEM, TPT, CTPT, RTPT, ATPT, MTA, TTC,
+    Source, Tent, EATA, SAR, READ, ABPEM, BriMPR, TPT, CTPT, RTPT, ATPT, MTA, TTC, RAda,
 )  # fmt: skip
 
 __all__ = [
-    "ABPEM", "ATPT", "CTPT", "EATA", "MTA", "READ", "RTPT", "SAR", "TPT", "TTC", "Method",
-    "Source", "Tent", "by_name", "names",
+    "ABPEM", "ATPT", "CTPT", "EATA", "MTA", "READ", "RTPT", "SAR", "TPT", "TTC", "BriMPR",
+    "Method", "RAda", "Source", "Tent", "by_name", "names",
 ]  # fmt: skip
 
 
 def names(family: str | None = None) -> list[str]:
     """Names that ``fasttta.adapt`` takes as ``method``: all, or those for the models of a family,
-    ``"fusion"`` or ``"vision-language"``."""
+    ``"fusion"``, ``"vision-language"`` or ``"features"``."""
     return [method.name for method in _METHODS if family in (None, *method.families)]
 
 

@@ -64,13 +64,14 @@ class Method:
 
     name: ClassVar[str]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: kinds of models that it adapts
+    families: ClassVar[tuple[str, ...]] = ("fusion",)
     #: keywords of ``adapt`` besides the options: tensors that the method needs
     RESOURCES: ClassVar[tuple[str, ...]] = ()
     #: with several steps on a batch, each takes the method state that the one before it left
     carries_state: ClassVar[bool] = False
-    #: which models it adapts, "fusion" or "vision-language"
-    families: ClassVar[tuple[str, ...]] = ("fusion",)
-    #: what of the model is tuned ("norm", "encoder_norm", "fusion_qkv"; None: nothing)
+    #: what of the model is tuned ("norm", "encoder_norm", "fusion_qkv", "prompts"; None:
+    #: nothing)
     group: ClassVar[str | None]
     #: everything before ``fuse`` is frozen: encoded once a batch, without autograd
     frozen_encoder: ClassVar[bool]
@@ -102,6 +103,11 @@ class Method:
         return self.group is not None
 
     @property
+    def episodic(self) -> bool:
+        """Whether every step begins at the start again, whatever the one before it learnt."""
+        return False
+
+    @property
     def window_batches(self) -> int:
         """Batches in the loss, the current one included."""
         return 1
@@ -110,6 +116,42 @@ class Method:
     def balanced(self) -> bool:
         """Whether the loss has a class-balance term, which a single sample degenerates."""
         return False
+
+    @property
+    def single_sample(self) -> str | None:
+        """What to warn of when a batch is one sample; None: nothing."""
+        if not self.balanced:
+            return None
+        advice = "" if getattr(self, "window", 2) > 1 else ", or a window of past batches"
+        return (
+            f"{type(self).__name__} on a single sample: the balance term is the entropy of that "
+            f"one prediction and works against the entropy term. Give larger batches{advice}"
+        )
+
+    def extend(self, model: FusionModel, seed: int) -> FusionModel:
+        """The model as this method runs it, where it needs more than the source model has (tensors
+        that are new and tuned); frozen weights stay shared."""
+        return model
+
+    def unadapted(self, value: Tensor) -> Tensor:
+        """What stands for a tuned tensor's start in the source model."""
+        return value
+
+    def draw(
+        self, model: FusionModel, inputs: tuple[Tensor, ...], generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """What a step draws at random for a batch; its objective finds it behind the inputs."""
+        return ()
+
+    def injected(
+        self, model: FusionModel, inputs: tuple[Tensor, ...], keep: Any
+    ) -> tuple[Tensor, ...]:
+        """What a caller gives in place of ``draw``, checked.
+
+        Raises:
+            TypeError, ValueError: it cannot be used.
+        """
+        raise TypeError(f"keep: {type(self).__name__} masks no tokens; known to brimpr")
 
     def tuned(self, model: FusionModel) -> dict[str, Slot]:
         """Names of the tuned tensors and where they lie in the model."""
@@ -142,6 +184,10 @@ class Method:
         if not self.frozen_encoder:
             return model.fuse(model.encode(*features))
         return joined([model.fuse(part) for part in pieces(model, features)])
+
+    def score(self, model: FusionModel, features: Any) -> Tensor:
+        """What a step that scores after its update predicts; for most methods the logits."""
+        return self.logits(model, features)
 
     def objective(
         self,

@@ -2,5 +2,6 @@
 
 from .cavmae import CAVMAE
 from .clip import CLIP
+from .rational import FeatureAdapter, FeatureClassifier, RationalHead
 
-__all__ = ["CAVMAE", "CLIP"]
+__all__ = ["CAVMAE", "CLIP", "FeatureAdapter", "FeatureClassifier", "RationalHead"]

@@ -212,6 +212,21 @@ class CAVMAE(nn.Module):
             return slots
         raise ValueError(f'group={group!r} is unknown; known: "norm", "encoder_norm", "fusion_qkv"')
 
+    def feature_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes [blocks, D] of the features that ``SourceStats`` describe, and ``"joint"``."""
+        depths = {"audio": len(self.blocks_a), "video": len(self.blocks_v), "joint": 1}
+        return {name: (depth, self.dim) for name, depth in depths.items()}
+
+    def prompted(self, prompts: Mapping[str, Tensor]) -> nn.Module:
+        """A model over the same weights whose encoder blocks take prompts.
+
+        Args:
+            prompts: by modality, [blocks, n, D].
+        """
+        from .prompted import PromptedCAVMAE
+
+        return PromptedCAVMAE(self, prompts)
+
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), frozen weights converted once.
 
@@ -279,15 +294,22 @@ class CAVMAE(nn.Module):
 
     # ------------------------------------------------------------------ computation
 
+    def embed_audio(self, audio: Tensor) -> Tensor:
+        """Audio [B, frames, mel bins] -> what enters its encoder [B, Ta, D], frequency-major."""
+        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
+        return x + self.pos_embed_a + self.modality_a
+
+    def embed_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, rows, columns] -> what enters its encoder [B, Tv, D], row-major."""
+        return self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
-        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
-        return _through(self.blocks_a, x + self.pos_embed_a + self.modality_a)
+        return _through(self.blocks_a, self.embed_audio(audio))
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
-        x = self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
-        return _through(self.blocks_v, x)
+        return _through(self.blocks_v, self.embed_video(video))
 
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first."""

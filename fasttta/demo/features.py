@@ -1,0 +1,114 @@
+"""RAda on real CLIP features: classes by prototypes, fine-tuned on a few shots, then shifted."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..entry import adapt
+from ..finetuning import finetune
+from ..models import FeatureClassifier, RationalHead
+
+SCALE = 100.0  # exp(logit_scale) of CLIP
+
+
+def load_features(path: str | os.PathLike) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and labels [N] of a file with ``feature_list`` and ``label_list``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it holds something else.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if not {"feature_list", "label_list"} <= set(file.files):
+            raise ValueError(f"{os.fspath(path)!r} holds {', '.join(file.files)}; needed "
+                             "feature_list and label_list")  # fmt: skip
+        return (
+            torch.from_numpy(file["feature_list"]).float(),
+            torch.from_numpy(file["label_list"]).long(),
+        )
+
+
+def prototypes(features: Tensor, labels: Tensor) -> Tensor:
+    """The direction of each class, [K, D]: the mean of its features' directions."""
+    unit = features / features.norm(dim=-1, keepdim=True)
+    means = [unit[labels == k].mean(dim=0) for k in range(int(labels.max()) + 1)]
+    return torch.stack([x / x.norm() for x in means])
+
+
+def shifted(features: Tensor, size: float, seed: int) -> Tensor:
+    """Features [N, D] with noise that is half their own and half common to all, altogether
+    ``size`` times as long as they are spread about their mean."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = (features - features.mean(dim=0)).square().mean().sqrt()
+    own = torch.randn(features.shape, generator=generator)
+    common = torch.randn(1, features.shape[1], generator=generator)
+    return features + size * spread * (own + common) / 2**0.5
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def run(
+    folder: str | os.PathLike,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    epochs: Sequence[int] = (1, 5, 10),
+    sizes: Sequence[float] = (0.5, 1.0, 1.5),
+    lr: float = 5e-4,
+    adapt_lr: float = 1e-4,
+    batch: int = 32,
+) -> dict[str, Any]:
+    """Fine-tunes a head on ``train.npz`` of a folder and measures it on ``val.npz``, clean and
+    shifted, as it is and adapted online by the entropy of each batch (scored before its update).
+
+    Args:
+        folder: of CLIP features, of the same classes in both files.
+        seeds: one run each: head, order of the shots and of the stream, noise.
+        epochs: of fine-tuning; the last of them is what is shifted and adapted.
+        sizes: of the shift. lr, batch: of the fine-tuning; adapt_lr: of the adaptation.
+
+    Returns:
+        ``{what: (mean, standard deviation) in percent}`` and ``"seconds"`` of one fine-tuning.
+    """
+    train, labels = load_features(Path(folder) / "train.npz")
+    test, truth = load_features(Path(folder) / "val.npz")
+    text, found, seconds = prototypes(train, labels), {}, []
+
+    def note(what: str, value: float) -> None:
+        found.setdefault(what, []).append(value)
+
+    for seed in seeds:
+        torch.manual_seed(seed)
+        fresh = RationalHead(train.shape[1]).eval()
+        source = FeatureClassifier(fresh, text, SCALE)
+        note("prototypes", _accuracy(source(test).detach(), truth))
+        for n in epochs:
+            start = time.perf_counter()
+            head = finetune(fresh, train, labels, text, scale=SCALE, batch=batch, epochs=n, lr=lr,
+                            seed=seed)  # fmt: skip
+            seconds.append(time.perf_counter() - start)
+            tuned = FeatureClassifier(head, text, SCALE)
+            note(f"RAda, {n} epochs", _accuracy(tuned(test).detach(), truth))
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
+        for size in sizes:
+            x, y = shifted(test, size, seed)[order], truth[order]
+            note(f"prototypes, shift {size}", _accuracy(source(x).detach(), y))
+            note(f"RAda, shift {size}", _accuracy(tuned(x).detach(), y))
+            for name, model in (("prototypes", source), ("RAda", tuned)):
+                adapted = adapt(model, "rada", loss="entropy", lr=adapt_lr, score_at="before")
+                logits = torch.cat([adapted(part) for part in x.split(batch)])
+                note(f"{name}, shift {size}, adapted", _accuracy(logits, y))
+    spread = {
+        what: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0)
+        for what, x in found.items()
+    }
+    return {**spread, "seconds": max(seconds)}

@@ -1,0 +1,238 @@
+"""BriMPR: bridging modalities via progressive re-alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..protocols import FusionModel, Promptable, SourceStats, Streams
+from . import realignment
+from .base import Method, Objective, require, require_int, require_number, sample_weight
+
+_INIT = 1e-4  # prompts start in U(-1e-4, 1e-4)
+
+
+@dataclass(frozen=True)
+class BriMPR(Method):
+    """Tune deep prompts of both encoders so that the features' moments are those of source data,
+    predictions hold with half of a modality masked away, and modalities agree sample by sample.
+
+    total = alignment_weight * alignment + recombination_weight * recombination + contrast_weight *
+    contrast. Needs statistics of source data: ``adapt(..., source_stats=...)``, made by
+    ``fasttta.collect_stats(model, loader)`` or read by ``fasttta.SourceStats.from_official(path)``.
+
+    Args:
+        prompts: prompts a block, audio and video.
+        mask_ratio: part of each modality's tokens that is masked away, drawn anew for each batch;
+            0: none, masked streams are the whole ones. ``step(..., keep=(audio_ids, video_ids))``
+            gives the ids [B, K] of the kept tokens in place of the draw.
+        temperature: of the contrast.
+        teacher_scale, teacher_offset: a and b of the teacher's temperature
+            1 + a / (1 + exp(b - discrepancy of the joint feature)).
+        alignment_weight, recombination_weight, contrast_weight: of the three terms; where one is
+            0 no gradient is computed for it.
+        lr: Adam's learning rate.
+
+    Tuned: ``"prompts.audio"``, ``"prompts.video"`` [blocks, prompts, D], drawn from U(-1e-4, 1e-4)
+    by the seed. The model with fresh prompts is not the source model (LayerNorm magnifies them).
+    ``losses``: ``"alignment"``, ``"recombination"``, ``"contrast"``, ``"total"``. ``stats``, 0-d:
+    ``"discrepancy.audio"``, ``".video"``, ``".joint"``, ``"teacher_temperature"``. The prediction
+    is the one before the update. One sample has no spread and nothing to be told from: of it
+    alignment is to the source means only, contrast is 0, and the first such batch warns.
+
+    Source: Li and Feng, "Bridging Modalities via Progressive Re-alignment for Multimodal Test-Time
+    Adaptation", AAAI 2026, and its official code, which is followed where the two differ (features
+    under the next block's LayerNorm, eps in distances, the start of prompts). Presets:
+    ``"one-corrupted"`` and ``"both-corrupted"`` (modalities), batch 64. The official code runs in
+    fp16 with a loss scaler that skips updates; here master precision, and none is skipped.
+    """
+
+    name: ClassVar[str] = "brimpr"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "one-corrupted": {"temperature": 0.07},
+        "both-corrupted": {"temperature": 0.25},
+    }
+    RESOURCES: ClassVar[tuple[str, ...]] = ("source_stats",)
+    group: ClassVar[str | None] = "prompts"
+    frozen_encoder: ClassVar[bool] = False
+
+    prompts: tuple[int, int] = (10, 10)
+    mask_ratio: float = 0.5
+    temperature: float = 0.07
+    teacher_scale: float = 0.2
+    teacher_offset: float = 5.0
+    alignment_weight: float = 1.0
+    recombination_weight: float = 1.0
+    contrast_weight: float = 1.0
+    lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pair = isinstance(self.prompts, (tuple, list)) and len(self.prompts) == 2
+        require(pair, "prompts", self.prompts, "two integers (audio, video)")
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        for count in self.prompts:
+            require_int("prompts", count, 1)
+        require_number("mask_ratio", self.mask_ratio)
+        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "at least 0 and below 1")
+        require_number("temperature", self.temperature, positive=True)
+        for name in ("teacher_scale", "teacher_offset"):
+            require_number(name, getattr(self, name))
+        require(self.teacher_scale > -1, "teacher_scale", self.teacher_scale, "more than -1")
+        for name in ("alignment_weight", "recombination_weight", "contrast_weight"):
+            require_number(name, getattr(self, name))
+
+    @property
+    def updates(self) -> bool:
+        return any((self.alignment_weight, self.recombination_weight, self.contrast_weight))
+
+    @property
+    def single_sample(self) -> str:
+        return (
+            "BriMPR on a single sample: it has no spread to align and nothing to be contrasted "
+            "with; only its mean is aligned. Give larger batches"
+        )
+
+    # ------------------------------------------------------------------ the model
+
+    def check_model(self, model: FusionModel) -> None:
+        if not isinstance(model, Promptable):
+            raise ValueError(
+                f"BriMPR puts prompts into the encoders' blocks, which are not known of "
+                f"{type(model).__name__}; needed a CAV-MAE"
+            )
+        for name, (blocks, _) in model.feature_shapes().items():
+            require(blocks > 0, f"{name} blocks", blocks, "at least 1 for its prompts")
+        for name, tokens in zip(model.input_names, model.spans, strict=True):
+            require(self._kept(tokens) > 0, "mask_ratio", self.mask_ratio,
+                    f"less, so that one of {tokens} {name} tokens is kept")  # fmt: skip
+
+    def extend(self, model: Promptable, seed: int) -> FusionModel:
+        # another sequence than the one that masks are drawn from
+        generator = torch.Generator().manual_seed((seed + 0x5EED) % 2**63)
+        weight = next(model.parameters())
+        shapes, prompts = model.feature_shapes(), {}
+        for name, count in zip(model.input_names, self.prompts, strict=True):
+            blocks, dim = shapes[name]
+            drawn = torch.rand(blocks, count, dim, generator=generator)
+            prompts[name] = ((2 * drawn - 1) * _INIT).to(weight)
+        return model.prompted(prompts)
+
+    def unadapted(self, value: Tensor) -> Tensor:
+        return value[:, :0]  # the source model has no prompts
+
+    def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+        self.check_model(model)
+        source_stats = resources.get("source_stats")
+        if source_stats is None:
+            raise ValueError(
+                "brimpr needs source_stats, found None; make them from a few clean batches: "
+                "source_stats=fasttta.collect_stats(model, loader), or read the official ones: "
+                "fasttta.SourceStats.from_official(path)"
+            )
+        if not isinstance(source_stats, SourceStats):
+            found = type(source_stats).__name__
+            raise TypeError(f"source_stats must be fasttta.SourceStats, found {found}")
+        return source_stats.features(model.feature_shapes())
+
+    # ------------------------------------------------------------------ masks
+
+    def _kept(self, tokens: int) -> int:
+        return int(tokens * (1 - self.mask_ratio))
+
+    def draw(
+        self, model: FusionModel, inputs: tuple[Tensor, ...], generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """Ids [B, K] of the tokens each modality keeps, in random order."""
+        if not self.mask_ratio:
+            return ()
+        drawn, device = [], inputs[0].device
+        for tokens in model.spans:
+            noise = torch.rand(len(inputs[0]), tokens, generator=generator)
+            ids = noise.argsort(dim=1)[:, : self._kept(tokens)]
+            if device.type == "cuda":  # a copy from pageable memory waits for the device
+                ids = ids.contiguous().pin_memory()
+            drawn.append(ids.to(device, non_blocking=True))
+        return tuple(drawn)
+
+    def injected(
+        self, model: FusionModel, inputs: tuple[Tensor, ...], keep: Any
+    ) -> tuple[Tensor, ...]:
+        names, batch = model.input_names, len(inputs[0])
+        if not isinstance(keep, (tuple, list)) or len(keep) != len(names):
+            raise TypeError(f"keep must be token ids of each modality ({', '.join(names)})")
+        checked = []
+        for name, ids, tokens in zip(names, keep, model.spans, strict=True):
+            if not isinstance(ids, Tensor) or ids.dtype not in (
+                torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+            ):  # fmt: skip
+                found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise TypeError(f"keep of {name} must be an integer tensor [B, K], found {found}")
+            if ids.ndim != 2 or len(ids) != batch or not 1 <= ids.shape[1] <= tokens:
+                raise ValueError(
+                    f"keep of {name} has shape {list(ids.shape)}, needed [{batch}, K] with K from "
+                    f"1 to {tokens}"
+                )
+            ids = ids.detach().to("cpu", torch.int64)
+            ordered = ids.sort(dim=1).values
+            if ordered.min() < 0 or ordered.max() >= tokens:
+                raise ValueError(
+                    f"keep of {name} has ids from {int(ordered.min())} to {int(ordered.max())}, "
+                    f"needed 0 to {tokens - 1}"
+                )
+            if (ordered.diff(dim=1) == 0).any():
+                raise ValueError(f"keep of {name} has an id twice in a sample")
+            with torch.inference_mode(False):
+                checked.append(ids.to(inputs[0].device, copy=True))
+        return tuple(checked)
+
+    # ------------------------------------------------------------------ the step
+
+    def logits(self, model: FusionModel, features: tuple[Tensor, ...]) -> Tensor:
+        return model.fuse(model.encode(*features[: len(model.input_names)]))
+
+    def objective(self, model, features, *, state, constants, valid) -> Objective:
+        names, weight, grad = model.input_names, sample_weight(valid), torch.is_grad_enabled()
+        streams: Streams = model.streams(
+            *features,
+            recombination=self.recombination_weight != 0,
+            contrast=self.contrast_weight != 0,
+        )
+
+        def moved(name: str, of: Tensor) -> Tensor:
+            source = constants[f"{name}.std"], constants[f"{name}.mean"]
+            return realignment.discrepancy(of, *source, weight).mean()
+
+        with torch.set_grad_enabled(grad and self.alignment_weight != 0):
+            distances = [moved(n, x) for n, x in zip(names, streams.features, strict=True)]
+            alignment = torch.stack(distances).sum()
+        joint = moved("joint", streams.joint.unsqueeze(1))
+        temperature = 1 + self.teacher_scale / (1 + torch.exp(self.teacher_offset - joint))
+        losses = {
+            "alignment": alignment,
+            "recombination": realignment.recombination(
+                streams.logits, temperature, streams.masked_logits, realignment.shares(distances),
+                weight,
+            ),
+            "contrast": realignment.contrast(streams.representations, self.temperature, weight),
+        }  # fmt: skip
+        weights = (self.alignment_weight, self.recombination_weight, self.contrast_weight)
+        terms = [w * x for w, x in zip(weights, losses.values(), strict=True) if w != 0]
+        losses["total"] = sum(terms, start=torch.zeros_like(alignment.detach()))
+        by_name = zip(names, distances, strict=True)
+        return Objective(
+            losses=losses,
+            logits=streams.logits,
+            n_used=streams.logits.shape[0] if weight is None else weight.sum(),
+            stats={f"discrepancy.{name}": x for name, x in by_name}
+            | {"discrepancy.joint": joint, "teacher_temperature": temperature},
+            trace={f"features.{n}": x for n, x in zip(names, streams.features, strict=True)}
+            | {f"masked_logits.{n}": x for n, x in zip(names, streams.masked_logits, strict=True)}
+            | {f"representation.{n}": x for n, x in zip(names, streams.representations,
+                                                        strict=True)}
+            | {"features.joint": streams.joint},
+        )  # fmt: skip

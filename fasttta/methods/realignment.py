@@ -1,0 +1,95 @@
+"""The losses of BriMPR, for any number of modalities."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+EPS = 1e-6  # what F.pairwise_distance adds to every component of a difference
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a - b + EPS, dim=-1)
+
+
+def discrepancy(
+    features: Tensor, std: Tensor, mean: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Distance of a batch's first two moments from those of source data, layer by layer.
+
+    Args:
+        features: [B, N, D].
+        std, mean: [N, D] of source data.
+        weight: [B], 1 for samples that count, else 0; None: all do.
+
+    Returns:
+        [N]: |std_s - std_t + eps| + |mean_s - mean_t + eps|, standard deviations over n - 1. One
+        sample has no spread: of it the second summand alone.
+    """
+    if weight is None:
+        centre = _distance(mean, features.mean(dim=0))
+        return centre if len(features) < 2 else _distance(std, features.std(dim=0)) + centre
+    n, weight = weight.sum(), weight[:, None, None]
+    average = torch.where(weight > 0, features, 0).sum(dim=0) / n
+    squares = torch.where(weight > 0, features - average, 0).square().sum(dim=0)
+    variance = squares / (n - 1).clamp_min(1)
+    # the root of 0 has no gradient; torch.std gives it 0
+    spread = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)
+    return torch.where(n > 1, _distance(std, spread), 0) + _distance(mean, average)
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over samples [B] that count."""
+    if weight is None:
+        return values.mean()
+    return torch.where(weight > 0, values, 0).sum() / weight.sum()
+
+
+def shares(discrepancies: Sequence[Tensor]) -> list[Tensor]:
+    """Weights of the masked terms: the less a modality has moved from source data, the more the
+    prediction without half of it must hold. They add up to 1; of two modalities each has the
+    share of the other."""
+    total = torch.stack(list(discrepancies)).detach().sum()
+    others = len(discrepancies) - 1
+    return [(1 - d.detach() / total) / others for d in discrepancies]
+
+
+def recombination(
+    logits: Tensor, temperature: Tensor, masked: Sequence[Tensor], share: Sequence[Tensor],
+    weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross entropy of the predictions with one modality masked to that of all modalities whole.
+
+    Args:
+        logits: [B, C] of the whole, the teacher; no gradient flows there.
+        temperature: 0-d, of the teacher. The students' is 1.
+        masked: [B, C] with each modality masked; share: 0-d each.
+    """
+    target = (logits.detach() / temperature).softmax(dim=-1)
+    terms = [_mean(-(target * x.log_softmax(dim=-1)).sum(dim=-1), weight) for x in masked]
+    return torch.stack([s * term for s, term in zip(share, terms, strict=True)]).sum()
+
+
+def contrast(
+    representations: Sequence[Tensor], temperature: float, weight: Tensor | None = None
+) -> Tensor:
+    """Each sample's modalities against those of other samples, the mean over ordered pairs.
+
+    Args:
+        representations: [B, D] of each modality alone.
+        temperature: of the cosine similarities.
+    """
+    unit = [nnf.normalize(x, dim=-1) for x in representations]
+    terms = []
+    for a, b in itertools.permutations(unit, 2):
+        scores = a @ b.T / temperature  # [B, B]
+        if weight is not None:  # a sample that does not count meets itself only
+            own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+            both = (weight.unsqueeze(1) * weight) > 0
+            scores = torch.where(both, scores, torch.where(own, 0.0, -torch.inf))
+        terms.append(_mean(-scores.log_softmax(dim=-1).diagonal(), weight))
+    return torch.stack(terms).mean()

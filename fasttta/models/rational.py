@@ -1,0 +1,202 @@
+"""RAda's head: a learned mask over the rational matrix of image and class features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..protocols import Slot
+from .flat_attention import flat_attention
+
+
+class RationalHead(nn.Module):
+    """logit_k = scale * sum over d of mask[k, d] * f_d * h_kd, with f and h of unit length.
+
+    The mask is relu(1 + attention), an attention of the K classes over each other for every image,
+    on the rational matrix R[k, d] = f_d * h_kd; its last projection starts at 0, so that a fresh
+    head gives the scores ``scale * f·h`` of the source model. Three kinds of queries share keys
+    and values: of the image (one row for all classes: a row softmax), of the classes (the same
+    rows for all images) and of R. Exact, and without a K x K tensor; R is stored once.
+
+    Args:
+        dim: D, the width of the features.
+        heads: attention heads; must divide D.
+        temperature: of the softmax.
+        scale_multiplier: of the scale inside the attention (CoOp + RAda: 4).
+
+    Parameters: ``q_proj1``, ``q_proj2``, ``q_proj3``, ``k_proj``, ``v_proj``, ``out_proj``, Linear
+    [D, D] with bias each, as in the official code.
+
+    Source: Chen et al., "One Last Attention for Your Vision-Language Model", ICCV 2025, and its
+    official code.
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 8, temperature: float = 1.0, scale_multiplier: float = 1.0
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("heads", heads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: needed a positive integer")
+        if dim % heads:
+            raise ValueError(f"heads={heads} does not divide dim={dim}")
+        for name, value in (("temperature", temperature), ("scale_multiplier", scale_multiplier)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name}={value!r}: needed a number above 0")
+        self.dim, self.heads = dim, heads
+        self.temperature, self.scale_multiplier = float(temperature), float(scale_multiplier)
+        self.q_proj1, self.q_proj2, self.q_proj3 = (nn.Linear(dim, dim) for _ in range(3))
+        self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(2))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: float | Tensor,
+        bias: float | Tensor | None = None,
+        return_mask: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, K], and with ``return_mask`` the mask [B, K, D].
+
+        Args:
+            image: [B, D], of any length.
+            text: [K, D], of any length: class texts, prototypes or rows of a linear classifier.
+            scale: exp(logit_scale) or 1 / temperature; inside the attention it is detached.
+            bias: added to the logits (SigLIP).
+
+        Raises:
+            ValueError, TypeError: shapes or types do not fit, fewer than 2 classes, a feature
+                without length (told on the CPU only; elsewhere it gives NaN).
+        """
+        self._check(image, text, scale)
+        image = image / image.norm(dim=-1, keepdim=True)
+        text = text / text.norm(dim=-1, keepdim=True)
+        rational = image.unsqueeze(1) * text  # [B, K, D]
+        inner = scale.detach() if isinstance(scale, Tensor) else scale
+        inner = inner * self.scale_multiplier
+        k, v, q3 = (
+            self._split(_scaled(proj, rational, inner))
+            for proj in (self.k_proj, self.v_proj, self.q_proj3)
+        )
+        q1 = self._split(_scaled(self.q_proj1, image.unsqueeze(1), inner**0.5))  # [B, H, 1, d]
+        q2 = self._split(_scaled(self.q_proj2, text.unsqueeze(0), inner**0.5))  # [1, H, K, d]
+        factor = (self.dim // self.heads) ** -0.5 / self.temperature
+        # queries that are alike for all rows: the flattened softmax is that of one row
+        mean = ((factor * (q1 @ k.transpose(-2, -1))).softmax(dim=-1)) @ v
+        attended = mean + flat_attention(q2, k, v, factor) + flat_attention(q3, k, v, factor)
+        out = self.out_proj((attended / 3).transpose(1, 2).flatten(2))
+        mask = F.relu(1 + out)
+        logits = scale * (mask * rational).sum(dim=-1)
+        if bias is not None:
+            logits = logits + bias
+        return (logits, mask) if return_mask else logits
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, K, D] -> [B, H, K, d], laid out so that no product needs a copy of its own."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
+
+    def _check(self, image: Tensor, text: Tensor, scale: float | Tensor) -> None:
+        weight = self.out_proj.weight
+        for name, x, layout in (("image", image, "[B, D]"), ("text", text, "[K, D]")):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
+            if x.ndim != 2 or x.shape[1] != self.dim or not len(x):
+                raise ValueError(
+                    f"{name} must be {layout} with D = {self.dim}, found {list(x.shape)}"
+                )
+            if x.dtype != weight.dtype or x.device != weight.device:
+                raise TypeError(
+                    f"{name} is {x.dtype} on {x.device}, the head {weight.dtype} on "
+                    f"{weight.device}; convert one: {name}.to(head.out_proj.weight)"
+                )
+            if x.device.type == "cpu" and not x.detach().any(dim=1).all():
+                row = int((~x.detach().any(dim=1)).nonzero()[0])
+                raise ValueError(f"row {row} of {name} is zero: it has no direction to compare")
+        if len(text) < 2:
+            raise ValueError(f"text has {len(text)} class, needed at least 2 to tell apart")
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            raise ValueError(f"scale must be one number, found shape {list(scale.shape)}")
+
+
+def _scaled(proj: nn.Linear, x: Tensor, factor: float | Tensor) -> Tensor:
+    """proj(factor * x); the factor goes to the weight, so that x is not stored twice."""
+    return F.linear(x, proj.weight * factor, proj.bias)
+
+
+class FeatureAdapter(nn.Module):
+    """x + relu(W2 relu(W1 x)), the adapter that RAda is combined with (CLIP-Adapter's form).
+
+    Args:
+        dim: D; reduction: of the width in between.
+    """
+
+    def __init__(self, dim: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(dim, dim // reduction, bias=False), nn.ReLU(),
+            nn.Linear(dim // reduction, dim, bias=False), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return x + self.fc(x)
+
+
+class FeatureClassifier(nn.Module):
+    """A head over features that an encoder has made: what ``fasttta.adapt`` takes for "rada".
+
+    Args:
+        head: the rational head; fresh, it leaves the source scores as they are.
+        text: [K, D]: class texts, prototypes (means of features) or rows of a linear classifier.
+        scale, bias: of the logits.
+    """
+
+    num_heads = 0  # no attention over tokens, for methods that ask
+    spans: tuple[int, ...] = ()
+    input_names = ("features",)
+
+    def __init__(
+        self, head: RationalHead, text: Tensor, scale: float = 100.0, bias: float | None = None
+    ) -> None:
+        super().__init__()
+        self.head, self.scale, self.bias = head, float(scale), bias
+        self.register_buffer("text", text.detach().clone())
+        self.num_classes = len(text)
+        with torch.no_grad():
+            head(text[:1], text, scale)  # raises what does not fit
+
+    def check_inputs(self, features: Tensor) -> None:
+        """features: [B, D]."""
+        if isinstance(features, Tensor):
+            if features.device != self.text.device:
+                raise ValueError(f"features are on {features.device}, text on {self.text.device}")
+            if not features.is_floating_point():
+                raise TypeError(f"features must be floating point, found {features.dtype}")
+            features = features.to(self.text.dtype)
+        self.head._check(features, self.text, self.scale)
+
+    def tunable(self, group: str) -> dict[str, Slot]:
+        """``"head"``: all parameters of the head; ``"head_out"``: its last projection."""
+        names = [f"head.{name}" for name, _ in self.head.named_parameters()]
+        if group == "head_out":
+            names = [name for name in names if ".out_proj." in name]
+        elif group != "head":
+            raise ValueError(f'a head over features has no {group}; it has "head", for "rada"')
+        return {name.removeprefix("head."): Slot(name) for name in names}
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """The head computes in the precision of its weights."""
+
+    def encode(self, features: Tensor) -> Tensor:
+        return features
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return self.head(features, self.text, self.scale, self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] -> logits [B, K]."""
+        return self.fuse(features)
