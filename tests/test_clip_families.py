@@ -13,7 +13,7 @@ from torch import nn
 
 import fasttta
 from fasttta.families_clip import recognise_clip
-from fasttta.models.clip import MEAN, STD
+from fasttta.models.clip_pixels import MEAN, STD
 
 MAKERS = {
     "hf": HFCLIP,

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from .clip_attention import AttentionMaps, attention_maps
 from .clip_checkpoint import infer_clip_sizes, read_clip_state
 from .clip_layers import ACTIVATIONS, Attention, Transformer
+from .clip_pixels import MEAN, STD, check_pixels
 from .clip_resnet import Conv, ModifiedResNet
 from .clip_text import Prompts
 from .clip_vision import PatchConv, VisionTransformer
 from .layers import Linear
 from .rollout import ROLLOUTS, normalise_map
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 # Views in one pass. CPU: activations of a ViT-B/16 stay near the cache; GPU: large products.
 _VIEWS = {"cpu": 16, "cuda": 256}
 
@@ -145,29 +144,6 @@ class CLIP(nn.Module):
         """Where attention maps come from: ``"rollout"`` (ViT) or ``"grad-cam"`` (ResNet)."""
         return "grad-cam" if isinstance(self.visual, ModifiedResNet) else "rollout"
 
-    def check_pixels(self, pixels: Tensor, name: str = "pixels") -> None:
-        """Raises unless pixels are [N, 3, R, R], floating point, on the model's device and (read
-        on the host, CPU only) finite and within [0, 1]."""
-        if not isinstance(pixels, Tensor):
-            raise TypeError(f"{name} must be a tensor, found {type(pixels).__name__}")
-        size, device = self.resolution, self.positional_embedding.device
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
-            raise ValueError(f"{name} must be [N, 3, {size}, {size}], found {list(pixels.shape)}")
-        if not pixels.is_floating_point():
-            raise TypeError(f"{name} must be floating point in [0, 1], found {pixels.dtype}")
-        if pixels.device != device:
-            raise ValueError(f"{name} is on {pixels.device}, the model on {device}")
-        if device.type != "cpu":
-            return
-        low, high = (x.item() for x in pixels.detach().aminmax())
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too
-            if not torch.isfinite(pixels).all():
-                raise ValueError(f"{name} holds non-finite values (NaN or infinity)")
-            raise ValueError(
-                f"{name} runs from {low:.3g} to {high:.3g}, needed [0, 1]: it looks like "
-                "normalised input; CLIP normalises inside: give the image as before Normalize"
-            )
-
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Features of images, not normalised; differentiable with respect to the pixels.
 
@@ -180,7 +156,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError, TypeError: wrong shape, type or device; pixels outside [0, 1].
         """
-        self.check_pixels(pixels)
+        check_pixels(pixels, self.resolution, self.positional_embedding.device)
         return self._pieces(self._encode, pixels)
 
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .clip import CLIP, MEAN, STD
+from .clip import CLIP
 from .clip_checkpoint import infer_clip_sizes
+from .clip_pixels import MEAN, STD
 
 _HF_BLOCK = {
     "layer_norm1": "ln_1",
