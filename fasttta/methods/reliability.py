@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import functional
+
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of softmax(logits) in nats over the last axis: [..., C] -> [...]."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
+    return functional.entropy(logits.flatten(0, -2)).view(logits.shape[:-1])
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def marginal_entropy(logits: Tensor) -> Tensor:
 
 def total_variation(maps: Tensor) -> Tensor:
     """Anisotropic total variation [..., H, W] -> [...]: |vertical| + |horizontal| differences."""
-    return maps.diff(dim=-2).abs().sum((-2, -1)) + maps.diff(dim=-1).abs().sum((-2, -1))
+    return functional.total_variation(maps.flatten(0, -3)).view(maps.shape[:-2])
 
 
 def reliability_weights(tv: Tensor, temperature: float = 1.0) -> Tensor:
