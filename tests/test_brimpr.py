@@ -425,3 +425,36 @@ def test_statistics_that_do_not_fit(tiny_model, tiny_batch):
         with pytest.raises(error, match=match):
             fasttta.adapt(other, "brimpr", source_stats=source_stats)
     fasttta.adapt(other, "brimpr", source_stats=dataclasses.replace(collected, model=None))
+
+
+# ------------------------------------------------------------------------------ a trained model
+
+
+def accuracies(source_stats, stream_name):
+    """Percent correct of the demo's model on six batches: the source's, BriMPR's."""
+    from fasttta.demo.digits import load_model, stream
+
+    model, batches, found = load_model(), stream(stream_name, samples=384), []
+    for method, options in (("source", {}), ("brimpr", {"source_stats": source_stats, "lr": 3e-4})):
+        adapted = fasttta.adapt(model, method, **options)
+        hits = torch.cat([adapted(a, v).argmax(dim=1) == y for a, v, y in batches])
+        found.append(100 * hits.double().mean().item())
+    return found
+
+
+def test_it_helps_a_trained_model():
+    """Seeded; one modality corrupted 94.3 -> 97.1 %, both 28.6 -> 31.8 %; a third of that asked."""
+    from fasttta.demo.digits import load_statistics
+
+    for name, least in (("occlusion", 1.0), ("contrast+hum", 1.0)):
+        source, adapted = accuracies(load_statistics(), name)
+        assert adapted > source + least, name
+
+
+def test_few_source_samples():
+    """Statistics of 8 samples in place of 32: 94.3 -> 96.9 %."""
+    from fasttta.demo.digits import load_model, stream
+
+    clean = [batch[:2] for batch in stream("clean", samples=64, seed=77)]
+    source, adapted = accuracies(fasttta.collect_stats(load_model(), clean, n=8), "occlusion")
+    assert adapted > source + 0.8

@@ -11,6 +11,7 @@ from cases import same, state_equal
 from torch import nn
 
 import fasttta
+import fasttta.inspection
 from fasttta.engine.graph import GraphStep
 from fasttta.models import FeatureClassifier, RationalHead, flat_attention
 
@@ -384,6 +385,8 @@ def test_bad_calls(tiny_model):
         with pytest.raises(error, match=match):
             adapted.step(x)
         assert state_equal(adapted, twin)
+    with pytest.raises(TypeError, match="is no fusion model"):
+        fasttta.inspection.describe(model)
     for method in ("tent", "abpem", "sar", "brimpr"):
         with pytest.raises(ValueError):  # noqa: PT011
             fasttta.adapt(model, method)
