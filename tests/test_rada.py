@@ -412,7 +412,7 @@ def test_real_features():
     """24 textures: prototypes of 16 shots, and the head fine-tuned on the same shots."""
     from fasttta.demo import features
 
-    found = features.run(DTD, seeds=[0], epochs=[2], sizes=[1.0])
+    found = features.run(DTD, seeds=[0], epochs=[2], sizes=[3.0])
     assert found["prototypes"][0] == pytest.approx(70.7, abs=0.2)
     assert found["RAda, 2 epochs"][0] > 72.5
-    assert found["prototypes, shift 1.0"][0] < 68
+    assert found["prototypes, shift 3.0"][0] < 65
