@@ -12,6 +12,7 @@ _PUBLIC = {
     "Adapted": "adapted",
     "StepResult": "engine.step",
     "SourceStats": "protocols",
+    "ShiftDetector": "engine.shift",
     "ModelSpec": "models.spec",
     "collect_stats": "collect",
     "finetune": "finetuning",

@@ -36,6 +36,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
     known = recognise(model, spec)
     fusion = known.fusion
     weight = next(fusion.parameters())
+    if not isinstance(fusion, (CAVMAE, SpecifiedModel)):
+        raise TypeError(f"{known.family} is no fusion model, which is what can be described here")
     about = _cavmae(fusion) if isinstance(fusion, CAVMAE) else _specified(fusion)
     return {
         "family": known.family,

@@ -1,4 +1,7 @@
-"""BriMPR written out as published: prompts run through every block, nothing is shared."""
+"""BriMPR written out as published: prompts run through every block, nothing is shared.
+
+And what its tests start from: statistics, token ids, prompts that matter.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+import fasttta
 from fasttta.models import CAVMAE
 
 LETTERS = {"audio": "a", "video": "v"}
+TERMS = ("alignment", "recombination", "contrast")
 
 
 def _attention(attn, x: Tensor) -> Tensor:
@@ -87,3 +92,26 @@ def plain(model: CAVMAE, prompts, stats, inputs, keep, *, tau=0.07, a=0.2, b=5.0
         "contrast": (nnf.cross_entropy(scores, target) + nnf.cross_entropy(scores.T, target)) / 2,
     }
     return {**losses, "total": sum(losses.values())}, logits
+
+
+def stats_for(depth, dim=12, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(n):
+        mean = torch.randn(n, dim, generator=generator, dtype=dtype)
+        return torch.rand(n, dim, generator=generator, dtype=dtype) + 0.1, mean
+
+    return fasttta.SourceStats(audio=pair(depth[0]), video=pair(depth[1]), joint=pair(1))
+
+
+def some_ids(batch, tokens, kept, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :kept]
+
+
+def with_prompts(adapted, seed=3):
+    """The adapted model with prompts that matter, and these."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {n: torch.randn(x.shape, generator=generator) / 3 for n, x in adapted.tuned.items()}
+    adapted.load_tuned(values)
+    return {n.removeprefix("prompts."): x.requires_grad_() for n, x in adapted.tuned.items()}

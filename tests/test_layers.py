@@ -117,6 +117,10 @@ def test_public_names_can_be_called_twice(tiny_model, tiny_batch, tmp_path):
         assert isinstance(adapted.step(*batch), fasttta.StepResult)
         fasttta.collect_fisher(model, [batch])
         fasttta.methods.names()
+        fasttta.ShiftDetector().update(1.0)
+        head, features = fasttta.models.RationalHead(8, 2), _directions()
+        fasttta.finetune(head, features, features.argmax(1), features, epochs=1)
+        fasttta.FineTuning(head, features).step(features, features.argmax(1))
         fasttta.methods.by_name("read").preset("paper")
         fasttta.models.CAVMAE.from_checkpoint(model.state_dict(), num_heads=3)
         clip = fasttta.models.CLIP.from_checkpoint(tiny_clip().state_dict())
@@ -126,6 +130,12 @@ def test_public_names_can_be_called_twice(tiny_model, tiny_batch, tmp_path):
     assert set(fasttta.__all__) <= set(dir(fasttta))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fasttta.nothing  # noqa: B018
+
+
+def _directions():
+    import torch
+
+    return torch.eye(8)
 
 
 def _tone():

@@ -11,6 +11,7 @@ from cases import same, state_equal
 from torch import nn
 
 import fasttta
+import fasttta.inspection
 from fasttta.engine.graph import GraphStep
 from fasttta.models import FeatureClassifier, RationalHead, flat_attention
 
@@ -384,6 +385,8 @@ def test_bad_calls(tiny_model):
         with pytest.raises(error, match=match):
             adapted.step(x)
         assert state_equal(adapted, twin)
+    with pytest.raises(TypeError, match="is no fusion model"):
+        fasttta.inspection.describe(model)
     for method in ("tent", "abpem", "sar", "brimpr"):
         with pytest.raises(ValueError):  # noqa: PT011
             fasttta.adapt(model, method)
@@ -409,7 +412,7 @@ def test_real_features():
     """24 textures: prototypes of 16 shots, and the head fine-tuned on the same shots."""
     from fasttta.demo import features
 
-    found = features.run(DTD, seeds=[0], epochs=[2], sizes=[1.0])
+    found = features.run(DTD, seeds=[0], epochs=[2], sizes=[3.0])
     assert found["prototypes"][0] == pytest.approx(70.7, abs=0.2)
     assert found["RAda, 2 epochs"][0] > 72.5
-    assert found["prototypes, shift 1.0"][0] < 68
+    assert found["prototypes, shift 3.0"][0] < 65

@@ -123,7 +123,7 @@ def test_official_file_is_not_run(tmp_path):
         torch.save(content, path)
         with pytest.raises(ValueError, match=match):
             fasttta.SourceStats.from_official(path)
-    path.write_bytes(pickle.dumps(Evil()))
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError, match="was not run"):
         fasttta.SourceStats.from_official(path)
     with pytest.raises(FileNotFoundError, match="no source statistics"):
