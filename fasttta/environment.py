@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops import autograd, schema
+from .ops import backends, native, schema
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "nvtx", "ninja")
 
@@ -31,28 +31,35 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _native() -> dict[str, Any]:
+    """The C++ kernels; builds them if that was not tried, as the first use on a CPU does."""
+    outcome, compiler = native.attempt(), native.compiler()
+    return {
+        "mode": native.mode(),
+        "library": None if outcome.path is None else str(outcome.path),
+        "why_not": outcome.reason or None,
+        "compiler": compiler and f"{compiler}: {native.version(compiler).splitlines()[0]}",
+        "cache": str(native.cache_folder()),
+    }
+
+
 def _operations() -> dict[str, dict[str, str]]:
-    """For every operation, which implementations there are, from the dispatcher itself."""
+    """For every operation what serves it on a CPU and on a GPU, from the dispatcher itself, and
+    which backends can be asked for, or why not."""
     found = {}
     for name in schema.SCHEMAS:
         if name.endswith("_backward"):
             continue  # comes with its forward
-
-        def registered(key: str, name: str = name) -> bool:
-            return torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttta::{name}", key)
-
         found[name] = {
-            "default": "composite" if registered("CompositeExplicitAutograd") else "missing",
-            "reference": "live",
-            "triton": "live" if registered("CUDA") else "no kernel in this version",
-            "cpp": "live" if registered("CPU") else "no kernel in this version",
+            "cpu": "cpp" if backends.has_kernel(name, "CPU") else "composite",
+            "cuda": "triton" if backends.has_kernel(name, "CUDA") else "composite",
+            **{backend: backends.refusal(name, backend) or "live" for backend in backends.BACKENDS},
         }
     return found
 
 
 def diagnose() -> dict[str, Any]:
     """Versions, processor, GPU, and which backends of which operation are live, JSON-ready."""
-    assert autograd.ops is torch.ops.fasttta
     gpus = []
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -77,9 +84,10 @@ def diagnose() -> dict[str, Any]:
         "cuda": {"built_for": torch.version.cuda, "gpus": gpus},
         "engines": {
             "eager": "live",
-            "graph": "captured steps are not in this version",
+            "graph": "live" if gpus else "captured steps need a GPU",
         },
         "precision_auto": "bf16 on GPUs that have it, else fp32; a float64 model stays in float64",
+        "native": _native(),  # before the operations: it loads what they then have
         "operations": _operations(),
     }
 
@@ -95,19 +103,26 @@ def table(found: dict[str, Any]) -> str:
     built = f"torch is built for CUDA {cuda['built_for']}" if cuda["built_for"] else (
         "torch is a CPU build"
     )  # fmt: skip
+    cpp = found["native"]
     lines = [
         f"fasttta     {found['fasttta']} on Python {found['python']}",
         f"packages    {versions}",
         f"processor   {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['simd']}",
         f"GPU         {gpus or f'none that torch can use; {built}'}",
         *(f"engine      {name}: {state}" for name, state in found["engines"].items()),
+        f"C++         {cpp['library'] or cpp['why_not']} (FASTTTA_NATIVE={cpp['mode']})",
+        f"compiler    {cpp['compiler'] or 'none'}; cache {cpp['cache']}",
         "",
-        f"{'operation':<22}" + "".join(f"{name:<12}" for name in ("default", "reference"))
-        + f"{'triton':<28}cpp",
-    ]  # fmt: skip
-    for name, backends in found["operations"].items():
-        lines.append(
-            f"{name:<22}{backends['default']:<12}{backends['reference']:<12}"
-            f"{backends['triton']:<28}{backends['cpp']}"
-        )
+        f"{'operation':<22}{'on a CPU':<12}on a GPU",
+        *(f"{name:<22}{x['cpu']:<12}{x['cuda']}" for name, x in found["operations"].items()),
+        "",
+        'backend="reference" is live for every operation; not live are',
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, states in found["operations"].items():
+        for backend in ("triton", "cpp"):
+            if states[backend] != "live":
+                reason = states[backend].removeprefix(f"{name} ")
+                reasons.setdefault(f"{backend:<8}{reason}", []).append(name)
+    lines += [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
     return "\n".join(lines)

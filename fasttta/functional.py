@@ -1,25 +1,26 @@
 """Differentiable operations of the adaptation losses.
 
-Every function runs on any device and in float64, and takes ``backend``: ``None`` lets PyTorch's
-dispatcher choose among what is registered for the tensors' device, ``"reference"`` is the plain
-formulation that all others are compared with. Half-precision inputs are computed, and statistics
-and losses returned, in float32; gradients have the input's type.
+Every function runs on any device and in float64, and takes ``backend``:
+
+``None``         PyTorch's dispatcher chooses among what is registered for the tensors' device
+``"reference"``  the plain formulation that all others are compared with
+``"cpp"``        the C++ kernel (CPU)
+``"triton"``     the Triton kernel (CUDA)
+
+A named backend runs exactly that, as differentiable as the default, or is a ValueError that says
+why it cannot. Half-precision inputs are computed, and statistics and losses returned, in float32;
+gradients have the input's type.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 from torch import Tensor
 
-from .ops import reference
-
-_FORMS = ("mean", "softmax-sum")
-_HEADS = ("mean", "each")
-_PAIRS = ("key", "query")
+from .ops import checks, reference
+from .ops.backends import implementation
 
 
 class Moments(NamedTuple):
@@ -27,98 +28,6 @@ class Moments(NamedTuple):
 
     mean: Tensor
     std: Tensor
-
-
-def _implementation(name: str, backend: str | None):
-    if backend is None:
-        from .ops import autograd
-
-        return getattr(autograd, name)
-    if backend == "reference":
-        return getattr(reference, name)
-    if backend in ("triton", "cpp"):
-        raise ValueError(
-            f"backend={backend!r}: {name} has no {backend} kernel in this version of fasttta; "
-            'available: None (default), "reference"'
-        )
-    raise ValueError(f'backend={backend!r} is unknown; known: None, "reference", "triton", "cpp"')
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
-
-
-def _same(kind: type[Exception], what: str, a: Tensor, b: Tensor, names: str) -> None:
-    found = getattr(a, what), getattr(b, what)
-    if found[0] != found[1]:
-        raise kind(f"{names} must have one {what}, found {found[0]} and {found[1]}")
-
-
-def _floating(name: str, x: Tensor, rank: int, layout: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
-    if x.ndim != rank:
-        raise ValueError(f"{name} must be {layout}, found shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, found {x.dtype}")
-
-
-def _check_scores(
-    q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None, heads: str
-) -> tuple[list[int], float, bool]:
-    for name, x in (("q", q), ("k", k)):
-        _floating(name, x, 4, "[batch, heads, tokens, head dim]")
-    _same(ValueError, "shape", q, k, "q and k")
-    _same(TypeError, "dtype", q, k, "q and k")
-    _same(ValueError, "device", q, k, "q and k")
-    if q.shape[1] < 1 or q.shape[3] < 1:
-        raise ValueError(f"q needs at least one head and one channel, found {tuple(q.shape)}")
-    if not all(isinstance(count, Integral) for count in spans):
-        raise TypeError(f"spans must be integers, found {list(spans)}")
-    spans = [int(count) for count in spans]
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
-    if sum(spans) != q.shape[2] or not spans:
-        raise ValueError(
-            f"spans={spans} must sum to the token count {q.shape[2]} of q, they sum to {sum(spans)}"
-        )
-    if min(spans) < 2:
-        raise ValueError(
-            f"spans={spans}: a modality needs at least 2 tokens, the unbiased standard deviation "
-            "of a single score is undefined"
-        )
-    _one_of("heads", heads, _HEADS)
-    return spans, float(q.shape[3] ** -0.5 if scale is None else scale), heads == "each"
-
-
-def _check_logits(logits: Tensor, rows: int = 0) -> None:
-    _floating("logits", logits, 2, "[samples, classes]")
-    if logits.shape[0] < rows or logits.shape[1] < 1:
-        raise ValueError(
-            f"logits need at least {rows} sample and 1 class, found shape {tuple(logits.shape)}"
-        )
-
-
-def _check_k(logits: Tensor, k: int, eps: float) -> None:
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise TypeError(f"k must be an int, found {k!r}")
-    if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"k={k} is out of range, needed 1 to {logits.shape[1]} (the class count)")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps} must not be negative")
-
-
-def _check_weight(logits: Tensor, weight: Tensor | None) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor [samples], found {type(weight).__name__}")
-    if weight.shape != logits.shape[:1]:
-        raise ValueError(
-            f"weight must be [{logits.shape[0]}], one a sample, found {tuple(weight.shape)}"
-        )
-    _same(ValueError, "device", logits, weight, "logits and weight")
 
 
 def score_moments(
@@ -150,8 +59,8 @@ def score_moments(
     Source: ABPEM (attention bootstrapping), the statistics of its official code; the closed form
     var = c² (q̄ᵀC_K q̄ + k̄ᵀC_Q k̄ + <C_Q, C_K>) for heads="each" is ours.
     """
-    options = _check_scores(q, k, spans, scale, heads)
-    return Moments(*_implementation("score_moments", backend)(q, k, *options))
+    options = checks.scores(q, k, spans, scale, heads)
+    return Moments(*implementation("score_moments", backend, q, k)(q, k, *options))
 
 
 def gaussian_kl(
@@ -168,9 +77,8 @@ def gaussian_kl(
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating point tensor, found {found}")
-    if backend is not None:
-        _implementation("gaussian_kl", backend)
-    return reference.gaussian_kl(*map(reference.wide, (mean_p, std_p, mean_q, std_q)))
+    found = tuple(map(reference.wide, (mean_p, std_p, mean_q, std_q)))
+    return implementation("gaussian_kl", backend, *found)(*found)
 
 
 def attention_bootstrap(
@@ -203,8 +111,8 @@ def attention_bootstrap(
 
     Source: ABPEM, attention bootstrapping loss; gradient in closed form.
     """
-    spans, scale, per_head = _check_scores(q, k, spans, scale, heads)
-    _one_of("pair", pair, _PAIRS)
+    spans, scale, per_head = checks.scores(q, k, spans, scale, heads)
+    checks.one_of("pair", pair, checks.PAIRS)
     anchors = ()
     if anchor is not None:
         shape = (q.shape[1], len(spans)) if per_head else (len(spans),)
@@ -212,7 +120,7 @@ def attention_bootstrap(
             if x.shape != shape:
                 raise ValueError(f"anchor.{name} must be {list(shape)}, found {list(x.shape)}")
         anchors = tuple(reference.wide(x).to(reference.wide(q[:0])) for x in anchor)
-    op = _implementation("attention_bootstrap", backend)
+    op = implementation("attention_bootstrap", backend, q, k)
     loss, mean, std = op(q, k, spans, scale, per_head, pair == "query", *anchors)
     return (loss, Moments(mean.detach(), std.detach())) if return_moments else loss
 
@@ -222,8 +130,8 @@ def entropy(logits: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: TENT (Wang et al., ICLR 2021). Logits of -inf (masked classes) count as probability 0.
     """
-    _check_logits(logits)
-    return _implementation("entropy", backend)(logits)
+    checks.logits_shape(logits)
+    return implementation("entropy", backend, logits)(logits)
 
 
 def principal_entropy(
@@ -242,9 +150,10 @@ def principal_entropy(
 
     Source: ABPEM, principal entropy minimisation.
     """
-    _check_logits(logits)
-    _check_k(logits, k, eps)
-    return _implementation("principal_entropy", backend)(logits, int(k), float(eps))
+    checks.logits_shape(logits)
+    checks.k_and_eps(logits, k, eps)
+    op = implementation("principal_entropy", backend, logits)
+    return op(logits, int(k), float(eps))
 
 
 def balance_entropy(
@@ -264,10 +173,27 @@ def balance_entropy(
 
     Source: READ (Yang et al., ICLR 2024) and the ABPEM code's --fix_loss_bal.
     """
-    _check_logits(logits, rows=1)
-    _one_of("form", form, _FORMS)
-    _check_weight(logits, weight)
-    return _implementation("balance_entropy", backend)(logits, form == "softmax-sum", weight)
+    checks.logits_shape(logits, rows=1)
+    checks.one_of("form", form, checks.FORMS)
+    checks.sample_weight(logits, weight)
+    op = implementation("balance_entropy", backend, logits)
+    return op(logits, form == "softmax-sum", weight)
+
+
+def marginal_entropy(
+    logits: Tensor, *, weight: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Entropy of the mean prediction of several views (scalar, nats); to be minimised.
+
+    The same number as ``balance_entropy`` of form "mean", which classes' balance maximises.
+
+    Args:
+        logits: [N, C], N at least 1: the views of one sample.
+        weight: [N], a view's share, 0 for views that are not selected; None: all equal.
+
+    Source: TPT (Shu et al., NeurIPS 2022), equation 3.
+    """
+    return balance_entropy(logits, weight=weight, backend=backend)
 
 
 def adaptation_head(
@@ -293,11 +219,72 @@ def adaptation_head(
         Scalars (total, entropy, balance): the mean principal entropy, the balance entropy, and
         total = entropy_weight * entropy - balance_weight * balance.
     """
-    _check_logits(logits, rows=1)
-    _check_k(logits, k, eps)
-    _one_of("balance", balance, _FORMS)
-    _check_weight(logits, weight)
-    return _implementation("adaptation_head", backend)(
+    checks.logits_shape(logits, rows=1)
+    checks.k_and_eps(logits, k, eps)
+    checks.one_of("balance", balance, checks.FORMS)
+    checks.sample_weight(logits, weight)
+    op = implementation("adaptation_head", backend, logits)
+    return op(
         logits, int(k), float(entropy_weight), float(balance_weight), balance == "softmax-sum",
         float(eps), weight,
     )  # fmt: skip
+
+
+def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
+    """Anisotropic total variation of each map: maps [N, H, W] -> [N].
+
+    sum |x[i+1, j] - x[i, j]| + sum |x[i, j+1] - x[i, j]|; a map of one pixel has 0. It grows with
+    the resolution: the same map upsampled s times has about s times the variation. The gradient
+    of equal neighbours is 0.
+
+    Source: A-TPT, TV of attention maps.
+    """
+    checks.map_shape(maps)
+    return implementation("total_variation", backend, maps)(maps)
+
+
+def reliability_weights(
+    tv: Tensor, temperature: float = 1.0, *, backend: str | None = None
+) -> Tensor:
+    """Weights of views by the total variation of their attention maps: softmax(-tv / temperature).
+
+    Args:
+        tv: [N].
+        temperature: above 0, in units of tv.
+
+    Returns:
+        [N], summing to 1; smooth maps weigh most.
+
+    Source: A-TPT (weights of its ensemble; temperature 1 in the paper).
+    """
+    checks.floating("tv", tv, 1, "[maps]")
+    temperature = checks.temperature_of(temperature)
+    return implementation("reliability_weights", backend, tv)(tv, temperature)
+
+
+def reliability_ensemble(
+    maps: Tensor, logits: Tensor, temperature: float = 1.0, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions of several views, averaged by the reliability of their attention maps.
+
+    Args:
+        maps: [N, H, W], N at least 1.
+        logits: [N, C].
+        temperature: of ``reliability_weights``.
+
+    Returns:
+        (probability [C], tv [N], weights [N]): probability = sum of weights * softmax(logits).
+        Not differentiable: A-TPT predicts with it and never trains through it. A loss is made of
+        ``total_variation``, ``reliability_weights`` and the logits.
+
+    Source: A-TPT, the TV-weighted ensemble of probabilities.
+    """
+    checks.map_shape(maps, count=1)
+    checks.logits_shape(logits, rows=1)
+    if maps.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"logits must be of the {maps.shape[0]} maps' views, found {logits.shape[0]} rows"
+        )
+    checks.same(ValueError, "device", maps, logits, "maps and logits")
+    temperature = checks.temperature_of(temperature)
+    return implementation("reliability_ensemble", backend, maps, logits)(maps, logits, temperature)

@@ -55,6 +55,12 @@ def golden() -> Golden:
 
 
 @pytest.fixture(scope="session")
+def atpt_kernels() -> dict[str, torch.Tensor]:
+    """Float64 vectors of A-TPT's operations: total variation, ensemble, losses."""
+    return load_file(golden_root() / "atpt" / "kernels_f64.safetensors")
+
+
+@pytest.fixture(scope="session")
 def golden_model(golden):
     """The official model of width 48; nothing may change it."""
     from fasttta.models import CAVMAE

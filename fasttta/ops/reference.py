@@ -101,3 +101,22 @@ def adaptation_head(
         principal = (per_sample * weight).sum() / weight.sum()
     balance = balance_entropy(logits, softmax_sum, weight)
     return entropy_weight * principal - balance_weight * balance, principal, balance
+
+
+def total_variation(maps: Tensor) -> Tensor:
+    x = wide(maps)
+    return x.diff(dim=1).abs().sum((1, 2)) + x.diff(dim=2).abs().sum((1, 2))
+
+
+def reliability_weights(tv: Tensor, temperature: float) -> Tensor:
+    return (wide(tv) / -temperature).softmax(dim=0)
+
+
+@torch.no_grad()
+def reliability_ensemble(
+    maps: Tensor, logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tv = total_variation(maps)
+    weights = reliability_weights(tv, temperature)
+    p = wide(logits).softmax(dim=-1)
+    return weights.to(p.dtype) @ p, tv, weights

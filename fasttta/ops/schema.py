@@ -1,15 +1,19 @@
 """Definitions of the operations with PyTorch's dispatcher, which is the only registry.
 
-The composite implementation serves every device (CompositeExplicitAutograd); a C++ or Triton one
-is added by registering it for CPU or CUDA under the same name, and callers never change.
+The composite implementation serves every device (CompositeExplicitAutograd). Triton launchers are
+registered for CUDA beside it; the C++ kernels are registered for CPU by their library, which the
+first call on the CPU loads. Callers never change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import composite
+from . import composite, native, triton
 from .reference import wide
 
 _ANCHORS = "Tensor? anchor_mean=None, Tensor? anchor_std=None"
@@ -29,27 +33,37 @@ SCHEMAS = {
     "principal_entropy_backward": "(Tensor grad, Tensor logits, int k, float eps) -> Tensor",
     "balance_entropy": "(Tensor logits, bool softmax_sum, Tensor? weight=None)"
     " -> (Tensor balance, Tensor grad)",
-    "adaptation_head": "(Tensor logits, int k, bool softmax_sum, float eps, Tensor? weight=None)"
-    " -> (Tensor entropy, Tensor balance, Tensor grad_entropy, Tensor grad_balance)",
+    "adaptation_head": "(Tensor logits, int k, float entropy_weight, float balance_weight,"
+    " bool softmax_sum, float eps, Tensor? weight=None)"
+    " -> (Tensor total, Tensor entropy, Tensor balance, Tensor grad)",
+    "total_variation": "(Tensor maps) -> Tensor",
+    "total_variation_backward": "(Tensor grad, Tensor maps) -> Tensor",
+    "reliability_ensemble": "(Tensor maps, Tensor logits, float temperature)"
+    " -> (Tensor probability, Tensor tv, Tensor weights)",
 }
 
 
-def _like_logits(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return logits.new_empty(shape, dtype=wide(logits[:0]).dtype)
+def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.new_empty(shape, dtype=wide(x[:0]).dtype)
 
 
 def _moments(q, k, spans, scale, per_head, *rest):
     shape = (*q.shape[: 2 if per_head else 1], len(spans), len(spans))
-    return _like_logits(q, shape), _like_logits(q, shape)
+    return _like(q, shape), _like(q, shape)
 
 
 def _bootstrap(q, k, spans, scale, per_head, *rest):
-    return _like_logits(q, (q.shape[0],)), *_moments(q, k, spans, scale, per_head)
+    return _like(q, (q.shape[0],)), *_moments(q, k, spans, scale, per_head)
 
 
-def _with_grads(logits: Tensor, count: int) -> tuple[Tensor, ...]:
-    values = tuple(_like_logits(logits, ()) for _ in range(count))
-    return *values, *(_like_logits(logits, logits.shape) for _ in range(count))
+def _with_grad(logits: Tensor, scalars: int) -> tuple[Tensor, ...]:
+    values = tuple(_like(logits, ()) for _ in range(scalars))
+    return *values, _like(logits, logits.shape)
+
+
+def _ensemble(maps: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    per_map = tuple(_like(maps, maps.shape[:1]) for _ in range(2))
+    return _like(logits, logits.shape[1:]), *per_map
 
 
 # What torch.compile traces in place of the work: shapes, types and strides of the results.
@@ -58,16 +72,36 @@ _FAKES = {
     "score_moments_backward": lambda gm, gs, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
     "attention_bootstrap": _bootstrap,
     "attention_bootstrap_backward": lambda g, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
-    "entropy": lambda logits: _like_logits(logits, logits.shape[:-1]),
-    "entropy_backward": lambda grad, logits: torch.empty_like(logits),
-    "principal_entropy": lambda logits, *_: _like_logits(logits, logits.shape[:-1]),
-    "principal_entropy_backward": lambda grad, logits, *_: torch.empty_like(logits),
-    "balance_entropy": lambda logits, *_: _with_grads(logits, 1),
-    "adaptation_head": lambda logits, *_: _with_grads(logits, 2),
+    "entropy": lambda logits: _like(logits, logits.shape[:-1]),
+    "entropy_backward": lambda grad, logits: logits.new_empty(logits.shape),
+    "principal_entropy": lambda logits, *_: _like(logits, logits.shape[:-1]),
+    "principal_entropy_backward": lambda grad, logits, *_: logits.new_empty(logits.shape),
+    "balance_entropy": lambda logits, *_: _with_grad(logits, 1),
+    "adaptation_head": lambda logits, *_: _with_grad(logits, 3),
+    "total_variation": lambda maps: _like(maps, maps.shape[:1]),
+    "total_variation_backward": lambda grad, maps: maps.new_empty(maps.shape),
+    "reliability_ensemble": _ensemble,
 }
+
+
+def _composite(name: str) -> Callable[..., Any]:
+    """An operation's composite implementation, which on the CPU makes way for the C++ kernel:
+    once that is registered the dispatcher no longer comes here."""
+    serve = getattr(composite, name)
+    if name not in native.NAMES:
+        return serve
+
+    def call(*args):
+        if args[0].device.type == "cpu" and native.load():
+            return getattr(torch.ops.fasttta, name)(*args)
+        return serve(*args)
+
+    return call
+
 
 LIBRARY = torch.library.Library("fasttta", "DEF")
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
-    LIBRARY.impl(_name, getattr(composite, _name), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _composite(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fasttta::{_name}", _FAKES[_name], lib=LIBRARY)
+triton.register(LIBRARY)

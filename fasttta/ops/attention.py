@@ -1,0 +1,258 @@
+"""Attention statistics in PyTorch calls, with an analytic backward. The default implementation.
+
+Memory beyond inputs and outputs is one sample's scores (2 MB at T = 708 in float32), or 1 MiB where
+several samples fit into that; per head also the batch's d x d covariances. Scores are centred on
+their block's mean before squares are summed, so nothing cancels (raw sums of squares lose 1.6e-5 of
+the variance at mean = 10 std in float32).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .reference import wide
+
+_TILE_ELEMENTS = 2**18  # 1 MiB of float32
+
+
+def _bounds(spans: list[int]) -> list[slice]:
+    ends = [0]
+    for count in spans:
+        ends.append(ends[-1] + count)
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def _chunks(q: Tensor) -> list[slice]:
+    """Slices of the batch whose scores fit into the tile, at least one sample each."""
+    batch, tokens = q.shape[0], q.shape[2]
+    step = max(1, _TILE_ELEMENTS // (tokens * tokens))
+    return [slice(i, min(i + step, batch)) for i in range(0, batch, step)]
+
+
+def _merged(x: Tensor) -> Tensor:
+    """[b, H, T, d] -> [b, T, H d]; a view where the heads of a token lie together (packed qkv)."""
+    return wide(x.detach()).transpose(1, 2).flatten(2)
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _target(grad: Tensor, like: Tensor) -> Tensor:
+    """Where to write [b, T, H d]: into grad [b, H, T, d] where type and layout allow."""
+    merged = grad.transpose(1, 2).flatten(2)
+    direct = grad.dtype == like.dtype and _shares(merged, grad)
+    return merged if direct else torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _split_into(out: Tensor, x: Tensor) -> None:
+    """Writes [b, T, H d] into [b, H, T, d]."""
+    out.copy_(x.unflatten(2, (out.shape[1], out.shape[3])).transpose(1, 2))
+
+
+def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(dim=-2, keepdim=True)
+    return x - mean, mean
+
+
+def score_moments(
+    q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads = q.shape[:2]
+    m, dtype = len(spans), wide(q[:0]).dtype
+    shape = (batch, heads, m, m) if per_head else (batch, m, m)
+    mean = torch.empty(shape, dtype=dtype, device=q.device)
+    std = torch.empty_like(mean)
+    if per_head:
+        _moments_per_head(q, k, spans, scale, mean, std)
+    else:
+        for part in _chunks(q):
+            _moments_head_mean(q[part], k[part], spans, scale / heads, mean[part], std[part])
+    return mean, std
+
+
+def _moments_head_mean(
+    q: Tensor, k: Tensor, spans: list[int], c: float, mean: Tensor, std: Tensor
+) -> None:
+    """Tiles: at T = 708 < H d = 768 cheaper than Gram matrices (0.77 against 1.67 GFLOP)."""
+    bounds = _bounds(spans)
+    q, k = _merged(q), _merged(k)  # [b, T, D]
+    for i, rows in enumerate(bounds):
+        for j, columns in enumerate(bounds):
+            block = (q[:, rows] @ k[:, columns].transpose(1, 2)).flatten(1)  # [b, N], scores / c
+            block_mean = block.mean(dim=1)
+            block -= block_mean.unsqueeze(1)
+            variance = block.square_().sum(dim=1) / (block.shape[1] - 1)
+            mean[:, i, j] = c * block_mean
+            std[:, i, j] = abs(c) * variance.sqrt()
+
+
+def _covariances(x: Tensor, bounds: list[slice]) -> list[tuple[Tensor, Tensor]]:
+    """Per span: mean token [B, H, 1, d] and population covariance [B, H, d, d]."""
+    batch, heads, _, d = x.shape
+    found = []
+    for part in bounds:
+        tokens = x[:, :, part].detach()
+        centre = torch.empty(batch, heads, 1, d, dtype=wide(x[:0]).dtype, device=x.device)
+        covariance = centre.new_empty(batch, heads, d, d)
+        for some in _chunks(x):
+            centred, centre[some] = _centre(wide(tokens[some]))
+            covariance[some] = centred.transpose(-2, -1) @ centred
+        found.append((centre, covariance.div_(tokens.shape[2])))
+    return found
+
+
+def _moments_per_head(
+    q: Tensor, k: Tensor, spans: list[int], c: float, mean: Tensor, std: Tensor
+) -> None:
+    """Gram matrices: at d = 64 six times fewer operations than tiles.
+
+    var = c^2 (q' C_K q + k' C_Q k + <C_Q, C_K>) with mean tokens q, k and population covariances;
+    no term is negative.
+    """
+    bounds = _bounds(spans)
+    keys = _covariances(k, bounds)
+    for i, (q_mean, q_cov) in enumerate(_covariances(q, bounds)):
+        for j, (k_mean, k_cov) in enumerate(keys):
+            count = spans[i] * spans[j]
+            variance = (
+                (q_mean @ k_cov @ q_mean.transpose(-2, -1))[..., 0, 0]
+                + (k_mean @ q_cov @ k_mean.transpose(-2, -1))[..., 0, 0]
+                + (q_cov * k_cov).sum((-2, -1))
+            )
+            mean[:, :, i, j] = c * (q_mean * k_mean).sum(-1)[..., 0]
+            std[:, :, i, j] = abs(c) * (variance.clamp_min(0) * (count / (count - 1))).sqrt()
+
+
+def score_moments_backward(
+    grad_mean: Tensor,
+    grad_std: Tensor,
+    q: Tensor,
+    k: Tensor,
+    std: Tensor,
+    spans: list[int],
+    scale: float,
+    per_head: bool,
+) -> tuple[Tensor, Tensor]:
+    return moments_backward(grad_mean, grad_std, q, k, std, spans, scale, per_head, True)
+
+
+def moments_backward(
+    grad_mean: Tensor,
+    grad_std: Tensor,
+    q: Tensor,
+    k: Tensor,
+    std: Tensor,
+    spans: list[int],
+    scale: float,
+    per_head: bool,
+    self_blocks: bool,
+) -> tuple[Tensor, Tensor]:
+    """dL/dS_ij = alpha + beta (S_ij - mean) in each block of N scores, alpha = g_mean / N and
+    beta = g_std / ((N - 1) std); then dq = dL/dS k and dk = dL/dS' q, tile by tile."""
+    grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
+    # a constant block has std 0 and no direction: gradient 0, as torch.std has it
+    slope = torch.where(std > 0, grad_std / std, 0)
+    if per_head:
+        _backward_per_head(q, k, spans, scale, grad_mean, slope, self_blocks, grad_q, grad_k)
+    else:
+        for part in _chunks(q):
+            _backward_head_mean(
+                q[part], k[part], spans, scale / q.shape[1], grad_mean[part], slope[part],
+                self_blocks, grad_q[part], grad_k[part],
+            )  # fmt: skip
+    return grad_q, grad_k
+
+
+def _coefficients(
+    grad_mean: Tensor, slope: Tensor, spans: list[int], c: float, i: int, j: int
+) -> tuple[Tensor, Tensor]:
+    """c alpha and c^2 beta of block (i, j), to be broadcast over its two token axes."""
+    count = spans[i] * spans[j]
+    alpha = grad_mean[..., i, j] * (c / count)
+    beta = slope[..., i, j] * (c * c / (count - 1))
+    return alpha[..., None, None], beta[..., None, None]
+
+
+def _backward_head_mean(
+    q: Tensor,
+    k: Tensor,
+    spans: list[int],
+    c: float,
+    grad_mean: Tensor,
+    slope: Tensor,
+    self_blocks: bool,
+    grad_q: Tensor,
+    grad_k: Tensor,
+) -> None:
+    bounds = _bounds(spans)
+    q, k = _merged(q), _merged(k)  # [b, T, D]
+    dq, dk = _target(grad_q, q), _target(grad_k, k)
+    begun = set()
+
+    def add(side: str, i: int, out: Tensor, a: Tensor, b: Tensor) -> None:
+        if (side, i) in begun:
+            out.baddbmm_(a, b)
+        else:
+            torch.bmm(a, b, out=out)
+            begun.add((side, i))
+
+    for i, rows in enumerate(bounds):
+        for j, columns in enumerate(bounds):
+            if i == j and not self_blocks:
+                continue
+            grad = q[:, rows] @ k[:, columns].transpose(1, 2)  # scores / c
+            grad -= grad.mean((1, 2), keepdim=True)
+            alpha, beta = _coefficients(grad_mean, slope, spans, c, i, j)
+            grad.mul_(beta).add_(alpha)
+            add("q", i, dq[:, rows], grad, k[:, columns])
+            add("k", j, dk[:, columns], grad.transpose(1, 2), q[:, rows])
+    for out, merged in ((grad_q, dq), (grad_k, dk)):
+        if not begun:  # one modality alone has no cross block
+            merged.zero_()
+        if not _shares(merged, out):
+            _split_into(out, merged)
+
+
+def _backward_per_head(
+    q: Tensor,
+    k: Tensor,
+    spans: list[int],
+    c: float,
+    grad_mean: Tensor,
+    slope: Tensor,
+    self_blocks: bool,
+    grad_q: Tensor,
+    grad_k: Tensor,
+) -> None:
+    """dq_i = c n_j [alpha k + beta c (C_K q_i + ((q_i - q).k) k)], k and q the mean tokens; the
+    product K'K q_i - n (q.k) k, equal on paper, cancels."""
+    bounds = _bounds(spans)
+    queries, keys = _covariances(q, bounds), _covariances(k, bounds)
+
+    def write(grad: Tensor, x: Tensor, own: list, other: list, a: int, transpose: bool) -> None:
+        centre, _ = own[a]
+        constant, matrix = 0, 0  # [B, H, 1, d], [B, H, d, d]
+        for o in range(len(spans)):
+            if a == o and not self_blocks:
+                continue
+            block = (o, a) if transpose else (a, o)
+            alpha, beta = _coefficients(grad_mean, slope, spans, c, *block)
+            mean, cov = other[o]
+            # C q_i = C (q_i - q) + C q: the centred part is a product, the rest a constant row
+            constant = constant + spans[o] * (alpha * mean + beta * (centre @ cov))
+            matrix = matrix + spans[o] * beta * (cov + mean.transpose(-2, -1) @ mean)
+        for some in _chunks(x):
+            out = grad[some][:, :, bounds[a]]
+            if isinstance(matrix, int):
+                out.zero_()
+                continue
+            centred = wide(x[some][:, :, bounds[a]].detach()) - centre[some]
+            torch.add(centred @ matrix[some], constant[some], out=out)
+
+    for a in range(len(spans)):
+        write(grad_q, q, queries, keys, a, False)
+        write(grad_k, k, keys, queries, a, True)

@@ -1,0 +1,104 @@
+"""What public functions ask of their arguments; errors name the argument, and what was needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
+from torch import Tensor
+
+FORMS = ("mean", "softmax-sum")
+HEADS = ("mean", "each")
+PAIRS = ("key", "query")
+
+
+def one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
+
+
+def same(kind: type[Exception], what: str, a: Tensor, b: Tensor, names: str) -> None:
+    found = getattr(a, what), getattr(b, what)
+    if found[0] != found[1]:
+        raise kind(f"{names} must have one {what}, found {found[0]} and {found[1]}")
+
+
+def floating(name: str, x: Tensor, rank: int, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
+    if x.ndim != rank:
+        raise ValueError(f"{name} must be {layout}, found shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, found {x.dtype}")
+
+
+def scores(
+    q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None, heads: str
+) -> tuple[list[int], float, bool]:
+    for name, x in (("q", q), ("k", k)):
+        floating(name, x, 4, "[batch, heads, tokens, head dim]")
+    same(ValueError, "shape", q, k, "q and k")
+    same(TypeError, "dtype", q, k, "q and k")
+    same(ValueError, "device", q, k, "q and k")
+    if q.shape[1] < 1 or q.shape[3] < 1:
+        raise ValueError(f"q needs at least one head and one channel, found {tuple(q.shape)}")
+    if not all(isinstance(count, Integral) for count in spans):
+        raise TypeError(f"spans must be integers, found {list(spans)}")
+    spans = [int(count) for count in spans]
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    if sum(spans) != q.shape[2] or not spans:
+        raise ValueError(
+            f"spans={spans} must sum to the token count {q.shape[2]} of q, they sum to {sum(spans)}"
+        )
+    if min(spans) < 2:
+        raise ValueError(
+            f"spans={spans}: a modality needs at least 2 tokens, the unbiased standard deviation "
+            "of a single score is undefined"
+        )
+    one_of("heads", heads, HEADS)
+    return spans, float(q.shape[3] ** -0.5 if scale is None else scale), heads == "each"
+
+
+def logits_shape(logits: Tensor, rows: int = 0) -> None:
+    floating("logits", logits, 2, "[samples, classes]")
+    if logits.shape[0] < rows or logits.shape[1] < 1:
+        raise ValueError(
+            f"logits need at least {rows} sample and 1 class, found shape {tuple(logits.shape)}"
+        )
+
+
+def k_and_eps(logits: Tensor, k: int, eps: float) -> None:
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"k must be an int, found {k!r}")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k={k} is out of range, needed 1 to {logits.shape[1]} (the class count)")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps} must be finite and not negative")
+
+
+def sample_weight(logits: Tensor, weight: Tensor | None) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor [samples], found {type(weight).__name__}")
+    if weight.shape != logits.shape[:1]:
+        raise ValueError(
+            f"weight must be [{logits.shape[0]}], one a sample, found {tuple(weight.shape)}"
+        )
+    same(ValueError, "device", logits, weight, "logits and weight")
+
+
+def map_shape(maps: Tensor, count: int = 0) -> None:
+    floating("maps", maps, 3, "[maps, height, width]")
+    if maps.shape[0] < count or min(maps.shape[1:]) < 1:
+        raise ValueError(
+            f"maps need at least {count} map of 1 x 1, found shape {tuple(maps.shape)}"
+        )
+
+
+def temperature_of(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature={value} must be finite and above 0")
+    return float(value)

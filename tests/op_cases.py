@@ -1,0 +1,62 @@
+"""Inputs of the operations' tests, their implementations, and what equal means."""
+
+from __future__ import annotations
+
+import torch
+
+from fasttta.ops import autograd, composite
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# relative to the largest entry of the expected tensor; half types: error of one rounding of the
+# returned gradient, statistics themselves are float32
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
+# "default" is the dispatcher's choice (C++ on a CPU), "composite" what serves without it
+IMPLEMENTATIONS = ("default", "composite", "reference")
+
+
+def using(implementation: str, monkeypatch) -> str | None:
+    """The ``backend`` with which public functions run an implementation."""
+    if implementation == "composite":
+        monkeypatch.setattr(autograd, "ops", composite)
+    return "reference" if implementation == "reference" else None
+
+
+def qk(batch, heads, spans, d, dtype=torch.float64, layout="dense", offset=0.0, seed=0):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    random = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    t = sum(spans)
+    if layout == "packed":  # views of [B, T, 3, H, d], as the model's qkv product gives them
+        qkv = torch.randn(batch, t, 3, heads, d, **random).to(DEVICE)
+        q, k, _ = (qkv + offset).to(dtype).permute(2, 0, 3, 1, 4)
+    else:
+        q, k = (
+            (torch.randn(batch, heads, t, d, **random) + offset).to(DEVICE, dtype) for _ in range(2)
+        )
+    return q.detach().requires_grad_(), k.detach().requires_grad_()
+
+
+def logits_of(n, c, kind="random", dtype=torch.float64):
+    generator = torch.Generator("cpu").manual_seed(n * c)
+    logits = torch.randn(n, c, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
+    if kind == "ties":
+        logits = logits.round()
+    elif kind == "extreme":
+        logits = logits * 400
+    elif kind == "equal":
+        logits = torch.zeros_like(logits)
+    return logits.to(dtype).requires_grad_()
+
+
+def close(found, expected, dtype, what):
+    assert found.shape == expected.shape, what
+    expected = expected.double()
+    scale = expected.abs().max().item() if expected.numel() else 0
+    error = (found.double() - expected).abs().max().item() if expected.numel() else 0
+    assert error <= TOLERANCES[dtype] * max(scale, 1e-30), f"{what}: {error:.1e} of {scale:.1e}"

@@ -1,0 +1,174 @@
+"""Derivatives of the operations, their registration, and the choice of a backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import DEVICE, IMPLEMENTATIONS, logits_of, qk, using
+from torch._subclasses import FakeTensorMode
+from torch.autograd import gradcheck
+
+from fasttta import functional as F
+from fasttta.ops import autograd, composite, reference, schema
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    """Tensors that a test makes are where the operations run natively."""
+    with DEVICE:
+        yield
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradcheck_maps(implementation, monkeypatch):
+    backend = using(implementation, monkeypatch)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shuffled = torch.randperm(60, generator=generator, device="cpu").double() / 7  # no ties
+    maps = shuffled.view(3, 4, 5).to(DEVICE).requires_grad_()
+    assert gradcheck(lambda x: F.total_variation(x, backend=backend), (maps,))
+    assert gradcheck(lambda x: F.reliability_weights(F.total_variation(x), 30.0), (maps,))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_gradcheck_attention(heads, backend):
+    q, k = qk(2, 2, (3, 4, 2), 3)
+    anchor = F.Moments(torch.zeros(3).double(), torch.ones(3).double())
+    if heads == "each":
+        anchor = F.Moments(*(x.expand(2, 3) for x in anchor))
+    options = {"heads": heads, "backend": backend}
+    assert gradcheck(lambda q, k: F.score_moments(q, k, (3, 4, 2), **options), (q, k))
+    # with the batch's own anchors the loss has a stop-gradient, which finite differences ignore
+    assert gradcheck(
+        lambda q, k: F.attention_bootstrap(q, k, (3, 4, 2), anchor=anchor, **options), (q, k)
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradchecklogits_of(backend):
+    logits, weight = logits_of(5, 7), torch.linspace(0.2, 1, 5).double()
+    assert gradcheck(lambda z: F.entropy(z, backend=backend), (logits,))
+    assert gradcheck(lambda z: F.principal_entropy(z, 3, backend=backend), (logits,))
+    for form in ("mean", "softmax-sum"):
+        for w in (None, weight):
+            options = {"weight": w, "backend": backend}
+            assert gradcheck(lambda z, f=form, o=options: F.balance_entropy(z, f, **o), (logits,))
+            assert gradcheck(
+                lambda z, f=form, o=options: F.adaptation_head(z, 3, 1.5, 0.7, f, **o), (logits,)
+            )
+
+
+def _op_samples():
+    q, k = (x.detach() for x in qk(2, 3, (4, 3), 5, torch.float32, layout="packed"))
+    logits, weight = torch.randn(4, 6), torch.rand(4)
+    for per_head in (False, True):
+        mean, std = reference.score_moments(q, k, [4, 3], 0.5, per_head)
+        shape = [4, 3], 0.5, per_head
+        anchors = [mean[0].diagonal(dim1=-2, dim2=-1), std[0].diagonal(dim1=-2, dim2=-1)]
+        yield "score_moments", (q, k, *shape)
+        yield "score_moments_backward", (mean, std, q, k, std, *shape)
+        for anchor in ([], anchors):
+            yield "attention_bootstrap", (q, k, *shape, True, *anchor)
+            yield (
+                "attention_bootstrap_backward",
+                (torch.rand(2), q, k, mean, std, *shape, False, *anchor),
+            )
+    yield "entropy", (logits,)
+    across = torch.randn(6, 4).T
+    yield "entropy_backward", (torch.rand(4), across)
+    yield "principal_entropy_backward", (torch.rand(4), across, 2, 1e-6)
+    yield "balance_entropy", (across, False)
+    yield "adaptation_head", (across, 2, 1.5, 0.5, False, 1e-6)
+    yield "total_variation_backward", (torch.rand(6), torch.randn(3, 5, 6).permute(2, 0, 1))
+    yield "entropy_backward", (torch.rand(4), logits)
+    yield "principal_entropy", (logits, 2, 1e-6)
+    yield "principal_entropy_backward", (torch.rand(4), logits, 2, 1e-6)
+    for w in ((), (weight,)):
+        yield "balance_entropy", (logits, True, *w)
+        yield "adaptation_head", (logits, 2, 1.5, 0.5, False, 1e-6, *w)
+    maps = torch.randn(4, 3, 5)
+    yield "total_variation", (maps,)
+    yield "total_variation_backward", (torch.rand(4), maps)
+    yield "reliability_ensemble", (maps, logits, 0.5)
+
+
+def test_opcheck_covers_every_op():
+    assert {name for name, _ in _op_samples()} == set(schema.SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), list(_op_samples()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_opcheck(name, args):
+    torch.library.opcheck(getattr(torch.ops.fasttta, name).default, args)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), list(_op_samples()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_composite_returns_what_is_declared(name, args):
+    """Shapes, types and strides, as torch.compile is told; opcheck looks at what is dispatched."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        declared = getattr(torch.ops.fasttta, name)(*fakes)
+    found = getattr(composite, name)(*args)
+    as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
+    for x, y in zip(as_tuple(found), as_tuple(declared), strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
+def test_compiles_without_a_break():
+    """torch.compile sees the operations as single nodes."""
+
+    def loss(q, k, logits):
+        total, _, _ = autograd.adaptation_head(logits, 3, 1.0, 1.0, False, 1e-6)
+        return total + autograd.attention_bootstrap(q, k, [4, 3], 0.5, False, False)[0].mean()
+
+    q, k = qk(2, 2, (4, 3), 5, torch.float32)
+    logits = logits_of(4, 6, dtype=torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = (q, k, logits)
+    expected, found = loss(*inputs), compiled(*inputs)
+    assert torch.allclose(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_named_backend_runs_that_or_says_why_not():
+    z, maps = torch.randn(3, 5, device="cpu"), torch.rand(3, 4, 4, device="cpu")
+    q = torch.randn(1, 1, 4, 2, device="cpu")
+    for call, match in (
+        (lambda: F.score_moments(q, q, (2, 2), backend="cpp"), "score_moments has no cpp kernel: "
+         "its work is matrix products"),
+        (lambda: F.attention_bootstrap(q, q, (2, 2), backend="cpp"), "matrix products"),
+        (lambda: F.gaussian_kl(z, z, z, z, backend="triton"), "gaussian_kl has no triton kernel"),
+        (lambda: F.reliability_weights(z[0], backend="cpp"), "PyTorch's own elementwise kernels"),
+        (lambda: F.entropy(z.to("meta"), backend="cpp"), "needs tensors on the CPU, found meta"),
+        (lambda: F.entropy(z, backend="triton"), "backend='triton': "),
+        (lambda: F.total_variation(maps, backend="gpu"), "backend='gpu' is unknown; known: None"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_arguments_are_checked():
+    z, maps = torch.randn(3, 5), torch.rand(3, 4, 4)
+    for call, error, match in (
+        (lambda: F.total_variation(maps[0]), ValueError, r"maps must be \[maps, height, width\]"),
+        (lambda: F.total_variation(maps[:, :0]), ValueError, "1 x 1, found shape"),
+        (lambda: F.total_variation(maps.long()), TypeError, "maps must be floating point"),
+        (lambda: F.total_variation([1.0]), TypeError, "maps must be a tensor"),
+        (lambda: F.reliability_weights(z), ValueError, r"tv must be \[maps\]"),
+        (lambda: F.reliability_weights(z[0], 0), ValueError, "temperature=0 must be finite and"),
+        (lambda: F.reliability_weights(z[0], float("nan")), ValueError, "temperature=nan"),
+        (lambda: F.reliability_ensemble(maps, z[:2]), ValueError, "the 3 maps' views, found 2"),
+        (lambda: F.reliability_ensemble(maps[:0], z[:0]), ValueError, "at least 1 map"),
+        (lambda: F.reliability_ensemble(maps, z.to("meta")), ValueError, "one device"),
+        (lambda: F.marginal_entropy(z[:0]), ValueError, "at least 1 sample"),
+        (lambda: F.marginal_entropy(z, weight=z), ValueError, r"weight must be \[3\]"),
+        (lambda: F.principal_entropy(z, 2, float("inf")), ValueError, "eps=inf must be finite"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
