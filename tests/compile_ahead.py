@@ -1,0 +1,232 @@
+"""Compiles the kernels for a GPU that need not be there and reports what each one uses, as JSON.
+
+    python tests/compile_ahead.py sm_90 [--all] [--only NAME] [--json]
+
+Exits with 1 if a kernel spills registers or asks for more than a block of the GPU has. Needs torch
+and triton alone. The launchers run on tensors without memory, so what is compiled is what they
+would start: kernels, plans and specialisations. --all adds shapes and types to the core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+AUDIO_VIDEO = [512, 196]  # tokens of a ViT-B's two modalities; 12 heads of 64
+
+
+def _kernels(name: str):
+    """A module of kernels/, whether or not the package is installed."""
+    package = types.ModuleType("kernels_ahead")
+    package.__path__ = [str(ROOT / "kernels")]
+    sys.modules.setdefault("kernels_ahead", package)
+    return importlib.import_module(f"kernels_ahead.{name}")
+
+
+def _packed(batch, heads, spans, d, dtype):
+    """q and k as views of a packed qkv product."""
+    qkv = torch.empty(batch, sum(spans), 3, heads, d, dtype=dtype, device="meta")
+    return qkv.permute(2, 0, 3, 1, 4)[:2]
+
+
+def _float(*shape):
+    return torch.empty(shape, device="meta")
+
+
+def attention(batch, heads, spans, d, dtype, moments=False, each=False):
+    ops = _kernels("attention_bootstrap_per_head" if each else "attention_bootstrap")
+    q, k = _packed(batch, heads, spans, d, dtype)
+    _, mean, std = ops.attention_bootstrap(q, k, spans, d**-0.5, False)
+    ops.attention_bootstrap_backward(_float(batch), q, k, mean, std, spans, d**-0.5, False)
+    if moments:
+        ops.score_moments(q, k, spans, d**-0.5)
+        ops.score_moments_backward(mean, std, q, k, std, spans, d**-0.5)
+
+
+def head(n, classes, dtype, weighted=False):
+    ops = _kernels("adaptation_head")
+    logits = torch.empty(n, classes, dtype=dtype, device="meta")
+    weight = _float(n) if weighted else None
+    k = max(1, classes // 11)
+    ops.adaptation_head(logits, k, 1.0, 1.0, weighted, 1e-6, weight)
+    ops.principal_entropy_backward(_float(n), logits, k, 1e-6)
+    ops.entropy(logits)
+
+
+def maps(n, height, width, classes, dtype=FP32):
+    ops = _kernels("total_variation")
+    x = torch.empty(n, height, width, dtype=dtype, device="meta")
+    ops.total_variation(x)
+    ops.total_variation_backward(_float(n), x)
+    ops.reliability_ensemble(x, torch.empty(n, classes, dtype=dtype, device="meta"), 1.0)
+
+
+CORE = {
+    "attention-bf16-32": (attention, 32, 12, AUDIO_VIDEO, 64, BF16),
+    "attention-fp32-32": (attention, 32, 12, AUDIO_VIDEO, 64, FP32),
+    "each-bf16": (attention, 32, 12, AUDIO_VIDEO, 64, BF16, False, True),
+    "head-bf16-309": (head, 128, 309, BF16),
+    "head-bf16-100000": (head, 64, 100_000, BF16),
+    "maps-grid": (maps, 64, 14, 14, 100),
+    "maps-pixel": (maps, 64, 224, 224, 1000),
+}
+CLASSES = ((8, 50), (128, 309), (64, 1000), (64, 4096), (64, 100_000))
+ALL = {
+    **CORE,
+    "attention-bf16-8": (attention, 8, 12, AUDIO_VIDEO, 64, BF16),
+    "attention-bf16-128": (attention, 128, 12, AUDIO_VIDEO, 64, BF16),
+    "attention-fp16-32": (attention, 32, 12, AUDIO_VIDEO, 64, HALF),
+    "attention-fp16-8": (attention, 8, 12, AUDIO_VIDEO, 64, HALF, True),
+    "attention-fp32-8": (attention, 8, 12, AUDIO_VIDEO, 64, FP32),
+    "attention-bf16-80": (attention, 32, 16, AUDIO_VIDEO, 80, BF16),
+    "attention-bf16-three": (attention, 32, 12, [512, 196, 77], 64, BF16, True),
+    "each-fp16": (attention, 32, 12, AUDIO_VIDEO, 64, HALF, True, True),
+    "each-fp32": (attention, 32, 12, AUDIO_VIDEO, 64, FP32, False, True),
+    "each-bf16-three": (attention, 32, 12, [512, 196, 77], 64, BF16, True, True),
+    **{f"head-bf16-{c}-weighted": (head, n, c, BF16, True) for n, c in CLASSES},
+    **{f"head-bf16-{c}": (head, n, c, BF16) for n, c in CLASSES},
+    **{f"head-fp32-{c}": (head, n, c, FP32) for n, c in CLASSES},
+    "head-fp16-1000": (head, 64, 1000, HALF),
+    "maps-grid-fp16": (maps, 64, 14, 14, 100, HALF),
+    "maps-grid-wide": (maps, 64, 16, 16, 1000),
+    "maps-pixel-bf16": (maps, 64, 224, 224, 1000, BF16),
+}
+
+
+class Offline:
+    """A Triton driver that only says for what to compile."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def is_active(self):
+        return True
+
+
+def _cubin_usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of stack, which is where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", out))
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"])}
+
+
+def _amd_usage(assembly: str) -> dict[str, int]:
+    def field(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", assembly)), default=0)
+
+    return {
+        "registers": field("vgpr_count"),
+        "spilled": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+    }
+
+
+def usage(kernel) -> dict[str, int]:
+    if "cubin" in kernel.asm:
+        found = _cubin_usage(kernel.asm["cubin"])
+    else:
+        found = _amd_usage(kernel.asm["amdgcn"])
+    return found | {"shared": kernel.metadata.shared}
+
+
+def compile_all(target: str, cases: dict) -> list[dict]:
+    triton.runtime.driver.set_active(Offline(TARGETS[target]))
+    launch, seen, found, case = _kernels("launch"), set(), [], ""
+
+    def record(kernel, plan, *args):
+        start = time.perf_counter()
+        compiled = kernel.warmup(
+            *args, grid=plan.grid, **plan.constants, num_warps=plan.warps,
+            num_stages=plan.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
+        seconds = time.perf_counter() - start
+        blocks = {n: v for n, v in plan.constants.items() if re.fullmatch("B[A-Z]", n)}
+        found.append(
+            {
+                "case": case, "kernel": kernel.__name__, "blocks": blocks, "warps": plan.warps,
+                "stages": plan.stages, **usage(compiled), "seconds": round(seconds, 1),
+            }
+        )  # fmt: skip
+
+    launch.run, launch.architecture = record, lambda x: target
+    for case, (build, *sizes) in cases.items():  # noqa: B007 - record reads case
+        build(*sizes)
+    return found
+
+
+def problems(target: str, rows: list[dict]) -> list[str]:
+    limit = _kernels("plan").SHARED_MEMORY[target]
+    lanes = TARGETS[target].warp_size
+    found = []
+    for row in rows:
+        name = f"{target} {row['case']} {row['kernel']} {row['blocks']}"
+        if row["spilled"]:
+            found.append(f"{name}: {row['spilled']} bytes of registers spilled")
+        if row["shared"] > limit:
+            found.append(f"{name}: {row['shared']} bytes of shared memory, a block has {limit}")
+        # registers of an SM of NVIDIA's, and of each of the four SIMDs of a CU of AMD's
+        nvidia = target.startswith("sm")
+        threads = row["warps"] * lanes // (1 if nvidia else 4)
+        if row["registers"] * threads > (65536 if nvidia else 32768):
+            found.append(f"{name}: {row['registers']} registers a thread")
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--all", action="store_true", help="every shape and type, not the core")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    chosen = {n: c for n, c in (ALL if options.all else CORE).items() if options.only in n}
+    rows = compile_all(options.target, chosen)
+    found = problems(options.target, rows)
+    if options.json:
+        print(json.dumps({"triton": triton.__version__, "kernels": rows, "problems": found}))
+    else:
+        print(f"Triton {triton.__version__}, {options.target}: {len(rows)} kernels")
+        for row in rows:
+            print(*row.values())
+        print(*found, sep="\n")
+    sys.exit(bool(found))
