@@ -1,4 +1,4 @@
-"""The attention loss: official formulation, the best one in plain PyTorch, and ours."""
+"""Attention statistics and loss: official formulation, the best one in plain PyTorch, ours."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from fasttta import functional as F
 HEADS, CHANNELS, SPANS = 12, 64, (512, 196)  # CAV-MAE's fusion block
 BATCHES = (8, 32, 128) if torch.cuda.is_available() else (8,)
 CASES = [
-    ("mean", "reference"),
-    ("mean", "merged"),
+    ("mean", "plain"),
+    pytest.param("mean", "compiled reference", marks=pytest.mark.compiled),
     pytest.param("mean", "compiled", marks=pytest.mark.compiled),
     ("mean", "default"),
-    ("each", "reference"),
-    pytest.param("each", "compiled", marks=pytest.mark.compiled),
+    pytest.param("each", "compiled reference", marks=pytest.mark.compiled),
     ("each", "default"),
 ]
 
@@ -39,11 +38,11 @@ def merged(q: Tensor, k: Tensor, spans: tuple[int, ...]) -> Tensor:
 
 def loss_of(implementation: str, heads: str):
     """Loss [B] of (q, k, spans) by name."""
-    if implementation == "merged":
-        return merged
     backend = None if implementation == "default" else "reference"
     loss = functools.partial(F.attention_bootstrap, heads=heads, backend=backend)
-    if implementation == "compiled":
+    if implementation in ("plain", "compiled"):
+        loss = merged
+    if implementation.startswith("compiled"):
         torch._dynamo.reset()
         return torch.compile(loss, dynamic=False)
     return loss
@@ -59,10 +58,26 @@ def views_of_packed(batch: int, dtype: torch.dtype, device: torch.device, full: 
     return q, k, spans
 
 
+def minimal_flops(shape, spans, heads: str, backward: bool, self_blocks: bool = False) -> int:
+    """Fewest known: score tiles of merged heads, or Gram matrices of each head.
+
+    Forward: every block's scores, or d x d covariances of q and of k. Backward of the head-mean:
+    the blocks with a gradient once more, then their products with k and with q; of each head:
+    covariances once more, then q and k times a d x d matrix.
+    """
+    batch, h, t, d = shape
+    if heads == "each":
+        return batch * h * 2 * 2 * t * d * d * (3 if backward else 1)
+    blocks = t * t if self_blocks else t * t - sum(n * n for n in spans)
+    return batch * 2 * h * d * (t * t + (3 * blocks if backward else 0))
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize(("heads", "implementation"), CASES)
-def bench_attention_bootstrap(heads, implementation, direction, batch, device, full, measure):
+def bench_attention_bootstrap(
+    heads, implementation, direction, batch, device, full, threads, measure
+):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, spans = views_of_packed(batch, dtype, device, full)
     backward = direction == "forward+backward"
@@ -75,20 +90,49 @@ def bench_attention_bootstrap(heads, implementation, direction, batch, device, f
     few = [x[:2].detach().double().requires_grad_(backward) for x in (q, k)]
     exact = outputs(official, *few)
     q.requires_grad_(backward), k.requires_grad_(backward)
-    b, h, t, d = q.shape
-    # products: scores; backward scores again, dq and dk
-    products = 4 if backward else 1
     measure(
         functools.partial(outputs, loss, q, k),
-        None if implementation == "reference" else functools.partial(outputs, official, q, k),
+        functools.partial(outputs, official, q, k),
         exact=exact,
-        rounds=5 if device.type == "cpu" else 30,
         memory=True,
-        threads=1,
-        shape=f"{b}x{h}x{t}x{d}",
+        threads=threads,
+        headline=implementation == "default" and backward,
+        shape="x".join(map(str, q.shape)),
         spans=spans,
         dtype=dtype,
         # q and k read; backward reads them again and writes two gradients
         bytes=(6 if backward else 2) * q.numel() * q.element_size(),
-        flops=products * 2 * b * h * t * t * d,
+        flops=minimal_flops(q.shape, spans, heads, backward),
+    )
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def bench_score_moments(heads, direction, batch, device, full, threads, measure):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, spans = views_of_packed(batch, dtype, device, full)
+    backward = direction == "forward+backward"
+
+    def outputs(backend, q, k):
+        mean, std = F.score_moments(q, k, spans, heads=heads, backend=backend)
+        if not backward:
+            return mean, std
+        return mean, std, *torch.autograd.grad((mean + std).sum(), (q, k))
+
+    few = [x[:2].detach().double().requires_grad_(backward) for x in (q, k)]
+    exact = outputs("reference", *few)
+    q.requires_grad_(backward), k.requires_grad_(backward)
+    measure(
+        functools.partial(outputs, None, q, k),
+        functools.partial(outputs, "reference", q, k),
+        exact=exact,
+        memory=True,
+        threads=threads,
+        headline=False,
+        shape="x".join(map(str, q.shape)),
+        spans=spans,
+        dtype=dtype,
+        bytes=(6 if backward else 2) * q.numel() * q.element_size(),
+        flops=minimal_flops(q.shape, spans, heads, backward, self_blocks=True),
     )

@@ -119,3 +119,13 @@ def _peak_cpu(run: Run) -> tuple[int, tuple[Tensor, ...]]:
         held += change
         peak = max(peak, held)
     return peak, outputs
+
+
+def launches(run: Run) -> int:
+    """Kernels, copies and fills that ``run`` starts on the GPU."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda for event in profile.events())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# threads that spin while they wait take the cores from those that work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-clock, report = _module("clock"), _module("report")
+clock, ceiling, report = map(_module, ("clock", "ceiling", "report"))
+machine = _module("machine").machine
+
+_SECONDS = 4.0  # of one bench, both sides together, where its rounds are not given
+_SHORT = 0.5  # s, both sides together
 
 _ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -66,51 +71,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in compiled]
 
 
-# --------------------------------------------------------------------------- the machine
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The checkout's commit, read from its files; None outside one."""
-    folder = HERE.parent / ".git"
-    try:
-        head = (folder / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        name = head.removeprefix("ref: ")
-        if (folder / name).is_file():
-            return (folder / name).read_text().strip()
-        packed = (folder / "packed-refs").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
-
-
-def machine() -> dict[str, Any]:
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton,
-        "commit": _commit(),
-    }
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["fasttta"] = machine()
 
@@ -128,6 +88,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to take real shapes."""
     return request.config.option.benchmark
+
+
+@pytest.fixture(scope="session")
+def threads() -> int:
+    """Threads of an operation on the CPU."""
+    return min(2, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +148,7 @@ def measure(
         exact: tuple[Tensor, ...] | None = None,
         tolerance: float | None = None,
         checks: int = 1,
-        rounds: int,
+        rounds: int | None = None,
         warmup: int = 1,
         queued: bool = True,
         memory: bool = False,
@@ -198,12 +164,14 @@ def measure(
             tolerance: allowed difference, a share of the largest output; None: four times the
                 reference's own error.
             checks: calls after each of which the outputs are compared.
+            rounds: repeats of each side; None: as many as fit into some seconds, 5 to 200.
             queued: see ``clock.DeviceClock``.
             memory: also measure peak memory.
             samples: in one call, for a throughput.
-            threads: of PyTorch on the CPU; None: its own choice. Operations of milliseconds take
-                one: on a busy machine the second makes them several times slower.
-            facts: what the results file says besides: ``bytes``, ``flops``, ``shape``, ...
+            threads: of PyTorch on the CPU; None: its own choice.
+            facts: what the results file says besides: ``shape``, ``headline`` (whether the short
+                table shows it), ...; with ``dtype`` and ``bytes`` (and ``flops``), what the
+                operation must move and compute at least, also its share of the machine's ceiling.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -215,6 +183,10 @@ def measure(
             benchmark.pedantic(lambda: None)  # the checks were the smoke test
             return
         peak = clock.peak_bytes(run, device) if memory else None
+        launches = reference_launches = None
+        if device.type == "cuda":
+            launches = clock.launches(run)
+            reference_launches = clock.launches(reference) if reference else launches
         reference_peak = clock.peak_bytes(reference, device) if memory and reference else peak
 
         watch = clock.HostClock()
@@ -223,16 +195,42 @@ def measure(
             watch = clock.DeviceClock(device, queued)
             target = lambda: watch.time(run)  # noqa: E731
         benchmark._timer = watch
+        warm = False
+        if rounds is None:
+            turn = watch.time(run) + (0 if reference is None else watch.time(reference))
+            rounds = int(min(200, max(5, _SECONDS / turn)))
+            # short calls each follow an untimed one of their own side, so that what the other side
+            # leaves of caches and of the allocator's heap is not measured
+            warm = device.type == "cpu" and turn < _SHORT
+
+        def other_side() -> None:
+            if reference is not None:
+                if warm:
+                    reference()
+                turns.append(watch.time(reference))
+            if warm:
+                run()
+
         turns: list[float] = []
         benchmark.pedantic(
             target,
-            setup=None if reference is None else lambda: turns.append(watch.time(reference)),
+            setup=other_side,
             rounds=rounds,
             warmup_rounds=warmup,
         )
         seconds = benchmark.stats.stats.data
         turns = turns[warmup:] or seconds
         median, reference_median = statistics.median(seconds), statistics.median(turns)
+        best = min(seconds)
+        if "bytes" in facts and "dtype" in facts:
+            work = facts["bytes"], facts.get("flops", 0), device, facts["dtype"]
+            bound = ceiling.bound_seconds(*work, torch.get_num_threads())
+            facts |= {
+                "gb_per_s": round(facts["bytes"] / best / 1e9, 2),
+                "tflop_per_s": round(facts.get("flops", 0) / best / 1e12, 4),
+                "bound_us": round(bound * 1e6, 2),
+                "percent_of_bound": round(100 * bound / best, 1),
+            }
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         name, params = request.node.originalname, dict(request.node.callspec.params)
         entry = {
@@ -247,16 +245,18 @@ def measure(
             "median_us": round(median * 1e6, 2),
             "p20_us": round(fifths[0] * 1e6, 2),
             "p80_us": round(fifths[-1] * 1e6, 2),
-            "min_us": round(min(seconds) * 1e6, 2),
+            "min_us": round(best * 1e6, 2),
             "reference_us": round(reference_median * 1e6, 2),
             "reference_min_us": round(min(turns) * 1e6, 2),
             "ratio": round(reference_median / median, 3),
-            "min_ratio": round(min(turns) / min(seconds), 3),
+            "min_ratio": round(min(turns) / best, 3),
             "max_abs_error": errors[0],
             "relative_error": errors[1],
             "against": "reference" if exact is None else "float64",
             "peak_bytes": peak,
             "reference_peak_bytes": reference_peak,
+            "launches": launches,
+            "reference_launches": reference_launches,
             "samples_per_s": None if samples is None else round(samples / median, 3),
         }
         benchmark.extra_info.update(entry)

@@ -1,8 +1,11 @@
-"""The stored results of the benches, one JSON file a device, and the README's table of them.
+"""The stored results of the benches, one JSON file a device, and the tables of them.
 
-python benches/report.py                      print the table
-python benches/report.py --check README.md    fail if the README's table is stale
+python benches/report.py                      print the short table
+python benches/report.py --check README.md    fail if the file's table is stale
 python benches/report.py --write README.md    bring it up to date
+
+A file has the short table between ``<!-- benches -->`` and ``<!-- /benches -->``, or every
+operation's between ``<!-- operations -->`` and ``<!-- /operations -->``.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BEGIN, END = "<!-- benches -->", "<!-- /benches -->"
+SHORT, FULL = "benches", "operations"  # markers
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -86,53 +89,123 @@ def _case(entry: dict[str, Any]) -> str:
     return ", ".join(cells)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown of one results file: what it was measured with, and a row a bench."""
+def _head(results: dict[str, Any]) -> str:
+    """What a results file was measured with."""
     machine, benches = results["machine"], results["benches"]
     versions = " and ".join(sorted({entry["torch"] for entry in benches}))
     facts = [machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores", f"torch {versions}"]
     if machine["gpu"]:
         triton = sorted({entry["triton"] or "none" for entry in benches})
         facts += [f"triton {' and '.join(triton)}", f"CUDA {machine['cuda']}"]
+    return f"**{', '.join(facts)}**"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], always: int) -> str:
+    """A table; of the columns from ``always`` on those in which a row has something."""
+    rows = list(rows)
+    used = [i for i in range(len(head)) if i < always or any(row[i] for row in rows)]
+    lines = [[cells[i] for i in used] for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(x)} |" for x in lines)
+
+
+def short(results: dict[str, Any]) -> str:
+    """Markdown of the benches that stand for the others, a row each."""
     rows = [
         (
             entry["name"].removeprefix("bench_").replace("_", " "),
             _case(entry),
             f"{_time(entry['median_us'])} ({_time(entry['min_us'])})",
             f"{_time(entry['reference_us'])} ({_time(entry['reference_min_us'])})",
-            f"{entry['ratio']:.2f}x",
+            f"{entry['min_ratio']:.2f}x",
             _memory(entry),
             "" if entry.get("samples_per_s") is None else f"{entry['samples_per_s']:.3g}",
         )
-        for entry in benches
-        if entry["params"].get("implementation") != "reference"  # a column has it
+        for entry in results["benches"]
+        if entry.get("headline", True)
     ]
     head = ("bench", "case", "median (min)", "reference", "speed-up", "extra memory", "samples/s")
-    used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
-    lines = [[cells[i] for i in used] for cells in (head, ["---"] * len(head), *rows)]
-    return f"**{', '.join(facts)}**\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines)
+    return f"{_head(results)}\n\n{_markdown(head, rows, 5)}"
 
 
-def render(folder: Path) -> str:
+_OTHERS = ("plain", "compiled reference", "compiled")
+
+
+def _pivot(implementations: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """The row of a case that several implementations have run."""
+    ours = implementations["default"]
+    others = [implementations.get(name) for name in _OTHERS]
+    launches = [ours.get(key) for key in ("launches", "reference_launches")]
+    return (
+        _case(ours | {"params": _without(ours["params"])}),
+        _time(ours["reference_min_us"]),
+        *("" if entry is None else _time(entry["min_us"]) for entry in others),
+        _time(ours["min_us"]),
+        f"{ours['min_ratio']:.2f}x",
+        f"{ours['percent_of_bound']:.0f} %" if "percent_of_bound" in ours else "",
+        _memory(ours),
+        "" if None in launches else " / ".join(map(str, launches)),
+    )
+
+
+def _without(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key != "implementation"}
+
+
+def full(results: dict[str, Any]) -> str:
+    """Markdown of every operation's bench, a table each; a row holds all implementations."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in results["benches"]:
+        if "bytes" in entry and "dtype" in entry:  # an operation, no step of a method
+            case = json.dumps(_without(entry["params"]))
+            cases = found.setdefault(entry["name"], {}).setdefault(case, {})
+            cases[entry["params"].get("implementation", "default")] = entry
+    head = ("case", "reference", *_OTHERS, "ours", "speed-up", "of the ceiling",
+            "extra memory", "launches")  # fmt: skip
+    parts = [_head(results)]
+    for name, cases in found.items():
+        rows = [_pivot(x) for x in cases.values() if "default" in x]
+        title = name.removeprefix("bench_").replace("_", " ")
+        parts.append(f"{title}\n\n{_markdown(head, rows, 2)}")
+    return "\n\n".join(parts)
+
+
+def render(folder: Path, marker: str = SHORT) -> str:
     """Markdown of every results file in the folder."""
-    tables = [table(read(path)) for path in sorted(folder.glob("*.json"))]
+    results = [read(path) for path in sorted(folder.glob("*.json"))]
+    tables = [(short if marker == SHORT else full)(found) for found in results]
+    if tables:
+        tables.append("Speed-up: ratio of the minima; both sides ran in turn, call by call.")
     if any("extra memory" in found for found in tables):
         tables.append("Extra memory: peak beyond inputs and outputs, ours / the reference's.")
     return "\n\n".join(tables)
 
 
+def marker_of(text: str) -> str:
+    """Which table a file has.
+
+    Raises:
+        ValueError: the markers of one table are not there once each, in order.
+    """
+    found = [x for x in (SHORT, FULL) if f"<!-- {x} -->" in text or f"<!-- /{x} -->" in text]
+    if len(found) != 1:
+        raise ValueError(f"needed <!-- {SHORT} --> and then <!-- /{SHORT} -->, once each")
+    return found[0]
+
+
 def inserted(text: str, rendered: str) -> str:
-    """The README's text with the table between the markers.
+    """The text with the table between its markers.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"needed {BEGIN} and then {END}, once each")
+    name = marker_of(text)
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in after or end in after:
+        raise ValueError(f"needed {begin} and then {end}, once each")
     middle = f"\n\n{rendered}\n\n" if rendered else "\n"
-    return f"{before}{BEGIN}{middle}{END}{after}"
+    return f"{before}{begin}{middle}{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -143,13 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     options = parser.parse_args(arguments)
     try:
-        rendered = render(options.results)
         readme = options.check or options.write
         if readme is None:
-            print(rendered)
+            print(render(options.results))
             return 0
         found = readme.read_text()
-        wanted = inserted(found, rendered)
+        wanted = inserted(found, render(options.results, marker_of(found)))
     except ValueError as problem:
         print(f"report.py: {problem}", file=sys.stderr)
         return 1

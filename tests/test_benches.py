@@ -37,7 +37,7 @@ def entry(name: str = "bench_attention[mean-8]", **changed):
         "id": name, "name": name.partition("[")[0], "params": {"heads": "mean", "batch": 8},
         "torch": "2.12.0", "triton": "3.7.0", "clock": "cuda_events", "threads": 4,
         "median_us": 41.0, "min_us": 40.0, "reference_us": 1230.0, "reference_min_us": 1200.0,
-        "ratio": 30.0, "peak_bytes": 2**20, "reference_peak_bytes": 3 * 2**27,
+        "ratio": 29.0, "min_ratio": 30.0, "peak_bytes": 2**20, "reference_peak_bytes": 3 * 2**27,
         "samples_per_s": None, **changed,
     }  # fmt: skip
 
@@ -50,8 +50,35 @@ def test_table_of_a_results_file(report, tmp_path, capsys):
         "| bench | case | median (min) | reference | speed-up | extra memory |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
         "| attention | mean, batch 8 | 41 µs (40 µs) | 1.23 ms (1.2 ms) | 30.00x | 1 / 384 MiB |\n"
+        "\nSpeed-up: ratio of the minima; both sides ran in turn, call by call.\n"
         "\nExtra memory: peak beyond inputs and outputs, ours / the reference's.\n"
     )
+
+
+def test_table_of_the_operations(report, tmp_path, capsys):
+    """A case's implementations share a row; benches without implementations are not in it."""
+    operation = {"headline": False, "dtype": "torch.float32", "bytes": 12}
+    fast = {"percent_of_bound": 51.4, "launches": 5, "reference_launches": 33}
+    for implementation, changed in (("plain", {"min_us": 200.0}), ("default", fast)):
+        params = {"heads": "mean", "implementation": implementation, "batch": 8}
+        name = f"bench_attention[mean-{implementation}-8]"
+        report.upsert(tmp_path, MACHINE, [entry(name, params=params, **operation, **changed)])
+    report.upsert(tmp_path, MACHINE, [entry("bench_step[tent]", params={"method": "tent"})])
+    assert "attention" not in report.render(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- operations --><!-- /operations -->")
+    assert report.main(["--results", str(tmp_path), "--write", str(page)]) == 0
+    text = page.read_text()
+    assert (
+        "attention\n\n| case | reference | plain | ours | speed-up | of the ceiling |"
+        " extra memory | launches |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| mean, batch 8 | 1.2 ms | 200 µs | 40 µs | 30.00x | 51 % | 1 / 384 MiB | 5 / 33 |\n"
+    ) in text
+    assert "step" not in text
+    assert report.main(["--results", str(tmp_path), "--check", str(page)]) == 0
+    report.upsert(tmp_path, MACHINE, [entry(name, params=params, **operation, **fast, min_us=39.0)])
+    assert report.main(["--results", str(tmp_path), "--check", str(page)]) == 1
+    assert "stale" in capsys.readouterr().err
 
 
 def test_cpu_rows_name_threads_and_throughput(report, tmp_path):
@@ -82,10 +109,10 @@ def test_files_are_named_after_the_device(report, gpu, cpu, name):
 
 def test_an_entry_takes_the_place_of_the_one_with_its_id(report, tmp_path):
     report.upsert(tmp_path, MACHINE, [entry("bench_a[1]"), entry("bench_b[1]")])
-    path = report.upsert(tmp_path, MACHINE, [entry("bench_a[1]", ratio=7.0)])
+    path = report.upsert(tmp_path, MACHINE, [entry("bench_a[1]", min_ratio=7.0)])
     assert path == tmp_path / "nvidia-h200.json"
     found = json.loads(path.read_text())["benches"]
-    assert [(e["id"], e["ratio"], e["device"]) for e in found] == [
+    assert [(e["id"], e["min_ratio"], e["device"]) for e in found] == [
         ("bench_a[1]", 7.0, "nvidia-h200"),
         ("bench_b[1]", 30.0, "nvidia-h200"),
     ]
@@ -153,8 +180,21 @@ def test_peak_memory_is_beyond_what_is_returned():
     assert 2 * x.nbytes - 2048 <= found <= 2 * x.nbytes + 2048
 
 
-def test_readme_shows_the_committed_results(report):
-    assert report.main(["--check", str(ROOT / "README.md")]) == 0
+@pytest.mark.parametrize("page", ["README.md", "benches/README.md"])
+def test_pages_show_the_committed_results(report, page):
+    assert report.main(["--check", str(ROOT / page)]) == 0
+
+
+def test_ceilings_are_plausible():
+    """A copy and a product of this machine: more than a bicycle, less than a data centre."""
+    ceiling, cpu = load("ceiling"), torch.device("cpu")
+    assert 1e8 < ceiling.copy_bytes_per_s(cpu, 1) < 1e13
+    assert 1e8 < ceiling.flops_per_s(cpu, torch.float32, 1) < 1e14
+    # what limits is the slower of the two
+    memory = ceiling.bound_seconds(10**9, 0, cpu, torch.float32, 1)
+    assert memory == pytest.approx(1e9 / ceiling.copy_bytes_per_s(cpu, 1))
+    assert ceiling.bound_seconds(10**9, 10**15, cpu, torch.float32, 1) > 10 * memory
+    assert ceiling.bound_seconds(10**9, 1, cpu, torch.float32, 1) == memory
 
 
 def test_ids_of_the_benches_are_unique():
