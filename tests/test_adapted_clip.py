@@ -57,7 +57,8 @@ def same(a, b, **tolerance):
 
 def test_names():
     assert methods.names("vision-language") == list(METHODS)
-    assert set(methods.names()) == {*METHODS, *methods.names("fusion")}
+    others = (*methods.names("fusion"), *methods.names("features"))
+    assert set(methods.names()) == {*METHODS, *others}
     for name in METHODS:
         assert methods.by_name(name).name == name
         assert {"steps", "score_at", "lr"} <= set(methods.by_name(name).option_names())
