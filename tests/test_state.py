@@ -255,7 +255,5 @@ def test_saving_leaves_other_files_alone(tiny_model, tiny_batch, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.blocks_v[0].mlp.fc1.weight.mul_(2)  # frozen, and not what READ tunes
-    with pytest.raises(
-        ValueError, match="another model.*or its ModelSpec differ"
-    ):
+    with pytest.raises(ValueError, match="another model.*or its ModelSpec differ"):
         fasttta.load(model, tmp_path)
