@@ -216,8 +216,9 @@ def head_gradients(
     self_blocks: bool, pair_query: bool,
 ) -> Plan:  # fmt: skip
     constants = _head(architecture, half, spans, d, pair_query)
-    constants |= {"BT": 64 if half else 32, "SELF": self_blocks}
-    return Plan((2 * heads, batch), constants, 8)
+    tokens = 64 if architecture == "gfx942" else 128 if half else 32
+    constants |= {"BT": tokens, "SELF": self_blocks}
+    return Plan((2 * heads, batch), constants, 8 if half or architecture != "sm_80" else 16)
 
 
 def _head(

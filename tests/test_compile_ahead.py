@@ -1,8 +1,10 @@
-"""Every kernel is compiled for GPUs that need not be there: nothing spills, everything fits."""
+"""Kernels compile for every GPU family without one: no spilled register, memory that a block has.
+
+The core set here; tests/compile_ahead.py --all is the whole.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,23 +13,31 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "compile_ahead.py"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton, which Linux has"
-)
+SCRIPT = Path(__file__).with_name("compile_ahead.py")
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_fits(target, tmp_path):
-    """In a process of its own: a compiler that dies takes nothing else with it."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, target, "--json"], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.startswith("{"), done.stderr[-3000:]
-    found = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def compiling():
+    """A process a target, so that a crash of the compiler is one target's and says whose; all at
+    the same time."""
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    command = [sys.executable, "-P", str(SCRIPT), "--json"]
+    running = {target: subprocess.Popen([*command, target], **pipes) for target in TARGETS}
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_core(compiling, target):
+    out, err = compiling[target].communicate(timeout=900)
+    assert out.startswith("{"), err[-3000:]
+    found = json.loads(out)
     assert found["problems"] == []
-    kernels = {row["kernel"] for row in found["kernels"]}
-    assert len(kernels) >= 10, kernels
-    assert all(row["registers"] > 0 for row in found["kernels"])
+    assert {row["kernel"] for row in found["kernels"]} == {
+        "_tiles_kernel", "_merge_kernel", "_weighted_scores_kernel", "_token_gradients_kernel",
+        "_moments_kernel", "_gradient_kernel", "_rows_kernel", "_batch_kernel", "_samples_kernel",
+        "_columns_kernel", "_strips_kernel", "_ensemble_kernel", "_small_kernel",
+    }  # fmt: skip

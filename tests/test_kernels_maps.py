@@ -1,62 +1,113 @@
-"""Kernels on maps against the composite: total variation, its gradient, weights and ensemble."""
+"""Total variation kernels against the composite: sizes, ties, strides, one launch or two."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from kernels_here import DEVICE, HALVES, KERNELS, among_nan, check, poisoned  # noqa: F401
+from fasttta.kernels import plan
+from kernels_here import DEVICE, KERNELS, among_nan, check, poisoned  # noqa: F401
+from safetensors.torch import load_file
 
-SIZES = [(1, 1, 1), (3, 1, 7), (2, 6, 1), (5, 14, 14), (2, 37, 29), (2, 40, 300)]
-
-
-def _maps(n, height, width, dtype=torch.float32, seed=0):
-    generator = torch.Generator("cpu").manual_seed(seed)
-    x = torch.rand(n, height, width, generator=generator, device="cpu")
-    return among_nan(x.to(DEVICE, dtype))
+# one row, one column, one pixel, less and more than a tile on either axis
+SHAPES = [(3, 14, 14), (2, 1, 7), (2, 6, 1), (1, 1, 1), (2, 33, 20), (2, 17, 259)]
+HALF = [torch.float32, torch.float16, torch.bfloat16]  # no products: the interpreter has them all
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_total_variation(size):
-    maps = _maps(*size)
-    check("total_variation", maps)
-    check("total_variation_backward", torch.linspace(-1, 1, size[0], device=DEVICE), maps)
+def _maps(*shape, dtype=torch.float32, ties=False):
+    generator = torch.Generator("cpu").manual_seed(sum(shape))
+    x = torch.rand(shape, generator=generator, device="cpu")
+    return among_nan((x.mul(4).round() if ties else x).to(DEVICE, dtype))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision(dtype):
-    maps = _maps(3, 14, 14, dtype)
-    check("total_variation", maps)
-    check("total_variation_backward", torch.ones(3, device=DEVICE), maps)
+def _logits(n, c):
+    generator = torch.Generator("cpu").manual_seed(n * c)
+    return among_nan(torch.randn(n, c, generator=generator, device="cpu").mul(5).to(DEVICE))
 
 
-def test_gradient_is_zero_at_ties():
-    maps = torch.zeros(2, 5, 4, device=DEVICE)
-    maps[1, :, 2:] = 1
-    grad = check("total_variation_backward", torch.ones(2, device=DEVICE), maps)[0]
-    assert (grad[0] == 0).all()
-    assert (grad[1, :, 0] == 0).all()
-    assert (grad[1, :, 1] == -1).all()
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_total_variation(shape, ties):
+    x = _maps(*shape, ties=ties)
+    check("total_variation", x)
+    upstream = torch.linspace(-1, 2, shape[0], device=DEVICE)
+    check("total_variation_backward", upstream, x)
 
 
-@pytest.mark.parametrize("size", [(5, 14, 14), (3, 40, 33)], ids=str)
-@pytest.mark.parametrize("classes", [1, 7, 130])
-def test_ensemble(size, classes):
-    generator = torch.Generator("cpu").manual_seed(1)
-    logits = torch.randn(size[0], classes, generator=generator, device="cpu").to(DEVICE)
-    for temperature in (0.25, 1.0, 5.0):
-        probability, _, weights = check("reliability_ensemble", _maps(*size), logits, temperature)
-        assert torch.allclose(probability.sum(), torch.ones((), device=DEVICE), atol=1e-5)
-        assert torch.allclose(weights.sum(), torch.ones((), device=DEVICE), atol=1e-5)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_types_and_strides(dtype):
+    x = _maps(2, 9, 14, dtype=dtype)
+    for y in (x, x.transpose(1, 2), x[:, ::2, ::3], x[:, :1].expand(2, 9, 14)):
+        check("total_variation", y)
+        check("total_variation_backward", torch.ones(1, device=DEVICE).expand(2), y)
+    check("reliability_ensemble", x.transpose(1, 2), _logits(2, 5).to(dtype), 3.0)
 
 
-def test_nan_stays():
-    maps = _maps(3, 14, 14)
-    maps[1, 3, 3] = torch.nan
-    tv = check("total_variation", maps)[0]
-    assert torch.isnan(tv).tolist() == [False, True, False]
+@pytest.mark.parametrize("temperature", [0.5, 30.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ensemble(shape, temperature):
+    for classes in (7, 500):
+        check("reliability_ensemble", _maps(*shape), _logits(shape[0], classes), temperature)
 
 
-def test_the_same_bits_again():
-    maps = _maps(2, 40, 300)
-    first = check("total_variation", maps)[0]
-    assert torch.equal(KERNELS["total_variation"](maps), first)
+def test_many_maps():
+    """More than one block of maps in either form."""
+    assert plan.small_ensemble(20, 4, 5, 9)
+    check("reliability_ensemble", _maps(20, 4, 5), _logits(20, 9), 2.0)
+    assert plan.small_ensemble(40, 20, 13, 9) is None
+    check("reliability_ensemble", _maps(40, 20, 13), _logits(40, 9), 20.0)
+
+
+def test_nan_is_never_hidden():
+    for shape in ((3, 5, 4), (3, 18, 20)):
+        x = _maps(*shape).clone()
+        x[1, 2, 2] = torch.nan
+        assert torch.isnan(KERNELS["total_variation"](x)).tolist() == [False, True, False]
+        probability, tv, weights = KERNELS["reliability_ensemble"](x, _logits(3, 4), 1.0)
+        assert torch.isnan(tv).tolist() == [False, True, False]
+        assert torch.isnan(weights).all()
+        assert torch.isnan(probability).all()
+        z = _logits(3, 4).clone()
+        z[0, 1] = torch.nan
+        assert torch.isnan(KERNELS["reliability_ensemble"](_maps(*shape), z, 1.0)[0]).all()
+
+
+def test_same_bits_twice():
+    for shape in ((5, 14, 14), (3, 40, 30)):
+        runs = [
+            KERNELS["reliability_ensemble"](_maps(*shape), _logits(shape[0], 130), 9.0)
+            for _ in range(2)
+        ]
+        assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def vectors(golden):
+    path = Path(golden.root).parent / "atpt" / "kernels_f64.safetensors"
+    if not path.exists():
+        pytest.skip("these golden vectors have no atpt folder")
+    return load_file(path)
+
+
+@pytest.mark.parametrize("case", ["0", "1", "2", "3", "4", "5", "ties"])
+def test_goldens(vectors, case):
+    x = vectors[f"tv.{case}.map"].to(DEVICE, torch.float32)
+    upstream = vectors.get(f"tv.{case}.cotangent", torch.ones(len(x))).to(DEVICE, torch.float32)
+    tv, grad = KERNELS["total_variation"](x), KERNELS["total_variation_backward"](upstream, x)
+    for found, name in ((tv, "tv"), (grad, "grad_map")):
+        expected = vectors[f"tv.{case}.{name}"].double()
+        assert (found.cpu() - expected).abs().max() <= 4e-7 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("temperature", ["0.25", "1.0"])
+def test_ensemble_goldens(vectors, temperature):
+    """Maps of one row whose total variation is the golden one."""
+    tv = vectors["ens.tv"].to(DEVICE, torch.float32)
+    maps = torch.stack((torch.zeros_like(tv), tv), dim=-1).unsqueeze(1)  # [N, 1, 2]
+    logits = vectors["ens.logits"].to(DEVICE, torch.float32)
+    probability, found, weights = KERNELS["reliability_ensemble"](maps, logits, float(temperature))
+    assert torch.equal(found, tv)
+    for x, name in ((probability, "probs"), (weights, "weights")):
+        expected = vectors[f"ens.temp{temperature}.{name}"]
+        assert (x.cpu() - expected).abs().max() < 2e-6 * expected.abs().max(), name
