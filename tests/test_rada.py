@@ -15,7 +15,8 @@ import fasttta.inspection
 from fasttta.engine.graph import GraphStep
 from fasttta.models import FeatureClassifier, RationalHead, flat_attention
 
-DTD = Path("/work/shared/data/clip_vitb16_features/DescribableTextures")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DTD = SHARED / "data" / "clip_vitb16_features" / "DescribableTextures"
 
 
 def some_head(dim=12, heads=3, seed=0, dtype=torch.float64, **options) -> RationalHead:

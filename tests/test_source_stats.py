@@ -82,7 +82,8 @@ def test_features(tiny_model, tiny_batch, tmp_path):
     assert one.scores is not None
 
 
-OFFICIAL = Path("/work/shared/data/brimpr_source_statistics")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+OFFICIAL = SHARED / "data" / "brimpr_source_statistics"
 
 
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official statistics files are not here")

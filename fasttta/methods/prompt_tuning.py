@@ -93,7 +93,7 @@ class PromptTuning(Episodic):
             text: [B, C, E], normalised.
             weights: [B, n] of ``loss_weights``.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no losses")
 
     def loss_weights(self, stats: dict[str, Tensor], selected: Tensor) -> Tensor | None:
         """[B, n] of the selected views in the loss; None: all alike."""
