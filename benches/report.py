@@ -113,7 +113,7 @@ def short(results: dict[str, Any]) -> str:
     rows = [
         (
             entry["name"].removeprefix("bench_").replace("_", " "),
-            _case(entry),
+            _case(entry | {"params": _without(entry["params"])}),
             f"{_time(entry['median_us'])} ({_time(entry['min_us'])})",
             f"{_time(entry['reference_us'])} ({_time(entry['reference_min_us'])})",
             f"{entry['min_ratio']:.2f}x",

@@ -1,4 +1,4 @@
-"""Adaptation head kernels against the composite: sizes, ties, extremes, rows in one piece or not."""
+"""Adaptation head kernels against the composite: sizes, ties, extremes, rows whole or in chunks."""
 
 from __future__ import annotations
 

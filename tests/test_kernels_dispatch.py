@@ -1,0 +1,109 @@
+"""How kernels are reached: registration, what the composite keeps, devices, graphs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernels_here import DEVICE, KERNELS, NATIVE
+
+from fasttta.ops import backends, composite, schema, triton
+
+
+def _samples(dtype):
+    """Arguments of every operation."""
+    q, k = torch.randn(2, 2, 3, 7, 4, dtype=dtype, device=DEVICE)
+    z, maps = (torch.randn(3, 6, dtype=dtype, device=DEVICE) for _ in range(2))
+    maps, ones = maps.reshape(3, 2, 3), torch.ones(3, dtype=dtype, device=DEVICE)
+    for per_head in (False, True):
+        options = [4, 3], 0.5, per_head
+        mean, std = composite.score_moments(q, k, *options)
+        yield "score_moments", (q, k, *options)
+        yield "score_moments_backward", (mean, std, q, k, std, *options)
+        yield "attention_bootstrap", (q, k, *options, True)
+        yield "attention_bootstrap_backward", (ones[:2], q, k, mean, std, *options, False)
+    yield "entropy", (z,)
+    yield "entropy_backward", (ones, z)
+    yield "principal_entropy", (z, 2, 1e-6)
+    yield "principal_entropy_backward", (ones, z, 2, 1e-6)
+    yield "balance_entropy", (z, True)
+    yield "adaptation_head", (z, 2, 1.0, 1.0, False, 1e-6, ones)
+    yield "total_variation", (maps,)
+    yield "total_variation_backward", (ones, maps)
+    yield "reliability_ensemble", (maps, z, 1.0)
+
+
+def test_every_operation_is_registered():
+    names = {}
+
+    class Library:
+        def impl(self, name, function, key):
+            names[name] = key
+
+    triton.register(Library())
+    assert names == dict.fromkeys(schema.SCHEMAS, "CUDA")
+    assert all(backends.has_kernel(name, "CUDA") for name in schema.SCHEMAS)
+    assert {name for name, _ in _samples(torch.float32)} == set(KERNELS) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), list(_samples(torch.float64)), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_float64_is_left_to_the_composite(name, args, monkeypatch):
+    monkeypatch.setattr(triton, "_kernels", None)  # nothing is to be loaded
+    found, right = KERNELS[name](*args), getattr(composite, name)(*args)
+    as_tuple = (x if isinstance(x, tuple) else (x,) for x in (found, right))
+    assert all(torch.equal(x, y) for x, y in zip(*as_tuple, strict=True))
+
+
+def test_what_else_the_composite_keeps(monkeypatch):
+    monkeypatch.setattr(triton, "_kernels", None)
+    q, k = torch.randn(2, 1, 2, 7, 65, device=DEVICE)
+    for args in ((q, k, [4, 3], 0.0, False), (q, k, [4, 3], 1.0, True)):
+        mean, _ = KERNELS["score_moments"](*args)
+        assert torch.equal(mean, composite.score_moments(*args)[0])
+    # samples 2^31 elements long, of which only the strides are looked at
+    far = torch.empty(1, 2, 7, 4, device="meta").as_strided((1, 2, 7, 4), (4, 2**31, 4, 1))
+    assert triton._far(far)
+    assert not triton._far(q)
+    assert KERNELS["principal_entropy"](torch.zeros(0, 4, device=DEVICE), 2, 0.0).shape == (0,)
+    assert KERNELS["total_variation"](torch.zeros(2, 0, 4, device=DEVICE)).tolist() == [0, 0]
+
+
+def test_refusals():
+    assert "no Triton kernel" in triton.refusal("gaussian_kl", ())
+    if NATIVE:
+        x = torch.zeros(2, 2, device="cuda")
+        assert triton.refusal("entropy", (x,)) is None
+        assert "float64" in triton.refusal("entropy", (x.double(),))
+    else:
+        assert "no GPU" in triton.refusal("entropy", ())
+    assert "found cpu" in triton.refusal("entropy", (torch.zeros(2, 2),))
+
+
+def test_triton_is_not_imported_with_the_operations():
+    code = "import sys, fasttta.functional; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.skipif(not NATIVE, reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("name", "args"), list(_samples(torch.float32)), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_in_a_graph(name, args):
+    """Nothing waits for the device, and a replay gives the same bits."""
+    expected = KERNELS[name](*args)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        KERNELS[name](*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = KERNELS[name](*args)
+    graph.replay()
+    as_tuple = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    assert all(torch.equal(x, y) for x, y in zip(*as_tuple, strict=True))
