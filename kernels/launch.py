@@ -23,12 +23,19 @@ def architecture(x: Tensor) -> str:
     return _architecture(x.device.index) if x.is_cuda else "sm_90"
 
 
+def options(plan: Plan, nvidia: bool) -> dict[str, object]:
+    """What a kernel is compiled with, constants included."""
+    found = {
+        **plan.constants,
+        "num_warps": plan.warps,
+        "num_stages": plan.stages,
+        "enable_fp_fusion": True,  # explicit: the default changes between versions of Triton
+    }
+    if nvidia and plan.registers:
+        found["maxnreg"] = plan.registers
+    return found
+
+
 def run(kernel, plan: Plan, *args) -> None:
     """Starts kernel on args; the plan's constants follow them by name."""
-    kernel[plan.grid](
-        *args,
-        **plan.constants,
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        enable_fp_fusion=True,  # explicit: the default changes between versions of Triton
-    )
+    kernel[plan.grid](*args, **options(plan, not torch.version.hip))

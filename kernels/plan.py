@@ -24,6 +24,7 @@ class Plan:
     constants: dict[str, object]
     warps: int
     stages: int = 1
+    registers: int | None = None  # a thread may have; None: as many as ptxas thinks best (NVIDIA)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -237,10 +238,15 @@ HEAD_PARTS = 256  # at most so many partial sums of predictions: the second laun
 
 
 def head_rows(n: int, classes: int, k: int, bits: int, samples: int) -> Plan:
-    """A warp a sample up to 512 classes: its sums need no barrier."""
+    """A warp a sample up to 512 classes: its sums need no barrier.
+
+    For more ptxas would spill 16 bytes to fit more blocks than a launch has.
+    """
     bc = power_of_2(max(32, classes))
     constants = {"SELECT": k < classes, "BITS": bits, "PACKED": classes < 1024, "BC": bc}
-    return Plan((cdiv(n, samples),), constants, 1 if bc <= 512 else 16)
+    if bc <= 512:
+        return Plan((cdiv(n, samples),), constants, 1)
+    return Plan((cdiv(n, samples),), constants, 8 if bc <= 1024 else 16, registers=128)
 
 
 def head_batch(n: int, classes: int, softmax_sum: bool) -> Plan:

@@ -172,10 +172,8 @@ def compile_all(target: str, cases: dict) -> list[dict]:
 
     def record(kernel, plan, *args):
         start = time.perf_counter()
-        compiled = kernel.warmup(
-            *args, grid=plan.grid, **plan.constants, num_warps=plan.warps,
-            num_stages=plan.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+        options = launch.options(plan, target.startswith("sm"))
+        compiled = kernel.warmup(*args, grid=plan.grid, **options)
         if compiled.hash in seen:
             return
         seen.add(compiled.hash)

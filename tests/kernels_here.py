@@ -58,11 +58,11 @@ def run(name: str, *args):
     return [x if isinstance(x, tuple) else (x,) for x in (found, naive, right)]
 
 
-def check(name: str, *args, slack: float = 1.0) -> tuple[torch.Tensor, ...]:
+def check(name: str, *args, slack: float = 1.0, floor: float = 0.0) -> tuple[torch.Tensor, ...]:
     """Holds a launcher against the composite; returns what it found.
 
-    Tolerance: of one rounding of the result, and twice what the composite in the inputs' type loses
-    against itself in float64.
+    Tolerance: TOLERANCES times slack, twice what the composite in the inputs' type loses against
+    itself in float64, and a floor for results that are 0 by cancellation.
     """
     found, naive, right = run(name, *args)
     for n, (x, y, z) in enumerate(zip(found, naive, right, strict=True)):
@@ -72,8 +72,9 @@ def check(name: str, *args, slack: float = 1.0) -> tuple[torch.Tensor, ...]:
         odd = ~torch.isfinite(z)
         assert torch.equal(torch.isnan(x), torch.isnan(y)), (name, n)
         assert torch.equal(x[odd & ~torch.isnan(z)].double(), z[odd & ~torch.isnan(z)]), (name, n)
+        x_type = x.dtype
         x, y, z = (t.double().masked_fill(odd, 0) for t in (x, y, z))
-        allowed = 2 * (y - z).abs().max() + slack * TOLERANCES[found[n].dtype] * z.abs().max()
+        allowed = 2 * (y - z).abs().max() + slack * TOLERANCES[x_type] * z.abs().max() + floor
         error = (x - z).abs().max()
         assert error <= allowed, f"{name} result {n}: off by {error:.1e}, allowed {allowed:.1e}"
     return found

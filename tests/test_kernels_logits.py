@@ -8,6 +8,7 @@ from fasttta.kernels import plan
 from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, among_nan, check, poisoned  # noqa: F401
 
 SHAPES = [(5, 50), (1, 2), (3, 1), (2, 309)]
+FLOOR = 6e-8  # of gradients, which are differences of terms of up to 1: a rounding of these
 
 
 def _logits(n, c, kind="random", dtype=torch.float32):
@@ -50,9 +51,11 @@ def test_head(shape, kind, chunked):
     """Every k at which something ends; forms and weights take turns."""
     z, weight = _logits(*shape, kind), _weight(shape[0])
     for n, k in enumerate(sorted({1, max(1, shape[1] - 1), shape[1]})):
-        check("adaptation_head", z, k, 1.5, 0.5, n % 2 == 1, 1e-6, weight if n else None)
-    check("balance_entropy", z, False, weight)
-    check("balance_entropy", z, True)
+        check(
+            "adaptation_head", z, k, 1.5, 0.5, n % 2 == 1, 1e-6, weight if n else None, floor=FLOOR
+        )
+    check("balance_entropy", z, False, weight, floor=FLOOR)
+    check("balance_entropy", z, True, floor=FLOOR)
 
 
 @pytest.mark.parametrize("kind", ["ties", "masked"])
