@@ -161,7 +161,7 @@ def principal_entropy_backward(upstream: Tensor, logits: Tensor, k: int, eps: fl
     """upstream [n], gradient [n, C] in the type of the logits."""
     if logits.shape[1] > plan.ROW_CLASSES:
         return large.principal_entropy_backward(upstream, logits, k, eps)
-    grad = torch.empty_like(logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _run_rows(logits, k, eps, upstream=upstream, grad=grad)
     return grad
 

@@ -230,7 +230,7 @@ def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:
 
 def principal_entropy_backward(upstream: Tensor, logits: Tensor, k: int, eps: float) -> Tensor:
     n, classes = logits.shape
-    grad = torch.empty_like(logits)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if n:
         _, rows, selection = _samples(logits, k, eps)
         gradient = plan.large_gradient(n, classes, k, _KEY_BITS.get(logits.dtype, 32), False)

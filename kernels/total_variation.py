@@ -192,7 +192,7 @@ def total_variation(maps: Tensor) -> Tensor:
 
 def total_variation_backward(upstream: Tensor, maps: Tensor) -> Tensor:
     """upstream [N], gradient [N, H, W] in the type of the maps."""
-    grad = maps.new_empty(maps.shape)
+    grad = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     if grad.numel():
         n, height, width = maps.shape
         launch.run(

@@ -66,7 +66,7 @@ def check(name: str, *args, slack: float = 1.0, floor: float = 0.0) -> tuple[tor
     """
     found, naive, right = run(name, *args)
     for n, (x, y, z) in enumerate(zip(found, naive, right, strict=True)):
-        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride()), (name, n)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), (name, n)
         if not z.numel():
             continue
         odd = ~torch.isfinite(z)

@@ -48,6 +48,30 @@ def test_every_operation_is_registered():
     assert {name for name, _ in _samples(torch.float32)} == set(KERNELS) == set(names)
 
 
+def _meta(x):
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), list(_samples(torch.float16)), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_results_are_as_declared(name, args):
+    """Shapes, types and strides are those that torch.compile is told to expect."""
+    tensors = [isinstance(x, torch.Tensor) for x in args]
+    args = [
+        x.mT.contiguous().mT if t and x.ndim > 1 else x for t, x in zip(tensors, args, strict=True)
+    ]
+    single = [x.float() if t else x for t, x in zip(tensors, args, strict=True)]
+    operation = getattr(torch.ops.fasttta, name)
+    for serve, given in ((KERNELS[name], args), (operation, args), (operation, single)):
+        results = serve(*given), operation(*map(_meta, given))
+        as_tuple = (x if isinstance(x, tuple) else (x,) for x in results)
+        for x, y in zip(*as_tuple, strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
 @pytest.mark.parametrize(
     ("name", "args"), list(_samples(torch.float64)), ids=lambda x: x if isinstance(x, str) else ""
 )
