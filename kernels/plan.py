@@ -193,13 +193,15 @@ def token_gradients(
 LONGEST_HEAD = 64  # channels of which covariances stay in registers
 
 
-def suits(spans: Sequence[int], d: int, per_head: bool) -> bool:
-    """Whether the attention kernels are made for such shapes."""
+def unsuitable(spans: Sequence[int], d: int, per_head: bool) -> str | None:
+    """Which shapes the attention kernels are not made for; None if for these they are."""
     if per_head:
-        return d <= LONGEST_HEAD
+        return None if d <= LONGEST_HEAD else f"it needs heads of at most {LONGEST_HEAD} channels"
     # one program merges a sample's tiles: 5000 tokens of two modalities
     tiles = sum(cdiv(count, 64) for count in spans) ** 2
-    return power_of_2(tiles) * power_of_2(len(spans) ** 2) <= 2**15
+    if power_of_2(tiles) * power_of_2(len(spans) ** 2) <= 2**15:
+        return None
+    return f"it needs a table of at most 2^15 tiles and blocks, found spans={list(spans)}"
 
 
 def head_moments(
