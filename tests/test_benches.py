@@ -142,8 +142,8 @@ def test_results_are_checked_on_request(report, tmp_path):
     claim = {"id": name, "clock": "perf_counter", "min_ratio": 1e9, "min_us": 1e-9}
     report.upsert(tmp_path / "benches" / "results", machine, [claim])
     names = [f"benches/bench_entropies.py::{x}" for x in (name, name.replace("128-309", "64-1000"))]
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c",
-               str(ROOT / "pyproject.toml"), "--rootdir=.", "--benchmark", "--check-results"]  # fmt: skip
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=.",
+               "-c", str(ROOT / "pyproject.toml"), "--benchmark", "--check-results"]  # fmt: skip
     done = subprocess.run(
         [*command, *names], cwd=tmp_path, capture_output=True, text=True, check=False
     )
