@@ -269,6 +269,7 @@ def measure(
             "median_us": round(median * 1e6, 2),
             "p20_us": round(fifths[0] * 1e6, 2),
             "p80_us": round(fifths[-1] * 1e6, 2),
+            "p99_us": round(sorted(seconds)[int(0.99 * (len(seconds) - 1) + 0.5)] * 1e6, 2),
             "min_us": round(best * 1e6, 2),
             "reference_us": round(reference_median * 1e6, 2),
             "reference_min_us": round(min(turns) * 1e6, 2),
