@@ -285,3 +285,31 @@ def reliability_ensemble(
     checks.same(ValueError, "device", maps, logits, "maps and logits")
     temperature = checks.temperature_of(temperature)
     return call("reliability_ensemble", backend, maps, logits, temperature)
+
+
+def flat_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, backend: str | None = None
+) -> Tensor:
+    """K * softmax over all K x K scores of a head at once, times v: RAda's attention over classes.
+
+    Rows do not sum to 1 each, all together do to K. No K x K matrix is held. A second derivative is
+    not defined.
+
+    Args:
+        q: [B, H, K, d], or [1, H, K, d] where the batch shares its queries.
+        k, v: [B, H, K, d].
+        scale: factor of q·k, d ** -0.5 unless given.
+
+    Returns:
+        [B, H, K, d] in the type of v.
+
+    Raises:
+        ValueError, TypeError: shapes, types or devices do not fit.
+
+    Source: Chen et al., "One Last Attention for Your Vision-Language Model", ICCV 2025 (its
+    official code); the form without K x K matrices is ours.
+    """
+    if scale is None and isinstance(k, Tensor) and k.ndim == 4:
+        scale = max(1, k.shape[-1]) ** -0.5
+    scale = checks.flat(q, k, v, 1.0 if scale is None else scale)
+    return call("flat_attention", backend, q, k, v, scale)

@@ -233,6 +233,48 @@ def _head(
     }  # fmt: skip
 
 
+# --------------------------------------------------------------------------- flat attention
+
+WIDEST_HEAD = 128  # channels of which a tile of rows stays in registers
+
+
+def _flat(architecture: str, half: bool, d: int) -> tuple[dict[str, object], dict[str, int]]:
+    """Constants, and warps, stages and registers. float16 is computed in float32: K times a share,
+    times a gradient, may leave its range."""
+    bd = power_of_2(max(16, d))
+    rows, columns, warps = 64, 32, 8
+    if not half and architecture in ("sm_80", "gfx942"):
+        rows, columns = 32, 16
+    elif not half and bd > 64:  # a product is three, and operands of all are registers
+        rows, columns, warps = 16, 16, 4
+    constants = {
+        "BM": rows, "BN": columns, "BD": bd, "WIDE": not half,
+        "PRECISION": precision(architecture, half),
+    }  # fmt: skip
+    return constants, {"warps": warps, "stages": 2, "registers": 255}
+
+
+def flat_attention(
+    architecture: str, half: bool, heads: int, count: int, d: int
+) -> tuple[Plan, Plan]:
+    """The two launches of the forward; heads of the whole batch."""
+    constants, options = _flat(architecture, half, d)
+    if half:
+        constants, options = constants | {"BN": 64}, options | {"warps": 4}
+    grid = cdiv(count, constants["BM"]), heads
+    weights = {"BM": constants["BM"], "BD": constants["BD"], "BK": 1024}
+    return Plan(grid, constants, **options), Plan(grid, weights, 4)
+
+
+def flat_sums(heads: int) -> Plan:
+    return Plan((heads,), {"BK": 1024, "BE": 2048}, 8)
+
+
+def flat_gradients(architecture: str, half: bool, heads: int, count: int, d: int) -> Plan:
+    constants, options = _flat(architecture, half, d)
+    return Plan((2 * cdiv(count, constants["BM"]), heads), constants, **options)
+
+
 # --------------------------------------------------------------------------- adaptation head
 
 ROW_CLASSES = 4096  # a row of at most so many logits stays in registers

@@ -35,6 +35,10 @@ def _samples(dtype):
     yield "total_variation", (maps,)
     yield "total_variation_backward", (ones, maps)
     yield "reliability_ensemble", (maps, z, 1.0)
+    for shared in (q, q[:1]):
+        out, top, rest = composite.flat_attention(shared, k, k, 0.5)
+        yield "flat_attention", (shared, k, k, 0.5)
+        yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
 
 
 def test_every_operation_is_registered():
@@ -128,6 +132,12 @@ def _scores(d=4, dtype=torch.float32, batch=2):
             r"anchors \[2\] in float32, found \[3\]",
         ),
         ("entropy", (torch.zeros(2, 3, dtype=torch.float64),), "float64"),
+        (
+            "flat_attention",
+            (*_scores(129), _scores(129)[0], 1.0),
+            "at most 128 channels, found 129",
+        ),
+        ("flat_attention", (*_scores(), _scores(dtype=torch.float16)[0], 1.0), "of one dtype"),
         ("total_variation", (torch.empty(65536, 2, 2, device="meta"),), "at most 65535"),
         ("total_variation", (torch.empty(2, 2**16, 2**16, device="meta"),), "2\\^31 elements"),
     ],

@@ -29,6 +29,7 @@ _LOGITS = (
     "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "principal_entropy",
     "principal_entropy_backward",
 )  # fmt: skip
+_FLAT = ("flat_attention", "flat_attention_backward")
 _MAPS = ("reliability_ensemble", "total_variation", "total_variation_backward")
 
 
@@ -60,6 +61,17 @@ def _not_for_scores(q: Tensor, k: Tensor, spans, scale, per_head, *anchors) -> s
     return plan.unsuitable(spans, q.shape[3], per_head)
 
 
+def _not_for_flat(*tensors: Tensor) -> str | None:
+    if len({x.dtype for x in tensors if x.ndim == 4}) > 1:
+        return f"it needs tensors of one dtype, found {[x.dtype for x in tensors]}"
+    k = next(x for x in reversed(tensors) if x.ndim == 4)
+    if k.shape[-1] > plan.WIDEST_HEAD:
+        return f"it needs heads of at most {plan.WIDEST_HEAD} channels, found {k.shape[-1]}"
+    if k.shape[0] * k.shape[1] > 65535:
+        return f"it needs at most 65535 heads, found {k.shape[0]} samples of {k.shape[1]}"
+    return None
+
+
 def unsuitable(name: str, *args) -> str | None:
     """What in its arguments an operation's kernels are not made for; None if nothing."""
     for x in args:
@@ -71,6 +83,8 @@ def unsuitable(name: str, *args) -> str | None:
             return f"it needs at most 65535 samples, found {x.shape[0]}"
         if x.ndim > 1 and _far(x):
             return f"it needs samples within 2^31 elements, found strides {x.stride()}"
+    if name in _FLAT:
+        return _not_for_flat(*(x for x in args if isinstance(x, Tensor)))
     if name not in _SCORES:
         return None
     at, spans, _ = _SCORES[name]
@@ -91,6 +105,13 @@ def _on_scores(name: str, *args):
     return getattr(_kernels(module), name)(*args)
 
 
+def _on_heads(name: str, *args):
+    if not _installed() or unsuitable(name, *args):
+        return getattr(composite, name)(*args)
+    args = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    return getattr(_kernels("flat_attention"), name)(*args)
+
+
 def _on_rows(module: str, name: str, *args):
     """An operation on logits or maps: rows or maps are its tensors of the highest rank."""
     empty = any(isinstance(x, Tensor) and x.ndim > 1 and not x.numel() for x in args)
@@ -100,6 +121,7 @@ def _on_rows(module: str, name: str, *args):
 
 KERNELS: dict[str, Callable] = {
     **{name: functools.partial(_on_scores, name) for name in _SCORES},
+    **{name: functools.partial(_on_heads, name) for name in _FLAT},
     **{name: functools.partial(_on_rows, "adaptation_head", name) for name in _LOGITS},
     **{name: functools.partial(_on_rows, "total_variation", name) for name in _MAPS},
 }
