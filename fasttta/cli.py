@@ -174,10 +174,10 @@ def _inspect_parser(commands: argparse._SubParsersAction) -> None:
     inspect.add_argument(
         "model",
         metavar="MODEL",
-        help="a CAV-MAE checkpoint file, or package.module:name of a module or of a function "
-        "that builds one",
+        help="a checkpoint file (CAV-MAE, OpenAI's CLIP), or package.module:name of a module or of "
+        "a function that builds one",
     )
-    inspect.add_argument("--num-heads", type=int, help="attention heads (default 12)")
+    inspect.add_argument("--num-heads", type=int, help="attention heads of a CAV-MAE (default 12)")
     inspect.add_argument(
         "--input",
         action="append",
@@ -207,7 +207,9 @@ def _inspect(options: argparse.Namespace) -> int:
         found = inspection.describe(model, spec)
     except TypeError as error:  # a model that fasttta does not know
         raise ValueError(str(error)) from error
-    found["heads_assumed"] = options.num_heads is None and "blocks" in found
+    from_file = ":" not in options.model or os.path.exists(options.model)
+    assumed = "blocks" in found or ("image" in found and from_file)
+    found["heads_assumed"] = options.num_heads is None and assumed
     print(json.dumps(found, indent=1) if options.json else inspection.table(found))
     return 0
 

@@ -251,6 +251,14 @@ class CLIP(nn.Module):
 
     # ------------------------------------------------------------------ for methods
 
+    def check_maps(self) -> None:
+        """Raises ValueError where the image tower has no attention maps: it is too short."""
+        blocks = 2 if self.map_kind == "grad-cam" else len(self.visual.transformer.resblocks)
+        if blocks < 2:
+            raise ValueError(
+                f"attention refinement needs an image tower of at least two blocks, found {blocks}"
+            )
+
     def attention_maps(self, pixels: Tensor, text: Tensor, rollout: str = "code") -> AttentionMaps:
         """Attention [N, G, G] of every image to its own top class, with their features.
 
@@ -266,8 +274,7 @@ class CLIP(nn.Module):
             raise ValueError(
                 f"rollout={rollout!r} is unknown; known: {', '.join(map(repr, ROLLOUTS))}"
             )
-        if self.map_kind == "rollout" and len(self.visual.transformer.resblocks) < 2:
-            raise ValueError("attention refinement needs an image tower of at least two blocks")
+        self.check_maps()
         scale = self.logit_scale.exp()
         maps = self._pieces(
             lambda x: attention_maps(self.visual, self._normalised(x), text, scale, rollout), pixels
