@@ -31,6 +31,7 @@ def bench_views(views, device, full, measure):
         lambda: tuple(x.to(device) for x in pillow_views(image, n, size)),
         tolerance=1e-6,
         rounds=3,
+        warmup=0,
         shape="500 x 375 to 224",
         headline=False,
         dtype=torch.float32,
