@@ -50,6 +50,10 @@ def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:
     }
 
 
+def _heads(count: int) -> str:
+    return f"{count} head{'s' * (count > 1)}"
+
+
 def _numbers(values: tuple[float, ...]) -> str:
     return " ".join(f"{x:.4g}" for x in values)
 
@@ -107,18 +111,18 @@ def table_clip(found: dict[str, Any]) -> str:
     if image["kind"] == "ViT":
         sizes += (
             f"{image['grid']} x {image['grid']} patches of {image['patch']}, width "
-            f"{image['width']}, {image['blocks']} blocks, {image['heads']} heads{assumed}"
+            f"{image['width']}, {image['blocks']} blocks, {_heads(image['heads'])}{assumed}"
         )
     else:
         sizes += (
             f"last map {image['grid']} x {image['grid']}, layers "
-            f"{', '.join(map(str, image['layers']))}, {image['heads']} heads{assumed}"
+            f"{', '.join(map(str, image['layers']))}, {_heads(image['heads'])}{assumed}"
         )
     lines = [
         f"recognised  {found['family']} ({found['found_at']}), {found['parameters']:,} parameters, "
         f"{found['dtype']} on {found['device']}",
         f"image       {image['kind']}, {sizes}",
-        f"text        width {text['width']}, {text['blocks']} blocks, {text['heads']} heads"
+        f"text        width {text['width']}, {text['blocks']} blocks, {_heads(text['heads'])}"
         f"{assumed}, context {text['context']} tokens, vocabulary {text['vocabulary']:,}",
         f"joint       {found['joint']} channels, cosine similarities times {found['scale']:.4g}",
         *(f"{name:<12}{what}" for name, what in found["inputs"].items()),
