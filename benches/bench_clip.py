@@ -230,7 +230,7 @@ def _image_flops(model: CLIP, views: int) -> int:
 @pytest.mark.parametrize(
     ("method", "classes"), [("a-tpt", 37), ("a-tpt", 397), ("tpt", 37), *[("a-tpt", 1000)] * CUDA]
 )
-def bench_episode(method, classes, model, device, full, measure):
+def bench_clip_episode(method, classes, model, device, full, measure):
     """A whole image, not the first (what only the class list decides is at hand). The reference is
     timed in parts; outputs are compared on fewer views and classes, where it is run whole."""
     options = METHOD if method == "a-tpt" else {"select": 0.25}
@@ -265,7 +265,7 @@ def bench_episode(method, classes, model, device, full, measure):
 
 
 @pytest.mark.parametrize("classes", [37, 397, 1000])
-def bench_text(classes, model, device, full, measure):
+def bench_clip_text(classes, model, device, full, measure):
     """Text features and their gradient to the prompt, 40 tokens a class in the reference."""
     ids = class_ids(classes, full)
     official = OfficialLoop(model, ids, fasttta.methods.ATPT())
@@ -299,7 +299,7 @@ def bench_text(classes, model, device, full, measure):
 
 
 @pytest.mark.parametrize("views", [64 if CUDA else 4])
-def bench_refinement(views, model, device, full, measure):
+def bench_clip_attention(views, model, device, full, measure):
     """Attention maps of views, the reference one at a time (with the text at hand)."""
     given = views_of(views if full else 3, model.resolution, device).base
     official = OfficialLoop(model, class_ids(37, full), fasttta.methods.ATPT())

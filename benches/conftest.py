@@ -242,7 +242,9 @@ def measure(
                 "bound_us": round(bound * 1e6, 2),
                 "percent_of_bound": round(100 * bound / best, 1),
             }
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        fifths = seconds  # of a single round
+        if len(seconds) > 1:
+            fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         name, params = request.node.originalname, dict(request.node.callspec.params)
         entry = {
             "id": request.node.name,
