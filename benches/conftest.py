@@ -6,7 +6,7 @@ import importlib.util
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -159,6 +159,8 @@ def measure(
         run: clock.Run,
         reference: clock.Run | None = None,
         *,
+        parts: Sequence[tuple[float, clock.Run]] = (),
+        check: tuple[clock.Run, clock.Run] | None = None,
         exact: tuple[Tensor, ...] | None = None,
         tolerance: float | None = None,
         checks: int = 1,
@@ -174,6 +176,9 @@ def measure(
         Args:
             run, reference: what is timed and what it is compared with; both return tensors, and
                 carry the same state, if any. Without a reference, ``run`` is the reference path.
+            parts: in place of a reference that takes minutes: (how often it does something, that),
+                timed once each in turn; its time is their sum and its peak memory the largest.
+            check: then ``run`` and the whole reference on something smaller, to be compared.
             exact: float64 outputs, possibly of the first samples only.
             tolerance: allowed difference, a share of the largest output; None: four times the
                 reference's own error.
@@ -189,9 +194,10 @@ def measure(
         """
         if threads is not None:
             torch.set_num_threads(threads)
+        checked, whole = check or (run, reference)
         for _ in range(checks):
-            outputs = run()
-            expected = outputs if reference is None else reference()
+            outputs = checked()
+            expected = outputs if whole is None else whole()
             errors = _agreement(outputs, expected, exact, tolerance)
         if not full:
             benchmark.pedantic(lambda: None)  # the checks were the smoke test
@@ -201,7 +207,10 @@ def measure(
         if device.type == "cuda":
             launches = clock.launches(run)
             reference_launches = clock.launches(reference) if reference else launches
-        reference_peak = clock.peak_bytes(reference, device) if memory and reference else peak
+        sides = [part for _, part in parts] or ([reference] if reference else [])
+        reference_peak = peak
+        if memory and sides:
+            reference_peak = max(clock.peak_bytes(side, device) for side in sides)
 
         watch = clock.HostClock()
         target = run
@@ -211,14 +220,16 @@ def measure(
         benchmark._timer = watch
         warm = False
         if rounds is None:
-            turn = watch.time(run) + (0 if reference is None else watch.time(reference))
+            turn = watch.time(run) + sum(watch.time(side) for side in sides)
             rounds = int(min(200, max(5, _SECONDS / turn)))
             # short calls each follow an untimed one of their own side, so that what the other side
             # leaves of caches and of the allocator's heap is not measured
             warm = device.type == "cpu" and turn < _SHORT
 
         def other_side() -> None:
-            if reference is not None:
+            if parts:
+                turns.append(sum(count * watch.time(part) for count, part in parts))
+            elif reference is not None:
                 if warm:
                     reference()
                 turns.append(watch.time(reference))
@@ -255,7 +266,9 @@ def measure(
                 "bound_us": round(bound * 1e6, 2),
                 "percent_of_bound": round(100 * bound / best, 1),
             }
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        fifths = seconds  # of a single round
+        if len(seconds) > 1:
+            fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         name, params = request.node.originalname, dict(request.node.callspec.params)
         entry = {
             "id": request.node.name,

@@ -22,18 +22,30 @@ def _words(text: str) -> list[str]:
 def _demo_parser(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
-        help="adapt a small trained audio-visual model on corrupted streams, offline",
+        help="adapt a small trained model offline: audio-visual streams, or (demo clip) a CLIP",
         description="Adapts a small trained audio-visual transformer, label-free, on corrupted "
-        "streams of handwritten and spoken digits, and prints accuracy next to the source model.",
+        "streams of handwritten and spoken digits, and prints accuracy next to the source model. "
+        "fasttta demo clip: a small CLIP on images of digits, clean and attacked.",
     )
-    demo.add_argument("--quick", action="store_true", help="three streams of 448 samples")
+    demo.add_argument(
+        "what", nargs="?", choices=["clip"], metavar="clip", help="the CLIP in place of streams"
+    )
+    demo.add_argument("--quick", action="store_true", help="fewer streams or methods, and samples")
     demo.add_argument("--json", action="store_true", help="print the report as JSON")
-    demo.add_argument("--streams", type=_words, metavar="A,B", help="corruptions to run")
     demo.add_argument("--methods", type=_words, metavar="A,B", help="methods to run")
-    demo.add_argument("--severity", type=float, default=5, help="1 to 8 (default 5)")
-    demo.add_argument("--samples", type=int, help="samples in a stream (default 768)")
-    demo.add_argument("--batch", type=int, default=64, help="samples in a batch (default 64)")
+    demo.add_argument("--samples", type=int, help="samples in a stream (default 768; clip: 48)")
     demo.add_argument("--seeds", type=_numbers, default=[0], metavar="0,1", help="(default 0)")
+    streams = demo.add_argument_group("streams")
+    streams.add_argument("--streams", type=_words, metavar="A,B", help="corruptions to run")
+    streams.add_argument("--severity", type=float, help="1 to 8 (default 5)")
+    streams.add_argument("--batch", type=int, help="samples in a batch (default 64)")
+    clip = demo.add_argument_group("demo clip")
+    clip.add_argument("--eps", type=float, help="radius of the attack, of 255 (default 4)")
+    clip.add_argument("--steps", type=int, help="gradient steps of the attack (default 10)")
+    clip.add_argument(
+        "--labels", choices=["true", "pseudo"],
+        help="what the attack moves away from: the true label (default) or the prediction",
+    )  # fmt: skip
     _report_arguments(demo)
     demo.set_defaults(command=_demo)
 
@@ -80,24 +92,48 @@ def _write_report(options: argparse.Namespace, report) -> None:
         print(f"charts: {len(paths)} files in {paths[0].parent}", file=sys.stderr)
 
 
+_OF_STREAMS, _OF_CLIP = ("streams", "severity", "batch"), ("eps", "steps", "labels")
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, object]:
+    """Those options that were given."""
+    found = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _demo(options: argparse.Namespace) -> int:
+    clip = options.what == "clip"
+    others = _given(options, _OF_STREAMS if clip else _OF_CLIP)
+    if others:
+        which = "demo clip takes no" if clip else "needs demo clip:"
+        raise ValueError(f"{which} {', '.join(f'--{name}' for name in others)}")
+    _check_report(options)
+    chosen = _given(options, ("methods", "samples", *(_OF_CLIP if clip else _OF_STREAMS)))
+    return (_demo_clip if clip else _demo_streams)(options, chosen)
+
+
+def _demo_streams(options: argparse.Namespace, chosen: dict[str, object]) -> int:
     from .demo import run as demo
     from .evaluate import Report
 
-    _check_report(options)
-    given = {name: getattr(options, name) for name in ("streams", "methods", "samples")}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    report = Report(
-        demo.run(
-            **{**(demo.QUICK if options.quick else {}), **chosen},
-            severity=options.severity,
-            batch=options.batch,
-            seeds=options.seeds,
-            progress=demo.ProgressBar(),
-        )
-    )
+    settings = {**(demo.QUICK if options.quick else {}), **chosen}
+    report = Report(demo.run(**settings, seeds=options.seeds, progress=demo.ProgressBar()))
     _print(report.data, report.table(), options.json)
     _write_report(options, report)
+    return 0
+
+
+def _demo_clip(options: argparse.Namespace, chosen: dict[str, object]) -> int:
+    from .demo.clip import report, run
+    from .evaluate import ProgressBar
+
+    settings = {**(run.QUICK if options.quick else {}), **chosen}
+    found = run.run(
+        **settings, seeds=options.seeds, examples=3 if options.report else 0,
+        progress=ProgressBar(),
+    )  # fmt: skip
+    _print(found, report.table(found), options.json)
+    _write_report(options, report.document(found))
     return 0
 
 
@@ -174,10 +210,10 @@ def _inspect_parser(commands: argparse._SubParsersAction) -> None:
     inspect.add_argument(
         "model",
         metavar="MODEL",
-        help="a CAV-MAE checkpoint file, or package.module:name of a module or of a function "
-        "that builds one",
+        help="a checkpoint file (CAV-MAE, OpenAI's CLIP), or package.module:name of a module or of "
+        "a function that builds one",
     )
-    inspect.add_argument("--num-heads", type=int, help="attention heads (default 12)")
+    inspect.add_argument("--num-heads", type=int, help="attention heads of a CAV-MAE (default 12)")
     inspect.add_argument(
         "--input",
         action="append",
@@ -207,7 +243,9 @@ def _inspect(options: argparse.Namespace) -> int:
         found = inspection.describe(model, spec)
     except TypeError as error:  # a model that fasttta does not know
         raise ValueError(str(error)) from error
-    found["heads_assumed"] = options.num_heads is None and "blocks" in found
+    from_file = ":" not in options.model or os.path.exists(options.model)
+    assumed = "blocks" in found or ("image" in found and from_file)
+    found["heads_assumed"] = options.num_heads is None and assumed
     print(json.dumps(found, indent=1) if options.json else inspection.table(found))
     return 0
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.state import structural_copy
+from .families_dual import NEEDED, refusal, towers, traits
 from .models import CLIP
 from .models.clip_convert import convert_hugging_face, convert_open_clip
 
@@ -85,8 +86,8 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
     open_clip's or OpenAI's CLIP; in DataParallel, DDP or torch.compile or not. None: none of them.
 
     Raises:
-        ValueError: it has the parts of one but cannot be converted.
-        TypeError: a TorchScript module.
+        ValueError: it has the parts of one but cannot be converted; says what it has otherwise.
+        TypeError: a TorchScript module; another dual encoder (SigLIP, ALIGN, ...).
     """
     while isinstance(model, nn.Module):
         if isinstance(model, CLIP):
@@ -102,6 +103,8 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
             model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
         ) else "_orig_mod" if type(model).__name__ == "OptimizedModule" else None  # fmt: skip
         if inner is None:
+            if reason := refusal(model):
+                raise TypeError(reason)
             return None
         model = getattr(model, inner)
     else:
@@ -113,8 +116,12 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
         )
     try:
         clip = convert(model)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{type(model).__name__} looks like {family}, but {error}") from error
+    except (ValueError, AttributeError, KeyError) as error:
+        others = traits(model) if towers(model) else []
+        found = f". It is no CLIP: found {', '.join(others)}; {NEEDED}" if others else ""
+        raise ValueError(
+            f"{type(model).__name__} looks like {family}, but {error}{found}"
+        ) from error
     return RecognisedCLIP(family, clip, model, outputs)
 
 

@@ -12,7 +12,10 @@ from torch import nn
 
 from . import methods
 from .families import recognise
-from .models import CAVMAE
+from .families_clip import recognise_clip
+from .inspection_clip import describe_clip, table_clip
+from .models import CAVMAE, CLIP
+from .models.clip_checkpoint import is_clip_checkpoint
 from .models.spec import ModelSpec
 from .models.specified import SpecifiedModel
 from .protocols import FusionModel
@@ -33,6 +36,8 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: it is not a model that fasttta knows.
     """
+    if spec is None and (clip := recognise_clip(model)):
+        return describe_clip(clip)
     known = recognise(model, spec)
     fusion = known.fusion
     weight = next(fusion.parameters())
@@ -54,13 +59,21 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
 
 
 def open_model(name: str, num_heads: int | None = None) -> nn.Module:
-    """The model of a command line: a CAV-MAE checkpoint's, or what ``package.module:name`` is (a
-    module) or makes (a function without arguments). Modules are looked for in this folder too.
+    """The model of a command line: that of a CAV-MAE or OpenAI CLIP checkpoint, or what
+    ``package.module:name`` is (a module) or makes (a function without arguments). Modules are
+    looked for in this folder too.
 
     Raises:
         ValueError, OSError: there is no such file, module or name, or it is of another kind.
     """
     if os.path.exists(name) or ":" not in name:
+        if is_clip_checkpoint(name):
+            if num_heads is not None:
+                raise ValueError(
+                    f"--num-heads {num_heads}: heads of a CLIP checkpoint have 64 channels; leave "
+                    "it out, or give another CLIP as package.module:name"
+                )
+            return CLIP.from_checkpoint(name)
         return CAVMAE.from_checkpoint(name, num_heads=num_heads or 12)
     where, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -118,6 +131,11 @@ def spec_of(model: nn.Module) -> ModelSpec:
     Raises:
         ValueError: it is no CAV-MAE.
     """
+    if recognise_clip(model):
+        raise ValueError(
+            f"{type(model).__name__} is a CLIP, which needs no ModelSpec: fasttta.adapt(model, "
+            "classes=names)"
+        )
     try:
         fusion = recognise(model).fusion
     except TypeError as error:
@@ -189,6 +207,8 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """What ``describe`` found, as text."""
+    if "image" in found:
+        return table_clip(found)
     if "blocks" in found:
         blocks = ", ".join(f"{n} {name}" for name, n in found["blocks"].items())
         assumed = " (assumed, see --num-heads)" if found.get("heads_assumed") else ""

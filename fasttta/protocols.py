@@ -73,6 +73,9 @@ class VisionLanguageModel(Protocol):
     def prompts(self, ids: Tensor, length: int = 0) -> Any:
         """Token ids [C, L] -> features, and their derivative, as a function of the prompt."""
 
+    def check_maps(self) -> None:
+        """Raises ValueError where ``attention_maps`` would, whatever the image."""
+
     def attention_maps(self, pixels: Tensor, text: Tensor, rollout: str = "code") -> Any:
         """Attention ``grid`` [N, G, G] of every image to its top class of text [C, E]."""
 

@@ -13,6 +13,7 @@ from . import svg
 from .charts import Chart, Heat
 from .output import check_folder, check_matplotlib, check_output, write_whole
 from .page import page
+from .pictures import Gallery
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ class Document:
     """A title and parts in order."""
 
     title: str
-    parts: list[Text | Heading | Tiles | Table | Figure | Facts] = field(default_factory=list)
+    parts: list[Text | Heading | Tiles | Table | Figure | Facts | Gallery] = field(
+        default_factory=list
+    )
 
     def html(self) -> str:
         body = [f"<h1>{escape(self.title)}</h1>", *(part.html() for part in self.parts)]

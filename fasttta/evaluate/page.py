@@ -69,6 +69,9 @@ svg text.strong{font-weight:700}
 .band{fill-opacity:.15}
 .mark{stroke:var(--card);stroke-width:1}
 .heat{fill:var(--accent)}
+.gallery img{width:72px;height:72px;image-rendering:pixelated;display:block;border-radius:4px}
+.gallery td{vertical-align:middle;text-align:left}.gallery th{text-align:left}
+.gallery .bar{display:inline-block;height:9px;margin-left:8px;background:var(--accent)}
 @media (max-width:640px){main{padding:24px 12px 40px}.card{padding:12px}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}th,td{padding:6px 8px}}
 @media print{:root{--bg:#fff}body{font-size:11pt}main{max-width:none;padding:0}

@@ -109,6 +109,10 @@ class ATPT(PromptTuning):
         require(isinstance(self.tv_loss, bool), "tv_loss", self.tv_loss, "True or False")
         check_agreement(self, self.similarity_temperature, "similarity_temperature")
 
+    def check_model(self, model: Any) -> None:
+        super().check_model(model)
+        model.check_maps()
+
     def pixels(self, model, text, views):
         regions = [each.region for each in views]
         given = all(region is not None for region in regions)

@@ -80,6 +80,22 @@ def read_clip_state(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[st
         return {name: x.detach().to(dtype, copy=own) for name, x in plain.items()}
 
 
+def is_clip_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a file is meant to be a CLIP's: a TorchScript archive, or names of OpenAI's towers.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is no checkpoint.
+    """
+    if os.path.isfile(path) and _is_torchscript(path):
+        return True
+    state = _read_file(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    names = {str(name).removeprefix("module.") for name in state}
+    return "token_embedding.weight" in names or any(name.startswith("visual.") for name in names)
+
+
 def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     found = {int(m[1]) for m in map(re.compile(rf"{prefix}\.(\d+)\.").match, state) if m}
     if not found or found != set(range(len(found))):

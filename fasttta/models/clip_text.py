@@ -18,7 +18,7 @@ from torch import Tensor, nn
 # Tokens in one pass. CPU: the fastest of 512, 1024, 2048 at 1000 classes (2 cores, width 512) and
 # 371 MiB at its peak; GPU: one pass up to ImageNet's size.
 _TOKENS = {"cpu": 512, "cuda": 8192}
-_KEEP_BYTES = 256 * 2**20  # activations of the initial prompt that are kept for later images
+_KEEP_BYTES = 256 * 2**20  # activations that may be kept until (for the initial prompt, after) use
 
 
 class Linearised(NamedTuple):
@@ -198,41 +198,40 @@ class Prompts:
 
     def linearise(self, prompt: Tensor | None = None) -> Linearised:
         """Features and pullback at prompts [B, n, D]; None: the initial prompt, for any number of
-        cotangents, its features (and activations, where they fit) kept for the next call.
+        cotangents, kept for the next call.
 
-        Chunks of classes are computed again in the backward pass, so that its peak is that of one
-        chunk.
+        Where activations do not fit, chunks of classes are computed again in the backward pass, so
+        that its peak is that of one chunk.
         """
         if prompt is not None:
-            with torch.no_grad():
-                features = self.features(prompt)
-            return Linearised(features, lambda cotangent: self._pullback(prompt, cotangent))
+            return self._kept(prompt) if self._fits(len(prompt)) else self._again(prompt)
         if self._first is None:
-            self._first = self._kept() if self._fits else self._linearised_initial()
+            start = self.initial[None]
+            self._first = self._kept(start) if self._fits(1) else self._again(start)
         return self._first
 
-    @property
-    def _fits(self) -> bool:
+    def _fits(self, prompts: int) -> bool:
         # about 15 values a token, channel and block are saved for the backward pass
-        tokens = sum(len(chunk.tokens) for chunk in self.chunks)
+        tokens = prompts * sum(len(chunk.tokens) for chunk in self.chunks)
         x, blocks = self.initial, len(self.model.transformer.resblocks)
         return 15 * tokens * blocks * x.shape[-1] * x.element_size() <= _KEEP_BYTES
 
-    def _linearised_initial(self) -> Linearised:
+    def _again(self, prompt: Tensor) -> Linearised:
         with torch.no_grad():
-            features = self.features()
-        start = self.initial[None]
-        return Linearised(features, lambda cotangent: self._pullback(start, cotangent))
+            features = self.features(prompt)
+        return Linearised(features, lambda cotangent: self._pullback(prompt, cotangent))
 
-    def _kept(self) -> Linearised:
+    def _kept(self, prompt: Tensor) -> Linearised:
+        """With the graph: a third less work than computing it again, as long as it fits."""
         with torch.enable_grad():
-            leaf = self.initial[None].clone().requires_grad_()
+            leaf = prompt.detach().clone().requires_grad_()
             features = self.features(leaf)
 
         def pullback(cotangent: Tensor) -> Tensor:
+            # one prompt for all cotangents, or one each
+            pieces = [cotangent] if len(leaf) > 1 else cotangent.split(1)
             rows = [
-                torch.autograd.grad(features, leaf, row[None], retain_graph=True)[0]
-                for row in cotangent
+                torch.autograd.grad(features, leaf, piece, retain_graph=True)[0] for piece in pieces
             ]
             return torch.cat(rows)
 
