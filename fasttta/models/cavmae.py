@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +227,14 @@ class CAVMAE(nn.Module):
         from .prompted import PromptedCAVMAE
 
         return PromptedCAVMAE(self, prompts)
+
+    def rational(self, **options: Any) -> nn.Module:
+        """A model over the same weights whose linear classifier a rational head weighs, as RAda
+        tunes it; options as ``fresh_head`` takes them."""
+        from .rational_models import RationalCAVMAE, fresh_head
+
+        linear = self.mlp_head[1]
+        return RationalCAVMAE(self, fresh_head(self.dim, linear.weight, **options))
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), frozen weights converted once.

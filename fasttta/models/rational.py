@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +74,20 @@ class RationalHead(nn.Module):
             ValueError, TypeError: shapes or types do not fit, fewer than 2 classes, a feature
                 without length (told on the CPU only; elsewhere it gives NaN).
         """
+        rational, mask = self._masked(image, text, scale)
+        logits = scale * (mask * rational).sum(dim=-1)
+        if bias is not None:
+            logits = logits + bias
+        return (logits, mask) if return_mask else logits
+
+    def deviation(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
+        """What the mask adds to the cosines, sum over d of (mask[k, d] - 1) * f_d * h_kd: [B, K],
+        exactly 0 of a fresh head. Arguments and errors as of ``forward``."""
+        rational, mask = self._masked(image, text, scale)
+        return ((mask - 1) * rational).sum(dim=-1)
+
+    def _masked(self, image: Tensor, text: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The rational matrix and its mask, [B, K, D] each."""
         self._check(image, text, scale)
         image = image / image.norm(dim=-1, keepdim=True)
         text = text / text.norm(dim=-1, keepdim=True)
@@ -89,11 +105,7 @@ class RationalHead(nn.Module):
         mean = ((factor * (q1 @ k.transpose(-2, -1))).softmax(dim=-1)) @ v
         attended = mean + flat_attention(q2, k, v, factor) + flat_attention(q3, k, v, factor)
         out = self.out_proj((attended / 3).transpose(1, 2).flatten(2))
-        mask = F.relu(1 + out)
-        logits = scale * (mask * rational).sum(dim=-1)
-        if bias is not None:
-            logits = logits + bias
-        return (logits, mask) if return_mask else logits
+        return rational, F.relu(1 + out)
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, K, D] -> [B, H, K, d], laid out so that no product needs a copy of its own."""
@@ -178,6 +190,10 @@ class FeatureClassifier(nn.Module):
                 raise TypeError(f"features must be floating point, found {features.dtype}")
             features = features.to(self.text.dtype)
         self.head._check(features, self.text, self.scale)
+
+    def rational(self, **options: Any) -> FeatureClassifier:
+        """Itself: it has a head, and options are for a fresh one."""
+        return self
 
     def tunable(self, group: str) -> dict[str, Slot]:
         """``"head"``: all parameters of the head; ``"head_out"``: its last projection."""
