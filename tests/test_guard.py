@@ -44,7 +44,7 @@ def test_begins_anew(tiny_model, tiny_batch, name, monkeypatch):
 def test_entropy_is_watched(tiny_model, tiny_batch):
     """Louder from one batch on, and less certain, which any method can tell."""
     batches = [tuple(x * (0.02 if i < 6 else 6) for x in tiny_batch(64, seed=i)) for i in range(8)]
-    for name in ("source", "tent", "rada"):
+    for name in ("source", "rada"):
         results = list(guarded(tiny_model(), name).stream(batches))
         assert [int(r.stats["reset"]) for r in results] == [0, 0, 0, 0, 0, 0, 1, 0], name
 

@@ -24,7 +24,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _portion(tokens: Tensor) -> int:
+def portion(tokens: Tensor) -> int:
     """Samples to compute at a time: on a CPU about 4 MiB of float32 tokens, which keeps the MLP's
     buffers (four times as wide) in reach of the caches; elsewhere all."""
     if tokens.device.type != "cpu":
@@ -35,11 +35,11 @@ def _portion(tokens: Tensor) -> int:
 def _through(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
     """Tokens [B, T, D] through an encoder; without gradients a portion at a time, in place of
     each other."""
-    if torch.is_grad_enabled() or len(tokens) <= _portion(tokens):
+    if torch.is_grad_enabled() or len(tokens) <= portion(tokens):
         for block in blocks:
             tokens, _ = block(tokens)
         return tokens
-    for part in tokens.split(_portion(tokens)):
+    for part in tokens.split(portion(tokens)):
         x = part
         for block in blocks:
             x, _ = block(x)
@@ -350,7 +350,7 @@ class CAVMAE(nn.Module):
     def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
         """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample
         at a time, which needs a quarter of a batch of 4's buffers and is no slower."""
-        return tokens.split(_portion(tokens))
+        return tokens.split(portion(tokens))
 
     def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, Attention]:
         """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""
