@@ -80,11 +80,13 @@ class RationalHead(nn.Module):
             logits = logits + bias
         return (logits, mask) if return_mask else logits
 
-    def deviation(self, image: Tensor, text: Tensor, scale: float | Tensor) -> Tensor:
+    def deviation(
+        self, image: Tensor, text: Tensor, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What the mask adds to the cosines, sum over d of (mask[k, d] - 1) * f_d * h_kd: [B, K],
-        exactly 0 of a fresh head. Arguments and errors as of ``forward``."""
+        exactly 0 of a fresh head; and the mask. Arguments and errors as of ``forward``."""
         rational, mask = self._masked(image, text, scale)
-        return ((mask - 1) * rational).sum(dim=-1)
+        return ((mask - 1) * rational).sum(dim=-1), mask
 
     def _masked(self, image: Tensor, text: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """The rational matrix and its mask, [B, K, D] each."""
@@ -211,7 +213,11 @@ class FeatureClassifier(nn.Module):
         return features
 
     def fuse(self, features: Tensor) -> Tensor:
-        return self.head(features, self.text, self.scale, self.bias)
+        return self.scored(features, self.text)[0]
+
+    def scored(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D] and class features [K, D] -> logits [B, K] and mask [B, K, D]."""
+        return self.head(features, text, self.scale, self.bias, return_mask=True)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, K]."""

@@ -115,11 +115,12 @@ class RationalCAVMAE(FeatureClassifier):
         pooled, _ = self.model.pool(self.model.encode(audio, video))
         return self.model.mlp_head[0](pooled).to(self.text.dtype)
 
-    def fuse(self, features: Tensor) -> Tensor:
-        """Features [B, D] -> logits [B, C]."""
-        lengths = features.norm(dim=-1, keepdim=True) * self.text.norm(dim=-1)
-        own = self.model.mlp_head[1](features.to(self.model.mlp_head[1].weight.dtype))
-        return own + lengths * self.head.deviation(features, self.text, self.scale)
+    def scored(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D] -> logits [B, C] and mask [B, C, D]; text: the classifier's rows."""
+        linear = self.model.mlp_head[1]
+        lengths = features.norm(dim=-1, keepdim=True) * text.norm(dim=-1)
+        added, mask = self.head.deviation(features, text, self.scale)
+        return linear(features.to(linear.weight.dtype)) + lengths * added, mask
 
     def forward(self, audio: Tensor, video: Tensor) -> Tensor:
         """Audio [B, frames, mel bins], video [B, 3, rows, columns] -> logits [B, C]."""
