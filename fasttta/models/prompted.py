@@ -13,6 +13,7 @@ from ..protocols import Slot, Streams
 from ..trace import span
 from .cavmae import CAVMAE, Block, portion
 from .layers import Linear, SelfAttention
+from .prompt_attention import prompt_attention
 from .staged import staged
 
 
@@ -242,7 +243,5 @@ def _attend(attn: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_with(attn: SelfAttention, normed: Tensor, prompt_keys: Tensor) -> Tensor:
     """Attention of tokens [B, T, D] over themselves and prompts given as keys, values [n, 2 D]."""
     normed = normed.to(prompt_keys.dtype)  # once for both products
-    q = _heads(attn, _rows(attn.qkv, normed, 0, 1), 1)[0]
-    own = _rows(attn.qkv, normed, 1, 3)
-    both = torch.cat((prompt_keys.expand(len(own), -1, -1), own), dim=1)
-    return _attend(attn, q, *_heads(attn, both, 2))
+    q, own = _rows(attn.qkv, normed, 0, 1), _rows(attn.qkv, normed, 1, 3)
+    return attn.proj(prompt_attention(q, own, prompt_keys, attn.heads, attn.scale))
