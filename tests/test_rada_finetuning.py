@@ -1,4 +1,4 @@
-"""Fine-tuning of whole models with RAda's head: frozen encoders, and through them."""
+"""Fine-tuning RAda's head, and whole models with it: frozen encoders, and through them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,80 @@ import fasttta
 from fasttta.models import RationalHead
 
 OPTIONS = {"epochs": 3, "batch": 4, "lr": 3e-3, "encoder_lr": 1e-3}
+
+
+def task(seed=0, n=40):
+    """Noisy features of 7 classes, their labels, and the classes."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(7, 12, generator=generator)
+    labels = torch.arange(n) % 7
+    return text[labels] + 0.9 * torch.randn(n, 12, generator=generator), labels, text
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_finetune(optimizer):
+    features, labels, text = task()
+    torch.manual_seed(0)
+    head = RationalHead(12, 3)
+    before = copy.deepcopy(head.state_dict())
+    lr = {"adam": 5e-3, "sgd": 0.1}[optimizer]
+    options = {"scale": 10.0, "batch": 8, "epochs": 6, "optimizer": optimizer, "lr": lr}
+    tuned = fasttta.finetune(head, features, labels, text, **options)
+    assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
+    losses = [
+        nn.functional.cross_entropy(h(features, text, 10.0), labels).item() for h in (head, tuned)
+    ]
+    assert losses[1] < 0.9 * losses[0]
+    again = fasttta.finetune(head, features, labels, text, **options)
+    other = fasttta.finetune(head, features, labels, text, **options, seed=1)
+    assert all(torch.equal(x, again.state_dict()[n]) for n, x in tuned.state_dict().items())
+    assert not torch.equal(other.out_proj.weight, tuned.out_proj.weight)
+    with torch.inference_mode():
+        inside = fasttta.finetune(head, features, labels, text, **options)
+    assert torch.equal(inside.out_proj.weight, tuned.out_proj.weight)
+
+
+@pytest.mark.parametrize("penalty", ["mse", "linf"])
+def test_penalty_holds_the_mask(penalty):
+    features, labels, text = task()
+    torch.manual_seed(0)
+    head, away = RationalHead(12, 3), []
+    for alpha in (0.0, 30.0):
+        tuned = fasttta.finetune(head, features, labels, text, scale=10.0, epochs=6, lr=5e-3,
+                                 penalty=penalty, alpha=alpha, batch=8)  # fmt: skip
+        _, mask = tuned(features, text, 10.0, return_mask=True)
+        away.append((mask - 1).square().mean())
+    assert away[1] < 0.5 * away[0]
+
+
+def test_bad_fine_tuning():
+    features, labels, text = task()
+    head = RationalHead(12, 3)
+    for changes, match in (
+        ({"optimizer": "lion"}, "optimizer='lion' is unknown; known: 'adam', 'sgd'"),
+        ({"penalty": "l1"}, "penalty='l1'"),
+        ({"objective": "mse"}, "objective='mse'"),
+        ({"lr": 0}, "lr=0"),
+        ({"alpha": -1.0}, "alpha=-1.0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch": 0}, "batch=0"),
+        ({"labels": labels[:5]}, r"labels must be a tensor \[40\]"),
+        ({"labels": labels + 1}, "labels must lie in 0 to 6"),
+        ({"labels": labels.float()}, "labels must be integers"),
+        ({"features": features[0]}, "features must be a tensor"),
+        ({"features": features * torch.nan}, "the loss is not finite"),
+    ):
+        arguments = {"features": features, "labels": labels, "text": text, **changes}
+        with pytest.raises(ValueError, match=match):
+            fasttta.finetune(head, **arguments)
+    tuning = fasttta.FineTuning(head, text, scale=10.0)
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(ValueError, match="labels must lie"):
+        tuning.step(features, labels + 1)
+    assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
+
+
+# ------------------------------------------------------------------------------- whole models
 
 
 def rational_clip(**options):

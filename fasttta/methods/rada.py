@@ -161,11 +161,11 @@ class RAda(Method):
         count = len(views) if weight is None else weight.sum()
         most = max(1, int(self.select * len(views)))
         with torch.no_grad():
-            original = model.fuse(views[:1])
             if "selected" in state:
-                chosen = state["selected"]
+                original, chosen = model.fuse(views[:1]), state["selected"]
             else:
-                entropy = F.entropy(model.fuse(views))
+                before = model.fuse(views)
+                original, entropy = before[:1], F.entropy(before)
                 if weight is not None:
                     entropy = torch.where(weight > 0, entropy, torch.inf)
                 chosen = entropy.argsort(stable=True)[:most]
