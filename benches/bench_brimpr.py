@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -142,7 +143,8 @@ def _flops(model: CAVMAE, samples: int, kept: tuple[int, int]) -> int:
     return samples * (encoders + fused + 2 * (block(ta) + block(tv)))
 
 
-def bench_brimpr(full, device, measure, threads):
+@pytest.mark.parametrize("precision", ["fp32"])
+def bench_brimpr(precision, full, device, measure, threads):
     torch.manual_seed(0)
     sizes = {} if full else {
         "dim": 12, "num_heads": 3, "audio_tokens": 6, "video_tokens": 4, "depth": (1, 2, 1),
@@ -166,7 +168,7 @@ def bench_brimpr(full, device, measure, threads):
     stats = fasttta.SourceStats(
         **{n: (drawn(*s).abs() / 4, drawn(*s) / 4) for n, s in model.feature_shapes().items()}
     )
-    adapted = fasttta.adapt(model, "brimpr", source_stats=stats, precision="fp32")
+    adapted = fasttta.adapt(model, "brimpr", source_stats=stats, precision=precision)
     started = {n.removeprefix("prompts."): x for n, x in adapted.tuned.items()}
     official = OfficialStep(model, started, stats)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..protocols import Slot
-from .flat_attention import flat_attention
+from .flat_attention import flat_attentions
 
 # Values of [B, K, D] at a time where no graph is kept: of 1000 classes at width 512 32 images, and
 # 64 MiB each of the several tensors of this size that a head computes
@@ -109,7 +109,7 @@ class RationalHead(nn.Module):
         factor = (self.dim // self.heads) ** -0.5 / self.temperature
         # queries that are alike for all rows: the flattened softmax is that of one row
         mean = ((factor * (q1 @ k.transpose(-2, -1))).softmax(dim=-1)) @ v
-        attended = mean + flat_attention(q2, k, v, factor) + flat_attention(q3, k, v, factor)
+        attended = mean + flat_attentions((q2, q3), k, v, factor)
         out = self.out_proj((attended / 3).transpose(1, 2).flatten(2))
         return rational, F.relu(1 + out)
 
