@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fasttta
 import fasttta.trace
+from fasttta.data import FeatureCache
 from fasttta.models import CAVMAE
 from fasttta.ops import reference
 
@@ -39,6 +40,7 @@ if not CUDA:
     SETTINGS = {
         "queue of 4": ("abpem", {"k": 8, "window": 4}, 4),
         "no queue": ("abpem", {"k": 8, "window": 1}, 4),
+        "latency": ("abpem", {"k": 8, "window": 1}, 1),
         "read": ("read", {}, 4),
         "tent": ("tent", {}, 4),
     }
@@ -198,7 +200,7 @@ def bench_step(setting, precision, engine, model, device, full, measure):
         lambda: official(*inputs),
         tolerance=TOLERANCES[precision],
         checks=window + 1,  # the last has a full window, and sees the updates of the others
-        rounds=20 if CUDA else 3,
+        rounds=200 if CUDA and setting == "latency" else 20 if CUDA or setting == "latency" else 3,
         warmup=3 if CUDA else 0,  # the checks have run both
         queued=False,
         memory=True,
@@ -210,6 +212,34 @@ def bench_step(setting, precision, engine, model, device, full, measure):
         # what a step must read at least: the weights and the inputs, once
         bytes=sum(x.nbytes for x in (*inputs, *model.parameters())),
         breakdown=breakdown(_case(setting, model, device, full, precision, "eager")[0], inputs),
+    )
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("setting", list(SETTINGS)[:3])
+def bench_compiled_step(setting, model, device, full, measure):
+    """What torch.compile makes of the official step's passes, against the step as it is."""
+    precision = PRECISIONS[0]
+    _, official, inputs, options = _case(setting, model, device, full, precision, "eager")
+    compiled = OfficialStep(model, official.method, precision)
+    mode = "reduce-overhead" if CUDA else "default"
+    encode, compiled._fuse = (
+        torch.compile(x, mode=mode) for x in (compiled._encode, compiled._fuse)
+    )
+    # replayed graphs overwrite their results, and the queue keeps these
+    compiled._encode = lambda *inputs: encode(*inputs).clone()
+    measure(
+        lambda: compiled(*inputs),
+        lambda: official(*inputs),
+        tolerance=TOLERANCES[precision],
+        checks=options["window"] + 1,
+        rounds=20 if CUDA else 3,
+        warmup=3 if CUDA else 0,
+        queued=False,
+        memory=True,
+        samples=len(inputs[0]),
+        shape=f"batch {len(inputs[0])}",
+        mode=mode,
     )
 
 
@@ -240,6 +270,28 @@ def bench_stream(precision, model, device, full, measure):
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         flops=4 * _flops(model, len(inputs[0]), 1),
         bytes=sum(x.nbytes for x in (*inputs, *inputs, *inputs, *inputs, *model.parameters())),
+    )
+
+
+def bench_cached_features(model, device, full, measure, tmp_path):
+    """What a second method on a cached stream spends on features, against encoding them."""
+    adapted, _, inputs, _ = _case("read", model, device, full, "fp32", "eager")
+    first, batches = FeatureCache(tmp_path), [inputs]
+    list(adapted.stream(batches, cache=first))
+    second = FeatureCache(tmp_path).of(adapted._hidden[1], adapted.precision)
+    prepared = adapted._step.prepare(inputs)
+
+    def nothing(inputs):
+        raise AssertionError("everything was to be found in the cache")
+
+    measure(
+        lambda: (second.features(second.keys(prepared, None), prepared, nothing),),
+        lambda: (adapted._step.encode(prepared),),
+        tolerance=0.0,
+        rounds=5,
+        queued=False,
+        samples=len(inputs[0]),
+        shape=f"batch {len(inputs[0])}, keys of the samples' bytes",
     )
 
 

@@ -34,8 +34,10 @@ machine = _module("machine").machine
 
 _SECONDS = 4.0  # of one bench, both sides together, where its rounds are not given
 _SHORT = 0.5  # s, both sides together
+_SERIES = 3  # in which a result may reach the stored one
 
 _ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
+_STORED = pytest.StashKey[dict[str, dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--save-results",
         action="store_true",
         help=f"with --benchmark: update {HERE.name}/results/<device>.json",
+    )
+    group.addoption(
+        "--check-results",
+        action="store_true",
+        help="with --benchmark: fail where a result is more than 10 % below this device's file",
     )
     group.addoption(
         "--compile",
@@ -57,11 +64,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: runs torch.compile; needs --benchmark --compile")
     config.stash[_ENTRIES] = []
+    config.stash[_STORED] = {}
     if not config.option.benchmark:
-        for needs in ("save_results", "compile"):
+        for needs in ("save_results", "check_results", "compile"):
             if getattr(config.option, needs):
                 raise pytest.UsageError(f"--{needs.replace('_', '-')} needs --benchmark")
         config.option.benchmark_disable = True
+    if config.option.check_results:
+        path = report.RESULTS / f"{report.slug(machine())}.json"
+        if config.option.save_results or not path.exists():
+            why = "does not go with --save-results" if path.exists() else f"needs {path}"
+            raise pytest.UsageError(f"--check-results {why}")
+        config.stash[_STORED] = {entry["id"]: entry for entry in report.read(path)["benches"]}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -218,8 +232,18 @@ def measure(
             rounds=rounds,
             warmup_rounds=warmup,
         )
-        seconds = benchmark.stats.stats.data
-        turns = turns[warmup:] or seconds
+        seconds = list(benchmark.stats.stats.data)
+        turns = turns[warmup:]
+        stored = request.config.stash[_STORED].get(request.node.name)
+        fallen = None
+        for series in range(_SERIES if stored else 0):
+            for _ in range(rounds if series else 0):
+                other_side()
+                seconds.append(watch.time(run))
+            fallen = report.fallen(stored, min(seconds), min(turns or seconds))
+            if fallen is None:
+                break
+        turns = turns or seconds
         median, reference_median = statistics.median(seconds), statistics.median(turns)
         best = min(seconds)
         if "bytes" in facts and "dtype" in facts:
@@ -245,6 +269,7 @@ def measure(
             "median_us": round(median * 1e6, 2),
             "p20_us": round(fifths[0] * 1e6, 2),
             "p80_us": round(fifths[-1] * 1e6, 2),
+            "p99_us": round(sorted(seconds)[int(0.99 * (len(seconds) - 1) + 0.5)] * 1e6, 2),
             "min_us": round(best * 1e6, 2),
             "reference_us": round(reference_median * 1e6, 2),
             "reference_min_us": round(min(turns) * 1e6, 2),
@@ -261,6 +286,7 @@ def measure(
         }
         benchmark.extra_info.update(entry)
         request.config.stash[_ENTRIES].append(entry)
+        assert fallen is None, fallen
 
     before = torch.get_num_threads()
     yield measure

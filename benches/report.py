@@ -64,6 +64,29 @@ def upsert(folder: Path, machine: dict[str, Any], entries: Iterable[dict[str, An
     return path
 
 
+def fallen(stored: dict[str, Any], seconds: float, reference_seconds: float) -> str | None:
+    """Whether a measurement is more than 10 % worse than the stored one of the same bench.
+
+    Device times are compared as they are; times on a host, where other work slows both sides,
+    as ratios to the reference's.
+
+    Args:
+        seconds, reference_seconds: the least of each side.
+
+    Returns:
+        What has fallen; None if nothing.
+    """
+    if stored["clock"] == "cuda_events":
+        share, before, now = stored["min_us"] / (1e6 * seconds), stored["min_us"], 1e6 * seconds
+        what = f"{now:.4g} µs, {before:.4g} µs"
+    else:
+        before, now = stored["min_ratio"], reference_seconds / seconds
+        share, what = now / before, f"{now:.3g}x the reference, {before:.3g}x"
+    if share >= 0.9:
+        return None
+    return f"{stored['id']} has fallen to {100 * share:.0f} % of the stored result: {what} stored"
+
+
 # --------------------------------------------------------------------------- the table
 
 

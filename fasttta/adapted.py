@@ -18,6 +18,7 @@ from .engine.precision import Precision
 from .engine.shift import Guard
 from .engine.state import State, working_copy
 from .engine.step import Step, StepResult, warn
+from .engine.streaming import Lane, groups, one_ahead
 from .families import Recognised
 from .methods.base import Method
 
@@ -182,10 +183,11 @@ class Adapted(nn.Module):
 
         Args:
             loader: yields one batch at a time as a tuple or list of the model's inputs (without
-                labels), the input itself where there is one, or ``fasttta.data.Batch``.
+                labels), the input itself where there is one, or ``fasttta.data.Batch``. For a model
+                on a GPU it may yield tensors in host memory.
             encode_batch: samples that the frozen encoders take at a time, ahead of the steps that
-                use them; None: as the batches come. Different batch shapes may change the numbers
-                within float noise.
+                use them (on a GPU while the steps before run); None: as the batches come.
+                Different batch shapes may change the numbers within float noise.
             cache: ``fasttta.data.FeatureCache``, where encoded features are looked for and kept.
 
         Methods that tune inside the encoders have nothing to encode ahead or to keep, and ignore
@@ -206,18 +208,41 @@ class Adapted(nn.Module):
     def _stream(
         self, loader: Iterable, encode_batch: int | None, cache: Any, kept: Any
     ) -> Iterator[StepResult]:
+        device = self._step.device
+        lane = Lane(device) if device.type == "cuda" else None
+
         def batches() -> Iterator[tuple[tuple[Tensor, ...], list[str] | None]]:
             for batch in loader:
                 named = getattr(batch, "_fields", None) == ("inputs", "ids")
-                inputs = self._prepare(as_inputs(batch.inputs if named else batch))
-                ids = batch.ids if named else None
+                inputs = as_inputs(batch.inputs if named else batch)
+                if lane is not None:
+                    inputs = tuple(lane.bring(x) if torch.is_tensor(x) else x for x in inputs)
+                inputs, ids = self._prepare(inputs), batch.ids if named else None
                 yield inputs, None if kept is None else kept.keys(inputs, ids)
 
+        waiting = groups(batches(), encode_batch or 1)
+
+        def make() -> tuple[list[tuple], list[Tensor | None]] | None:
+            group = next(waiting, None)
+            if group is None:
+                return None
+            if self._in_source or not (encode_batch or kept):
+                return group, [None] * len(group)
+            return group, self._encode(group, encode_batch, kept)
+
+        def made() -> Iterator[tuple]:
+            while True:
+                found, done = (make(), None) if lane is None else lane.run(make)
+                if found is None:
+                    return
+                yield *found, done
+
+        # without encode_batch a result does not wait for the next batch
+        ahead = one_ahead if encode_batch and lane is not None else iter
         try:
-            for group in _groups(batches(), encode_batch or 1):
-                features = [None] * len(group)
-                if not self._in_source and (encode_batch or kept):
-                    features = self._encode(group, encode_batch, kept)
+            for group, features, done in ahead(made()):
+                if lane is not None:
+                    lane.receive(done, *features, *(x for inputs, _ in group for x in inputs))
                 for (inputs, _), encoded in zip(group, features, strict=True):
                     if self._in_source:
                         yield self.step(*inputs)
@@ -364,24 +389,6 @@ class Adapted(nn.Module):
     def extra_repr(self) -> str:
         tuned = sum(view.numel() for view in self._state.leaves.values())
         return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
-
-
-def _groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    """Consecutive batches (inputs, keys) of at least ``size`` samples together; where the loader
-    fails, what came before it is given out first."""
-    group: list[tuple] = []
-    try:
-        for batch in batches:
-            group.append(batch)
-            if sum(len(inputs[0]) for inputs, _ in group) >= size:
-                yield group
-                group = []
-    except Exception:
-        if group:
-            yield group
-        raise
-    if group:
-        yield group
 
 
 def _refuse_tied(model: nn.Module, tuned: set[str]) -> None:

@@ -31,7 +31,7 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--streams", type=_words, metavar="A,B", help="corruptions to run")
     demo.add_argument("--methods", type=_words, metavar="A,B", help="methods to run")
     demo.add_argument("--severity", type=float, default=5, help="1 to 8 (default 5)")
-    demo.add_argument("--samples", type=int, help="samples in a stream (default 960)")
+    demo.add_argument("--samples", type=int, help="samples in a stream (default 768)")
     demo.add_argument("--batch", type=int, default=64, help="samples in a batch (default 64)")
     demo.add_argument("--seeds", type=_numbers, default=[0], metavar="0,1", help="(default 0)")
     _report_arguments(demo)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .ops import checks, reference
-from .ops.backends import implementation
+from .ops.backends import call
 
 
 class Moments(NamedTuple):
@@ -59,8 +59,8 @@ def score_moments(
     Source: ABPEM (attention bootstrapping), the statistics of its official code; the closed form
     var = c² (q̄ᵀC_K q̄ + k̄ᵀC_Q k̄ + <C_Q, C_K>) for heads="each" is ours.
     """
-    options = checks.scores(q, k, spans, scale, heads)
-    return Moments(*implementation("score_moments", backend, q, k)(q, k, *options))
+    args = q, k, *checks.scores(q, k, spans, scale, heads)
+    return Moments(*call("score_moments", backend, *args))
 
 
 def gaussian_kl(
@@ -78,7 +78,7 @@ def gaussian_kl(
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating point tensor, found {found}")
     found = tuple(map(reference.wide, (mean_p, std_p, mean_q, std_q)))
-    return implementation("gaussian_kl", backend, *found)(*found)
+    return call("gaussian_kl", backend, *found)
 
 
 def attention_bootstrap(
@@ -120,8 +120,9 @@ def attention_bootstrap(
             if x.shape != shape:
                 raise ValueError(f"anchor.{name} must be {list(shape)}, found {list(x.shape)}")
         anchors = tuple(reference.wide(x).to(reference.wide(q[:0])) for x in anchor)
-    op = implementation("attention_bootstrap", backend, q, k)
-    loss, mean, std = op(q, k, spans, scale, per_head, pair == "query", *anchors)
+    loss, mean, std = call(
+        "attention_bootstrap", backend, q, k, spans, scale, per_head, pair == "query", *anchors
+    )
     return (loss, Moments(mean.detach(), std.detach())) if return_moments else loss
 
 
@@ -131,7 +132,7 @@ def entropy(logits: Tensor, *, backend: str | None = None) -> Tensor:
     Source: TENT (Wang et al., ICLR 2021). Logits of -inf (masked classes) count as probability 0.
     """
     checks.logits_shape(logits)
-    return implementation("entropy", backend, logits)(logits)
+    return call("entropy", backend, logits)
 
 
 def principal_entropy(
@@ -152,8 +153,7 @@ def principal_entropy(
     """
     checks.logits_shape(logits)
     checks.k_and_eps(logits, k, eps)
-    op = implementation("principal_entropy", backend, logits)
-    return op(logits, int(k), float(eps))
+    return call("principal_entropy", backend, logits, int(k), float(eps))
 
 
 def balance_entropy(
@@ -176,8 +176,7 @@ def balance_entropy(
     checks.logits_shape(logits, rows=1)
     checks.one_of("form", form, checks.FORMS)
     checks.sample_weight(logits, weight)
-    op = implementation("balance_entropy", backend, logits)
-    return op(logits, form == "softmax-sum", weight)
+    return call("balance_entropy", backend, logits, form == "softmax-sum", weight)
 
 
 def marginal_entropy(
@@ -223,11 +222,9 @@ def adaptation_head(
     checks.k_and_eps(logits, k, eps)
     checks.one_of("balance", balance, checks.FORMS)
     checks.sample_weight(logits, weight)
-    op = implementation("adaptation_head", backend, logits)
-    return op(
-        logits, int(k), float(entropy_weight), float(balance_weight), balance == "softmax-sum",
-        float(eps), weight,
-    )  # fmt: skip
+    weights = float(entropy_weight), float(balance_weight)
+    options = balance == "softmax-sum", float(eps), weight
+    return call("adaptation_head", backend, logits, int(k), *weights, *options)
 
 
 def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
@@ -240,7 +237,7 @@ def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
     Source: A-TPT, TV of attention maps.
     """
     checks.map_shape(maps)
-    return implementation("total_variation", backend, maps)(maps)
+    return call("total_variation", backend, maps)
 
 
 def reliability_weights(
@@ -259,7 +256,7 @@ def reliability_weights(
     """
     checks.floating("tv", tv, 1, "[maps]")
     temperature = checks.temperature_of(temperature)
-    return implementation("reliability_weights", backend, tv)(tv, temperature)
+    return call("reliability_weights", backend, tv, temperature)
 
 
 def reliability_ensemble(
@@ -287,4 +284,32 @@ def reliability_ensemble(
         )
     checks.same(ValueError, "device", maps, logits, "maps and logits")
     temperature = checks.temperature_of(temperature)
-    return implementation("reliability_ensemble", backend, maps, logits)(maps, logits, temperature)
+    return call("reliability_ensemble", backend, maps, logits, temperature)
+
+
+def flat_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, backend: str | None = None
+) -> Tensor:
+    """K * softmax over all K x K scores of a head at once, times v: RAda's attention over classes.
+
+    Rows do not sum to 1 each, all together do to K. No K x K matrix is held. A second derivative is
+    not defined.
+
+    Args:
+        q: [B, H, K, d], or [1, H, K, d] where the batch shares its queries.
+        k, v: [B, H, K, d].
+        scale: factor of q·k, d ** -0.5 unless given.
+
+    Returns:
+        [B, H, K, d] in the type of v.
+
+    Raises:
+        ValueError, TypeError: shapes, types or devices do not fit.
+
+    Source: Chen et al., "One Last Attention for Your Vision-Language Model", ICCV 2025 (its
+    official code); the form without K x K matrices is ours.
+    """
+    if scale is None and isinstance(k, Tensor) and k.ndim == 4:
+        scale = max(1, k.shape[-1]) ** -0.5
+    scale = checks.flat(q, k, v, 1.0 if scale is None else scale)
+    return call("flat_attention", backend, q, k, v, scale)

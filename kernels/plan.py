@@ -193,13 +193,15 @@ def token_gradients(
 LONGEST_HEAD = 64  # channels of which covariances stay in registers
 
 
-def suits(spans: Sequence[int], d: int, per_head: bool) -> bool:
-    """Whether the attention kernels are made for such shapes."""
+def unsuitable(spans: Sequence[int], d: int, per_head: bool) -> str | None:
+    """Which shapes the attention kernels are not made for; None if for these they are."""
     if per_head:
-        return d <= LONGEST_HEAD
+        return None if d <= LONGEST_HEAD else f"it needs heads of at most {LONGEST_HEAD} channels"
     # one program merges a sample's tiles: 5000 tokens of two modalities
     tiles = sum(cdiv(count, 64) for count in spans) ** 2
-    return power_of_2(tiles) * power_of_2(len(spans) ** 2) <= 2**15
+    if power_of_2(tiles) * power_of_2(len(spans) ** 2) <= 2**15:
+        return None
+    return f"it needs a table of at most 2^15 tiles and blocks, found spans={list(spans)}"
 
 
 def head_moments(
@@ -229,6 +231,48 @@ def _head(
         "SPANS": tuple(spans), "D": d, "BD": power_of_2(max(16, d)), "HALF": half,
         "PRECISION": precision(architecture, half), "PAIR_QUERY": pair_query,
     }  # fmt: skip
+
+
+# --------------------------------------------------------------------------- flat attention
+
+WIDEST_HEAD = 128  # channels of which a tile of rows stays in registers
+
+
+def _flat(architecture: str, half: bool, d: int) -> tuple[dict[str, object], dict[str, int]]:
+    """Constants, and warps, stages and registers. float16 is computed in float32: K times a share,
+    times a gradient, may leave its range."""
+    bd = power_of_2(max(16, d))
+    rows, columns, warps = 64, 32, 8
+    if not half and architecture in ("sm_80", "gfx942"):
+        rows, columns = 32, 16
+    elif not half and bd > 64:  # a product is three, and operands of all are registers
+        rows, columns, warps = 16, 16, 4
+    constants = {
+        "BM": rows, "BN": columns, "BD": bd, "WIDE": not half,
+        "PRECISION": precision(architecture, half),
+    }  # fmt: skip
+    return constants, {"warps": warps, "stages": 2, "registers": 255}
+
+
+def flat_attention(
+    architecture: str, half: bool, heads: int, count: int, d: int
+) -> tuple[Plan, Plan]:
+    """The two launches of the forward; heads of the whole batch."""
+    constants, options = _flat(architecture, half, d)
+    if half:
+        constants, options = constants | {"BN": 64}, options | {"warps": 4}
+    grid = cdiv(count, constants["BM"]), heads
+    weights = {"BM": constants["BM"], "BD": constants["BD"], "BK": 1024}
+    return Plan(grid, constants, **options), Plan(grid, weights, 4)
+
+
+def flat_sums(heads: int) -> Plan:
+    return Plan((heads,), {"BK": 1024, "BE": 2048}, 8)
+
+
+def flat_gradients(architecture: str, half: bool, heads: int, count: int, d: int) -> Plan:
+    constants, options = _flat(architecture, half, d)
+    return Plan((2 * cdiv(count, constants["BM"]), heads), constants, **options)
 
 
 # --------------------------------------------------------------------------- adaptation head

@@ -84,6 +84,14 @@ def maps(n, height, width, classes, dtype=FP32):
     ops.reliability_ensemble(x, torch.empty(n, classes, dtype=dtype, device="meta"), 1.0)
 
 
+def flat(batch, classes, d, dtype=FP32, shared=True):
+    ops = _kernels("flat_attention")
+    k, v = torch.empty(2, batch, 8, classes, d, dtype=dtype, device="meta")
+    q = k[:1] if shared else k
+    saved = ops.flat_attention(q, k, v, 1.0)
+    ops.flat_attention_backward(v, q, k, v, *saved, 1.0)
+
+
 CORE = {
     "attention-bf16-32": (attention, 32, 12, AUDIO_VIDEO, 64, BF16),
     "attention-fp32-32": (attention, 32, 12, AUDIO_VIDEO, 64, FP32),
@@ -92,6 +100,7 @@ CORE = {
     "head-bf16-100000": (head, 64, 100_000, BF16),
     "maps-grid": (maps, 64, 14, 14, 100),
     "maps-pixel": (maps, 64, 224, 224, 1000),
+    "flat-fp32": (flat, 6, 1000, 64),
 }
 CLASSES = ((8, 50), (128, 309), (64, 1000), (64, 4096), (64, 100_000))
 ALL = {
@@ -113,6 +122,9 @@ ALL = {
     "maps-grid-fp16": (maps, 64, 14, 14, 100, HALF),
     "maps-grid-wide": (maps, 64, 16, 16, 1000),
     "maps-pixel-bf16": (maps, 64, 224, 224, 1000, BF16),
+    **{f"flat-fp32-{d}": (flat, 6, 1000, d, FP32, False) for d in (16, 80, 128)},
+    **{f"flat-bf16-{d}": (flat, 6, 1000, d, BF16) for d in (64, 128)},
+    "flat-fp16": (flat, 6, 1000, 64, HALF),
 }
 
 

@@ -24,6 +24,7 @@ from fasttta.kernels import (
     adaptation_head,
     attention_bootstrap,
     attention_bootstrap_per_head,
+    flat_attention,
     total_variation,
 )
 
@@ -107,7 +108,7 @@ def poisoned(monkeypatch):
 
     for module in (
         adaptation_head, adaptation_head.large, attention_bootstrap, attention_bootstrap_per_head,
-        total_variation,
+        flat_attention, total_variation,
     ):  # fmt: skip
         monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
     yield

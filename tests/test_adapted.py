@@ -11,6 +11,7 @@ from cases import METHODS, flat, same, state_equal
 import fasttta
 from fasttta import functional as F
 from fasttta import methods
+from fasttta.engine.streaming import one_ahead
 
 
 def test_names_and_auto(tiny_model):
@@ -244,6 +245,30 @@ def test_stream(tiny_model, tiny_batch, method):
             assert torch.allclose(x.logits, y.logits, atol=1e-5)
     with pytest.raises(ValueError, match="encode_batch=0"):
         b.stream(batches, encode_batch=0)
+
+
+def test_one_ahead():
+    made, used = [], []
+
+    def making(n, fails=False):
+        for i in range(n):
+            made.append(i)
+            yield i
+        if fails:
+            raise OSError("disk gone")
+
+    for n in range(4):
+        made.clear()
+        assert list(one_ahead(making(n))) == list(range(n))
+        used.clear()
+        with pytest.raises(OSError, match="disk gone"):
+            used.extend(one_ahead(making(n, fails=True)))
+        assert used == list(range(n))
+    made.clear()
+    items = one_ahead(making(3))
+    assert [(next(items), list(made)) for _ in range(3)] == [
+        (0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2]),
+    ]  # fmt: skip
 
 
 def test_stream_adapts_batch_by_batch(tiny_model, tiny_batch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -117,6 +118,37 @@ def test_an_entry_takes_the_place_of_the_one_with_its_id(report, tmp_path):
         ("bench_b[1]", 30.0, "nvidia-h200"),
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["nvidia-h200.json"]
+
+
+@pytest.mark.parametrize(
+    ("clock", "us", "reference_us", "falls"),
+    [
+        ("cuda_events", 44.0, 1.0, False),
+        ("cuda_events", 45.0, 9e9, True),
+        ("perf_counter", 400.0, 10900.0, False),
+        ("perf_counter", 40.0, 1070.0, True),
+    ],
+)
+def test_a_fall_of_a_tenth_is_noticed(report, clock, us, reference_us, falls):
+    found = report.fallen(entry(clock=clock), us / 1e6, reference_us / 1e6)
+    assert ("bench_attention[mean-8] has fallen to 89 %" in found) if falls else found is None
+
+
+def test_results_are_checked_on_request(report, tmp_path):
+    """Against a file that claims the impossible of one bench, and nothing of another."""
+    shutil.copytree(BENCHES, tmp_path / "benches", ignore=shutil.ignore_patterns("results"))
+    machine = load("machine").machine()
+    name = "bench_entropies[entropy-128-309-forward]"
+    claim = {"id": name, "clock": "perf_counter", "min_ratio": 1e9, "min_us": 1e-9}
+    report.upsert(tmp_path / "benches" / "results", machine, [claim])
+    names = [f"benches/bench_entropies.py::{x}" for x in (name, name.replace("128-309", "64-1000"))]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=.",
+               "-c", str(ROOT / "pyproject.toml"), "--benchmark", "--check-results"]  # fmt: skip
+    done = subprocess.run(
+        [*command, *names], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert f"{name} has fallen to 0 %" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
 
 
 def test_ids_are_unique_in_a_file(report, tmp_path):

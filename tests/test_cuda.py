@@ -75,6 +75,21 @@ def test_bad_input_is_skipped_on_the_device(tiny_model, tiny_batch, method):
     assert torch.isfinite(after.logits).all()
 
 
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("size", [None, 4, 12])
+def test_stream_from_host_memory(tiny_model, tiny_batch, size, engine):
+    """Copied and encoded beside the steps, with the numbers of one after the other."""
+    streamed, stepped = (
+        fasttta.adapt(tiny_model().cuda(), "abpem", k=3, precision="fp64", engine=e)
+        for e in (engine, "eager")
+    )
+    batches = [tiny_batch(n, seed=s) for s, n in enumerate((5, 5, 3, 5, 4))]
+    found = list(streamed.stream(batches, encode_batch=size))
+    expected = [stepped.step(*_on_gpu(batch)) for batch in batches]
+    for x, y in zip(found, expected, strict=True):
+        assert torch.allclose(x.logits, y.logits, atol=1e-9)
+
+
 @pytest.mark.parametrize("method", methods.names("fusion"))
 def test_captured_steps(tiny_model, tiny_batch, tmp_path, method):
     """One replay a step, no waiting, the eager numbers, partial batches and resets included."""

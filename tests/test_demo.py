@@ -20,8 +20,9 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def report():
     calls = []
     found = demo.run(["contrast"], samples=448, progress=lambda *call: calls.append(call))
-    assert [done for done, _, _ in calls] == [0, 1, 2, 3, 4]
-    assert {total for _, total, _ in calls} == {4}
+    count = len(demo.METHODS)
+    assert [done for done, _, _ in calls] == list(range(count + 1))
+    assert {total for _, total, _ in calls} == {count}
     return found
 
 
@@ -49,21 +50,23 @@ def test_report(report):
     assert list(report["streams"]) == ["contrast"]
     assert list(report["streams"]["contrast"]) == list(demo.METHODS)
     for name, found in report["streams"]["contrast"].items():
-        assert found["score"] == found[{"tent": "before", "source": "before"}.get(name, "after")]
+        assert found["score"] == found["after" if name in ("read", "abpem") else "before"]
         assert 0 < found["before"] < 100
         assert found["samples_per_s"] > 0
     source = report["streams"]["contrast"]["source"]
     assert source["before"] == source["after"]
     protocol = report["protocol"]
     assert (protocol["samples"], protocol["batch"], protocol["seeds"]) == (448, 64, [0])
-    assert protocol["score_at"] == {"tent": "before", "read": "after", "abpem": "after"}
+    assert protocol["score_at"] == {
+        "tent": "before", "read": "after", "abpem": "after", "brimpr": "before",
+    }  # fmt: skip
     assert report["machine"]["fasttta"] == fasttta.__version__
 
 
 def test_adapting_helps_against_low_contrast(report):
     """Seeded; the margins are a third of what it gains (source 80 %, others above 88 %)."""
     scores = {name: found["score"] for name, found in report["streams"]["contrast"].items()}
-    for name in ("tent", "read", "abpem"):
+    for name in ("tent", "read", "abpem", "brimpr"):
         assert scores[name] > scores["source"] + 3, scores
 
 

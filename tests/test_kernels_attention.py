@@ -91,7 +91,7 @@ def test_long_heads():
     composite serves."""
     q, k = _qk(1, 2, (12, 9), 130)
     _bootstrap(q, k, _options(q, (12, 9), False))
-    assert not plan.suits([12, 9], 130, True)
+    assert "64 channels" in plan.unsuitable([12, 9], 130, True)
     _bootstrap(q, k, _options(q, (12, 9), True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from kernels_here import DEVICE, KERNELS, NATIVE
 
+from fasttta import functional
 from fasttta.ops import backends, composite, schema, triton
 
 
@@ -33,6 +35,10 @@ def _samples(dtype):
     yield "total_variation", (maps,)
     yield "total_variation_backward", (ones, maps)
     yield "reliability_ensemble", (maps, z, 1.0)
+    for shared in (q, q[:1]):
+        out, top, rest = composite.flat_attention(shared, k, k, 0.5)
+        yield "flat_attention", (shared, k, k, 0.5)
+        yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
 
 
 def test_every_operation_is_registered():
@@ -101,10 +107,50 @@ def test_refusals():
     if NATIVE:
         x = torch.zeros(2, 2, device="cuda")
         assert triton.refusal("entropy", (x,)) is None
-        assert "float64" in triton.refusal("entropy", (x.double(),))
+        with pytest.raises(ValueError, match="backend='triton'.* float64"):
+            functional.entropy(x.double(), backend="triton")
     else:
         assert "no GPU" in triton.refusal("entropy", ())
     assert "found cpu" in triton.refusal("entropy", (torch.zeros(2, 2),))
+
+
+def _scores(d=4, dtype=torch.float32, batch=2):
+    return (torch.empty(batch, 1, 7, d, device="meta", dtype=dtype),) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "reason"),
+    [
+        ("score_moments", (*_scores(), [4, 3], 0.0, False), "a scale other than 0"),
+        ("score_moments", (*_scores(65), [4, 3], 1.0, True), "at most 64 channels"),
+        ("score_moments", (*_scores(), [2] * 200, 1.0, False), "2\\^15 tiles"),
+        ("score_moments", (*_scores(batch=65536), [4, 3], 1.0, False), "at most 65535 samples"),
+        ("score_moments", (*_scores(dtype=torch.float64), [4, 3], 1.0, True), "float64"),
+        (
+            "attention_bootstrap",
+            (*_scores(), [4, 3], 1.0, False, True, torch.zeros(3), torch.zeros(2)),
+            r"anchors \[2\] in float32, found \[3\]",
+        ),
+        ("entropy", (torch.zeros(2, 3, dtype=torch.float64),), "float64"),
+        (
+            "flat_attention",
+            (*_scores(129), _scores(129)[0], 1.0),
+            "at most 128 channels, found 129",
+        ),
+        ("flat_attention", (*_scores(), _scores(dtype=torch.float16)[0], 1.0), "of one dtype"),
+        ("total_variation", (torch.empty(65536, 2, 2, device="meta"),), "at most 65535"),
+        ("total_variation", (torch.empty(2, 2**16, 2**16, device="meta"),), "2\\^31 elements"),
+    ],
+)
+def test_what_kernels_are_not_made_for_has_a_reason(name, args, reason):
+    assert re.search(reason, triton.unsuitable(name, *args))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), list(_samples(torch.float16)), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_samples_have_no_such_reason(name, args):
+    assert triton.unsuitable(name, *args) is None
 
 
 def test_triton_is_not_imported_with_the_operations():

@@ -90,6 +90,10 @@ def _op_samples():
     yield "total_variation", (maps,)
     yield "total_variation_backward", (torch.rand(4), maps)
     yield "reliability_ensemble", (maps, logits, 0.5)
+    for shared in (q, q[:1]):
+        out, top, rest = composite.flat_attention(shared, k, k, 0.5)
+        yield "flat_attention", (shared, k, k, 0.5)
+        yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
 
 
 def test_opcheck_covers_every_op():

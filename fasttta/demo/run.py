@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "brimpr": {"lr": 3e-4},
     "rada": {"lr": 1e-3},
 }
-METHODS = ("source", "tent", "read", "abpem")
+METHODS = ("source", "tent", "read", "abpem", "brimpr")
 STREAMS = ("contrast", "fog", "white", "babble", "low-pass", "contrast+hum")
 CLASSES = tuple("0123456789")
 QUICK = {"streams": ("contrast", "white", "babble"), "samples": 448}
@@ -96,7 +96,7 @@ def run(
     methods: Sequence[str] = METHODS,
     *,
     severity: float = 5,
-    samples: int = 960,
+    samples: int = 768,
     batch: int = 64,
     seeds: Sequence[int] = (0,),
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,

@@ -60,9 +60,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
         """x [B, T, D]; modality "a" or "v" takes that modality's LayerNorms, "" the shared ones."""
         suffix = f"_{modality}" if modality else ""
-        y, attention = self.attn(getattr(self, f"norm1{suffix}")(x))
-        x = x + y
-        return x + self.mlp(getattr(self, f"norm2{suffix}")(x)), attention
+        x, attention = self.attn(getattr(self, f"norm1{suffix}")(x), add=x)
+        return self.mlp(getattr(self, f"norm2{suffix}")(x), add=x), attention
 
 
 class CAVMAE(nn.Module):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import products
+
 
 class Attention(NamedTuple):
     """Queries and keys of one attention layer, as its scores ``scale * q @ k.T`` use them."""
@@ -25,10 +27,16 @@ class Linear(nn.Linear):
 
     compute_dtype: torch.dtype | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
+        """The product, its erf GELU, or its sum with ``add``."""
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+        x, weight = x.to(dtype), self.weight.to(dtype)
+        if products.suits(x, weight, bias) and (add is None or add.dtype == dtype):
+            return products.fused(x, weight, bias, gelu, add)
+        x = F.linear(x, weight, bias)
+        x = F.gelu(x) if gelu else x
+        return x if add is None else add + x
 
 
 class PatchEmbed(nn.Module):
@@ -62,12 +70,13 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Attention]:
+    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Attention]:
+        """Attention's output, plus ``add``, and its queries and keys."""
         b, t, dim = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, d], views of the packed product
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        out = self.proj(out.transpose(1, 2).reshape(b, t, dim))
+        out = self.proj(out.transpose(1, 2).reshape(b, t, dim), add=add)
         return out, Attention(q, k, self.scale)
 
 
@@ -79,5 +88,5 @@ class MLP(nn.Module):
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.fc2(self.fc1(x, gelu=True), add=add)

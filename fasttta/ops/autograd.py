@@ -128,6 +128,20 @@ class _AdaptationHead(torch.autograd.Function):
         return None if found is None else found.to(logits.dtype), *(None for _ in range(6))
 
 
+class _FlatAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, top, rest = ops.flat_attention(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, top, rest)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *ops.flat_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
 def score_moments(q, k, spans, scale, per_head):
     return _ScoreMoments.apply(q, k, spans, scale, per_head)
 
@@ -165,3 +179,7 @@ def total_variation(maps):
 @torch.no_grad()
 def reliability_ensemble(maps, logits, temperature):
     return ops.reliability_ensemble(maps, logits, temperature)
+
+
+def flat_attention(q, k, v, scale):
+    return _FlatAttention.apply(q, k, v, scale)

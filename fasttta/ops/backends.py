@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,36 +24,36 @@ def has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"fasttta::{name}", key)
 
 
-def _no_cpp(name: str, tensors: Sequence[Tensor]) -> str | None:
+def _no_cpp(name: str, args: Sequence) -> str | None:
     outcome = native.attempt()
     if not has_kernel(name, "CPU"):
         if name not in native.NAMES:
             return f"{name} has no cpp kernel: {_PRODUCTS}"
         return f"the C++ kernels are not there: {outcome.reason}"
-    elsewhere = [x.device for x in tensors if x.device.type != "cpu"]
+    elsewhere = [x.device for x in args if isinstance(x, Tensor) and x.device.type != "cpu"]
     return f"it needs tensors on the CPU, found {elsewhere[0]}" if elsewhere else None
 
 
-def refusal(name: str, backend: str, tensors: Sequence[Tensor] = ()) -> str | None:
-    """Why a named backend cannot compute an operation (on these tensors); None if it can."""
+def refusal(name: str, backend: str, args: Sequence = ()) -> str | None:
+    """Why a named backend cannot compute an operation (of these arguments); None if it can."""
     if backend == "reference":
         return None
     if name in _ELEMENTWISE:
         return f"{name} has no {backend} kernel: {_ELEMENTWISE[name]}"
-    return _no_cpp(name, tensors) if backend == "cpp" else triton.refusal(name, tensors)
+    return _no_cpp(name, args) if backend == "cpp" else triton.refusal(name, args)
 
 
-def implementation(name: str, backend: str | None, *tensors: Tensor) -> Callable:
-    """The differentiable function that computes an operation on these tensors.
+def call(name: str, backend: str | None, *args):
+    """Computes an operation, differentiably.
 
     Raises:
         ValueError: the backend is unknown, or cannot compute it; the message says why.
     """
     if backend is None:
-        return getattr(reference if name in _ELEMENTWISE else autograd, name)
+        return getattr(reference if name in _ELEMENTWISE else autograd, name)(*args)
     if backend not in BACKENDS:
         known = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"backend={backend!r} is unknown; known: None, {known}")
-    if reason := refusal(name, backend, tensors):
+    if reason := refusal(name, backend, args):
         raise ValueError(f"backend={backend!r}: {reason}")
-    return getattr(reference if backend == "reference" else autograd, name)
+    return getattr(reference if backend == "reference" else autograd, name)(*args)

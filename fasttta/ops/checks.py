@@ -61,6 +61,25 @@ def scores(
     return spans, float(q.shape[3] ** -0.5 if scale is None else scale), heads == "each"
 
 
+def flat(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        floating(name, x, 4, "[batch, heads, tokens, head dim]")
+    for name, x in (("q", q), ("v", v)):
+        same(TypeError, "dtype", x, k, f"{name} and k")
+        same(ValueError, "device", x, k, f"{name} and k")
+    same(ValueError, "shape", v, k, "v and k")
+    if not k.numel():
+        raise ValueError(f"k needs something in every dimension, found shape {tuple(k.shape)}")
+    if q.shape != k.shape and q.shape != (1, *k.shape[1:]):
+        raise ValueError(
+            f"q must be {list(k.shape)} like k, or [1, ...] where the batch shares it, found "
+            f"{list(q.shape)}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    return float(scale)
+
+
 def logits_shape(logits: Tensor, rows: int = 0) -> None:
     floating("logits", logits, 2, "[samples, classes]")
     if logits.shape[0] < rows or logits.shape[1] < 1:

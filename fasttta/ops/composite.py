@@ -2,6 +2,7 @@
 
 from .attention import score_moments, score_moments_backward
 from .bootstrap import attention_bootstrap, attention_bootstrap_backward
+from .flat import flat_attention, flat_attention_backward
 from .logits import (
     adaptation_head,
     balance_entropy,
@@ -19,6 +20,8 @@ __all__ = [
     "balance_entropy",
     "entropy",
     "entropy_backward",
+    "flat_attention",
+    "flat_attention_backward",
     "principal_entropy",
     "principal_entropy_backward",
     "reliability_ensemble",

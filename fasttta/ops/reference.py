@@ -26,6 +26,12 @@ def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) ->
     return torch.log(std_q / std_p) + squares / (2 * std_q.square()) - 0.5
 
 
+def flat_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    scores = scale * (wide(q) @ wide(k).transpose(-2, -1))
+    share = scores.flatten(-2).softmax(dim=-1).view_as(scores)
+    return (k.shape[-2] * (share @ wide(v))).to(v.dtype)
+
+
 def score_moments(
     q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool
 ) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,10 @@ SCHEMAS = {
     "total_variation_backward": "(Tensor grad, Tensor maps) -> Tensor",
     "reliability_ensemble": "(Tensor maps, Tensor logits, float temperature)"
     " -> (Tensor probability, Tensor tv, Tensor weights)",
+    "flat_attention": "(Tensor q, Tensor k, Tensor v, float scale)"
+    " -> (Tensor out, Tensor top, Tensor rest)",
+    "flat_attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor top,"
+    " Tensor rest, float scale) -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -81,6 +85,14 @@ _FAKES = {
     "total_variation": lambda maps: _like(maps, maps.shape[:1]),
     "total_variation_backward": lambda grad, maps: maps.new_empty(maps.shape),
     "reliability_ensemble": _ensemble,
+    "flat_attention": lambda q, k, v, _: (
+        v.new_empty(k.shape),
+        _like(k, k.shape[:3]),
+        _like(k, k.shape[:3]),
+    ),
+    "flat_attention_backward": lambda grad, q, k, v, *_: tuple(
+        x.new_empty(x.shape) for x in (q, k, v)
+    ),
 }
 
 

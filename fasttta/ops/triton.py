@@ -19,10 +19,17 @@ from ..kernels import plan
 from . import composite
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SCORES = {  # places of q, of the spans, and of what is read as if it were contiguous
+    "score_moments": (0, 2, ()),
+    "score_moments_backward": (2, 5, (0, 1, 4)),
+    "attention_bootstrap": (0, 2, (6, 7)),
+    "attention_bootstrap_backward": (1, 5, (3, 4, 9, 10)),
+}
 _LOGITS = (
     "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "principal_entropy",
     "principal_entropy_backward",
 )  # fmt: skip
+_FLAT = ("flat_attention", "flat_attention_backward")
 _MAPS = ("reliability_ensemble", "total_variation", "total_variation_backward")
 
 
@@ -36,101 +43,87 @@ def _kernels(module: str):
     return import_module(f"...kernels.{module}", __name__)
 
 
-def _attention(per_head: bool):
-    return _kernels("attention_bootstrap_per_head" if per_head else "attention_bootstrap")
-
-
 def _far(x: Tensor) -> bool:
-    """Whether 32 bits cannot hold an offset within a sample, or a grid's second axis the batch."""
+    """Whether 32 bits cannot hold an offset within a sample."""
     within = zip(x.shape[1:], x.stride()[1:], strict=True)
-    return x.shape[0] > 65535 or sum((size - 1) * stride for size, stride in within) >= 2**31
+    return sum((size - 1) * stride for size, stride in within) >= 2**31
 
 
-def _typed(*tensors: Tensor | None) -> bool:
-    return _installed() and all(x is None or x.dtype in _TYPES for x in tensors)
-
-
-def _suits_scores(q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool) -> bool:
-    return (
-        _typed(q, k)
-        and q.dtype == k.dtype
-        and scale != 0
-        and not (_far(q) or _far(k))
-        and plan.suits(spans, q.shape[3], per_head)
-    )
-
-
-def _suits_anchors(q: Tensor, spans: list[int], per_head: bool, *anchors: Tensor | None) -> bool:
+def _not_for_scores(q: Tensor, k: Tensor, spans, scale, per_head, *anchors) -> str | None:
+    if q.dtype != k.dtype:
+        return f"it needs q and k of one dtype, found {q.dtype} and {k.dtype}"
+    if scale == 0:
+        return "it needs a scale other than 0"
     shape = (q.shape[1], len(spans)) if per_head else (len(spans),)
-    return all(x is None or (x.shape == shape and x.dtype == torch.float32) for x in anchors)
+    for x in anchors:
+        if x is not None and (x.shape != shape or x.dtype != torch.float32):
+            return f"it needs anchors {list(shape)} in float32, found {list(x.shape)} in {x.dtype}"
+    return plan.unsuitable(spans, q.shape[3], per_head)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()
+def _not_for_flat(*tensors: Tensor) -> str | None:
+    if len({x.dtype for x in tensors if x.ndim == 4}) > 1:
+        return f"it needs tensors of one dtype, found {[x.dtype for x in tensors]}"
+    k = next(x for x in reversed(tensors) if x.ndim == 4)
+    if k.shape[-1] > plan.WIDEST_HEAD:
+        return f"it needs heads of at most {plan.WIDEST_HEAD} channels, found {k.shape[-1]}"
+    if k.shape[0] * k.shape[1] > 65535:
+        return f"it needs at most 65535 heads, found {k.shape[0]} samples of {k.shape[1]}"
+    return None
 
 
-def score_moments(q, k, spans, scale, per_head):
-    if not _suits_scores(q, k, spans, scale, per_head):
-        return composite.score_moments(q, k, spans, scale, per_head)
-    return _attention(per_head).score_moments(q, k, spans, scale)
+def unsuitable(name: str, *args) -> str | None:
+    """What in its arguments an operation's kernels are not made for; None if nothing."""
+    for x in args:
+        if not isinstance(x, Tensor):
+            continue
+        if x.dtype not in _TYPES:
+            return f"it needs float16, bfloat16 or float32, found {x.dtype}"
+        if x.ndim > 2 and x.shape[0] > 65535:
+            return f"it needs at most 65535 samples, found {x.shape[0]}"
+        if x.ndim > 1 and _far(x):
+            return f"it needs samples within 2^31 elements, found strides {x.stride()}"
+    if name in _FLAT:
+        return _not_for_flat(*(x for x in args if isinstance(x, Tensor)))
+    if name not in _SCORES:
+        return None
+    at, spans, _ = _SCORES[name]
+    return _not_for_scores(*args[at : at + 2], *args[spans : spans + 3], *args[spans + 4 :])
 
 
-def score_moments_backward(grad_mean, grad_std, q, k, std, spans, scale, per_head):
-    statistics = grad_mean, grad_std, std
-    if not (_suits_scores(q, k, spans, scale, per_head) and _typed(*statistics)):
-        return composite.score_moments_backward(
-            grad_mean, grad_std, q, k, std, spans, scale, per_head
-        )
-    grad_mean, grad_std, std = map(_dense, statistics)
-    return _attention(per_head).score_moments_backward(grad_mean, grad_std, q, k, std, spans, scale)
+def _on_scores(name: str, *args):
+    if not _installed() or unsuitable(name, *args):
+        return getattr(composite, name)(*args)
+    _, spans, dense = _SCORES[name]
+    per_head = spans + 2
+    module = "attention_bootstrap_per_head" if args[per_head] else "attention_bootstrap"
+    args = [
+        x.contiguous() if n in dense and x is not None else x
+        for n, x in enumerate(args)
+        if n != per_head
+    ]
+    return getattr(_kernels(module), name)(*args)
 
 
-def attention_bootstrap(
-    q, k, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None
-):
-    anchors = anchor_mean, anchor_std
-    if not (
-        _suits_scores(q, k, spans, scale, per_head) and _suits_anchors(q, spans, per_head, *anchors)
-    ):
-        return composite.attention_bootstrap(q, k, spans, scale, per_head, pair_query, *anchors)
-    anchors = map(_dense, anchors)
-    return _attention(per_head).attention_bootstrap(q, k, spans, scale, pair_query, *anchors)
+def _on_heads(name: str, *args):
+    if not _installed() or unsuitable(name, *args):
+        return getattr(composite, name)(*args)
+    args = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    return getattr(_kernels("flat_attention"), name)(*args)
 
 
-def attention_bootstrap_backward(
-    grad, q, k, mean, std, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None
-):
-    anchors = anchor_mean, anchor_std
-    if not (
-        _suits_scores(q, k, spans, scale, per_head)
-        and _typed(grad, mean, std)
-        and _suits_anchors(q, spans, per_head, *anchors)
-    ):
-        return composite.attention_bootstrap_backward(
-            grad, q, k, mean, std, spans, scale, per_head, pair_query, *anchors
-        )
-    mean, std, *anchors = map(_dense, (mean, std, *anchors))
-    return _attention(per_head).attention_bootstrap_backward(
-        grad, q, k, mean, std, spans, scale, pair_query, *anchors
-    )
-
-
-def _on_rows(module: str, rank: int, name: str, *args):
-    """An operation on logits or maps: rows or maps are its tensors of that rank."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    rows = [x for x in tensors if x.ndim > 1]
-    suits = _typed(*tensors) and all(x.numel() and not _far(x[:1]) for x in rows)
-    suits = suits and rows[0].ndim == rank and (rank == 2 or rows[0].shape[0] <= 65535)
+def _on_rows(module: str, name: str, *args):
+    """An operation on logits or maps: rows or maps are its tensors of the highest rank."""
+    empty = any(isinstance(x, Tensor) and x.ndim > 1 and not x.numel() for x in args)
+    suits = not empty and _installed() and not unsuitable(name, *args)
     return getattr(_kernels(module) if suits else composite, name)(*args)
 
 
 KERNELS: dict[str, Callable] = {
-    "score_moments": score_moments,
-    "score_moments_backward": score_moments_backward,
-    "attention_bootstrap": attention_bootstrap,
-    "attention_bootstrap_backward": attention_bootstrap_backward,
-    **{name: functools.partial(_on_rows, "adaptation_head", 2, name) for name in _LOGITS},
-    **{name: functools.partial(_on_rows, "total_variation", 3, name) for name in _MAPS},
+    **{name: functools.partial(_on_scores, name) for name in _SCORES},
+    **{name: functools.partial(_on_heads, name) for name in _FLAT},
+    **{name: functools.partial(_on_rows, "adaptation_head", name) for name in _LOGITS},
+    **{name: functools.partial(_on_rows, "total_variation", name) for name in _MAPS},
 }
 
 
@@ -153,17 +146,15 @@ def register(library: torch.library.Library) -> None:
         library.impl(name, _on_own_device(function), "CUDA")
 
 
-def refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why an operation has no kernel for these tensors; None if it has."""
+def refusal(name: str, args: Sequence) -> str | None:
+    """Why an operation has no kernel for these arguments; None if it has."""
     if name not in KERNELS:
         return f"{name} has no Triton kernel"
     if not _installed():
         return "Triton is not installed"
-    if not tensors and not torch.cuda.is_available():
+    if not args and not torch.cuda.is_available():
         return "there is no GPU that PyTorch can use"
-    for x in tensors:
-        if x.device.type != "cuda":
+    for x in args:
+        if isinstance(x, Tensor) and x.device.type != "cuda":
             return f"it needs tensors on a CUDA device, found {x.device}"
-        if x.dtype not in _TYPES:
-            return f"it needs float16, bfloat16 or float32, found {x.dtype}"
-    return None
+    return unsuitable(name, *args) if args else None
