@@ -52,7 +52,7 @@ class Adapted(nn.Module):
             raise ValueError(
                 f"guard: {method.name!r} begins every image anew, so that there is nothing to reset"
             )
-        self._guard, self._guarded = guard, False
+        self._guard = guard
         with torch.inference_mode(False):
             fusion = method.extend(known.fusion, seed)
         parameter = next(fusion.parameters())
@@ -126,24 +126,9 @@ class Adapted(nn.Module):
 
     def _adapt(self, inputs: tuple[Tensor, ...], **given: Any) -> StepResult:
         """A step, and behind it the reset that the guard asks for."""
-        guard = self._guard
-        if guard is None:
+        if self._guard is None:
             return self._step(inputs, **given)
-        restore = None if self._guarded else self._state.snapshot()
-        result = self._step(inputs, **given)
-        if restore is not None:
-            try:
-                guard.check(result)
-            except ValueError:
-                restore()
-                raise
-            self._guarded = True
-        shifted = guard.shifted(result)
-        if shifted:
-            self._state.reset()
-        with torch.inference_mode(False):
-            result.stats["reset"] = torch.tensor(shifted, device=result.logits.device)
-        return result
+        return self._guard.step(lambda: self._step(inputs, **given), self._state)
 
     def predict(self, *inputs: Tensor) -> Any:
         """What a call returns, with the current state; adapts nothing."""

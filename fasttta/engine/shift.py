@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..functional import entropy
+from .state import State
 from .step import StepResult
 
 
@@ -96,13 +97,33 @@ class Guard:
     def __init__(self, like: ShiftDetector) -> None:
         self.like = like
         self.detectors: dict[str, ShiftDetector] = {}
+        self._checked = False
 
-    def shifted(self, result: StepResult) -> bool:
-        """Takes a step's values; true: one of them has left its range, and all begin anew.
+    def step(self, run: Callable[[], StepResult], state: State) -> StepResult:
+        """A step, and behind it, where it shows a shift, a reset of the state it was on; its
+        ``.stats["reset"]`` says which.
 
         Raises:
-            ValueError: the step has no value of a name that is to be watched.
+            ValueError: the step has no value of a name that is to be watched; it is undone.
         """
+        restore = None if self._checked else state.snapshot()
+        result = run()
+        if restore is not None:
+            try:
+                self._check(result)
+            except ValueError:
+                restore()
+                raise
+            self._checked = True
+        shifted = self.shifted(result)
+        if shifted:
+            state.reset()
+        with torch.inference_mode(False):
+            result.stats["reset"] = torch.tensor(shifted, device=result.logits.device)
+        return result
+
+    def shifted(self, result: StepResult) -> bool:
+        """Takes a step's values; true: one of them has left its range, and all begin anew."""
         found = False
         for name, value in self._values(result).items():
             if not math.isfinite(value):  # of a batch that did not count
@@ -114,8 +135,7 @@ class Guard:
             self.reset()
         return found
 
-    def check(self, result: StepResult) -> None:
-        """Raises ValueError if the step has no value of a name that is to be watched."""
+    def _check(self, result: StepResult) -> None:
         reported = result.losses | result.stats
         for name in self.like.watch or ():
             if name not in reported:
