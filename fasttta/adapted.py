@@ -15,6 +15,7 @@ from .engine import delta
 from .engine.graph import GraphStep
 from .engine.inputs import as_inputs
 from .engine.precision import Precision
+from .engine.shift import Guard
 from .engine.state import State, working_copy
 from .engine.step import Step, StepResult, warn
 from .engine.streaming import Lane, groups, one_ahead
@@ -40,11 +41,18 @@ class Adapted(nn.Module):
         engine: str,
         seed: int,
         constants: Mapping[str, Tensor],
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
+        method.check_model(known.fusion)
+        method = method.fitted(known.fusion)
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
-        method.check_model(known.fusion)
+        if guard is not None and method.episodic:
+            raise ValueError(
+                f"guard: {method.name!r} begins every image anew, so that there is nothing to reset"
+            )
+        self._guard = guard
         with torch.inference_mode(False):
             fusion = method.extend(known.fusion, seed)
         parameter = next(fusion.parameters())
@@ -95,6 +103,10 @@ class Adapted(nn.Module):
             keep: for methods that mask tokens at random (BriMPR): the ids [B, K] of those that
                 each modality keeps, in place of the draw.
 
+        Returns:
+            With a guard its ``.stats["reset"]``, 0-d bool, says whether the state was reset behind
+            this batch.
+
         Raises:
             ValueError, TypeError: the inputs cannot be used; the state is as before.
         """
@@ -110,7 +122,13 @@ class Adapted(nn.Module):
                     grads={} if trace else None, trace={} if trace else None,
                 )  # fmt: skip
         self._warn_single(prepared)
-        return self._step(prepared, trace=trace, drawn=drawn)
+        return self._adapt(prepared, trace=trace, drawn=drawn)
+
+    def _adapt(self, inputs: tuple[Tensor, ...], **given: Any) -> StepResult:
+        """A step, and behind it the reset that the guard asks for."""
+        if self._guard is None:
+            return self._step(inputs, **given)
+        return self._guard.step(lambda: self._step(inputs, **given), self._state)
 
     def predict(self, *inputs: Tensor) -> Any:
         """What a call returns, with the current state; adapts nothing."""
@@ -215,7 +233,7 @@ class Adapted(nn.Module):
                         yield self.step(*inputs)
                         continue
                     self._warn_single(inputs)
-                    yield self._step(inputs, features=encoded)
+                    yield self._adapt(inputs, features=encoded)
         finally:
             if cache is not None:
                 cache.flush()
@@ -268,6 +286,8 @@ class Adapted(nn.Module):
     def reset(self) -> None:
         """The state of a fresh ``adapt``, bit for bit."""
         self._state.reset()
+        if self._guard is not None:
+            self._guard.reset()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes what ``fasttta.load(model, folder)`` needs: the delta, not the model.
@@ -283,7 +303,12 @@ class Adapted(nn.Module):
             "seed": self.seed,
             "base": delta.fingerprint(self._known.fusion, self._state),
         }
-        delta.write(folder, record, self._state.tensors())
+        if self._guard is not None:
+            record["guard"] = self._guard.record()
+        delta.write(folder, record, self._saved())
+
+    def _saved(self) -> dict[str, Tensor]:
+        return self._state.tensors()
 
     @contextlib.contextmanager
     def source(self) -> Iterator[Adapted]:

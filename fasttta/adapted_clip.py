@@ -107,7 +107,7 @@ class AdaptedCLIP(Adapted):
         Raises:
             ValueError, TypeError: what was given cannot be used.
         """
-        single, items = _items(images, views)
+        single, items = items_of(images, views)
         if noise is not None and self.method != "ttc":
             raise TypeError(f"noise= is for 'ttc', the method is {self.method!r}")
         parts = []
@@ -127,7 +127,7 @@ class AdaptedCLIP(Adapted):
 
     def predict(self, images: Any = None, *, views: Views | None = None) -> Tensor:
         """Zero-shot logits [B, C] of the anchors with the prompt that episodes start from."""
-        _, items = _items(images, views)
+        _, items = items_of(images, views)
         logits = []
         for _, given in self._groups(items, None):
             with environment(self._device, self._numbers, grad=False):
@@ -274,7 +274,7 @@ class AdaptedCLIP(Adapted):
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
 
 
-def _items(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:
+def items_of(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:
     """Whether it is a single image, and images or views, one an episode."""
     if (images is None) == (views is None):
         raise TypeError("needed images, or views= of one image; found both or neither")

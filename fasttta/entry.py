@@ -11,11 +11,14 @@ from torch import nn
 from . import methods
 from .adapted import Adapted
 from .adapted_clip import AdaptedCLIP
+from .adapted_head import AdaptedHead
 from .engine import delta
 from .engine.precision import resolve
+from .engine.shift import Guard, ShiftDetector
 from .families import recognise
 from .families_clip import recognise_clip
 from .methods.base import Method
+from .models import RationalCLIP
 from .models.spec import ModelSpec
 from .protocols import SourceStats
 
@@ -52,7 +55,8 @@ def adapt(
             ``"eager"``; ``"auto"``: eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
         classes: for CLIP: class names, or token ids [C, L] (int64).
-        guard: for methods that this version does not have; must be None.
+        guard: ``fasttta.ShiftDetector(...)``: behind a batch that shows a shift, adaptation begins
+            anew. It is not used itself, only its settings are.
         seed: of the random state.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
@@ -64,18 +68,24 @@ def adapt(
         ValueError: an unknown name or a value out of range.
     """
     clip = recognise_clip(model) if spec is None else None
-    for name, value in (("classes", None if clip else classes), ("guard", guard)):
-        if value is not None:
-            raise ValueError(f"{name}={value!r:.80}: models of this family take no {name}")
+    rational = spec is None and isinstance(model, RationalCLIP)
+    if classes is not None and not (clip or rational):
+        raise ValueError(f"classes={classes!r:.80}: models of this family take no classes")
+    if guard is not None and not isinstance(guard, ShiftDetector):
+        raise TypeError(f"guard must be a fasttta.ShiftDetector, found {guard!r:.80}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, found {seed!r}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
-    if clip:
-        chosen, resources = _method("a-tpt" if method == "auto" else method, options)
-        return _adapted_clip(model, clip, chosen, precision, engine, int(seed), classes, resources)
-    known = recognise(model, spec)
+    if method == "auto" and (clip or rational):
+        method = "rada" if rational else "a-tpt"
     chosen, resources = _method(method, options)
+    guard = None if guard is None else Guard(guard)
+    if clip or (rational and isinstance(chosen, methods.RAda)):
+        return _adapted_clip(
+            model, clip, chosen, precision, engine, int(seed), classes, resources, guard
+        )
+    known = recognise(model, spec)
     _check_origin(resources.get("source_stats"), known.fusion)
     parameter = next(known.fusion.parameters())
     return Adapted(
@@ -86,6 +96,7 @@ def adapt(
         engine=_engine(engine, parameter.device),
         seed=int(seed),
         constants=chosen.constants(known.fusion, resources),
+        guard=guard,
     )
 
 
@@ -114,12 +125,22 @@ def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, d
     return cls(**options), resources
 
 
-def _adapted_clip(model, clip, method, precision, engine, seed, classes, resources) -> AdaptedCLIP:
-    parameter = clip.clip.positional_embedding
-    return AdaptedCLIP(
-        model, clip, method, resolve(precision, parameter.device, parameter.dtype),
-        engine=_engine(engine, parameter.device), seed=seed, classes=classes, resources=resources,
-    )  # fmt: skip
+def _adapted_clip(
+    model, clip, method, precision, engine, seed, classes, resources, guard=None
+) -> Adapted:
+    """A CLIP (``clip`` None: a RationalCLIP) with a method for images."""
+    parameter = (model.model if clip is None else clip.clip).positional_embedding
+    options = {"engine": _engine(engine, parameter.device), "seed": seed, "classes": classes}
+    precision = resolve(precision, parameter.device, parameter.dtype)
+    if isinstance(method, methods.RAda):
+        return AdaptedHead(
+            model, clip, method, precision, **options, resources=resources, guard=guard
+        )
+    if guard is not None:
+        raise ValueError(
+            f"guard: {method.name!r} begins every image anew, so that there is nothing to reset"
+        )
+    return AdaptedCLIP(model, clip, method, precision, **options, resources=resources)
 
 
 def _check_origin(source_stats: object, fusion: nn.Module) -> None:
@@ -167,12 +188,16 @@ def load(
     """
     record, tensors = delta.read(folder)
     method, _ = _method(record["method"], record["options"])
-    if spec is None and (clip := recognise_clip(model)):
-        if "classes" not in tensors:
+    clip = recognise_clip(model) if spec is None else None
+    rational = spec is None and isinstance(model, RationalCLIP)
+    guard = Guard.of(record["guard"]) if "guard" in record else None
+    if clip or (rational and isinstance(method, methods.RAda)):
+        if (clip is None) == ("classes" in tensors):
             raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
         adapted = _adapted_clip(
-            model, clip, method, record["precision"], engine, record["seed"], tensors["classes"], {}
-        )
+            model, clip, method, record["precision"], engine, record["seed"],
+            tensors.get("classes"), {}, guard,
+        )  # fmt: skip
         adapted.take(record, tensors)
         return adapted
     known = recognise(model, spec)
@@ -190,6 +215,7 @@ def load(
         engine=_engine(engine, parameter.device),
         seed=record["seed"],
         constants=constants,
+        guard=guard,
     )
     delta.check_fingerprint(record["base"], known.fusion, adapted._state)
     adapted._state.load(tensors)

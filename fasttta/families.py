@@ -176,7 +176,7 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
     if spec is not None:
         return _by_spec(model, spec)
     if isinstance(model, FeatureClassifier):
-        return Recognised("fasttta.models.FeatureClassifier", model)
+        return Recognised(f"fasttta.models.{type(model).__name__}", model)
     inner, prefix = model, ""
     while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
         wrapped = _wrapped(inner)

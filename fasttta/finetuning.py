@@ -1,9 +1,10 @@
-"""Efficient fine-tuning of RAda's head on labelled features."""
+"""Fine-tuning of RAda's head on labelled data, with frozen encoders or through them."""
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .models.rational import RationalHead
+from .engine.state import structural_copy
+from .models import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalHead
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")
 WARM_UP = 1e-5  # learning rate of the first epoch, whatever ``lr`` is
@@ -41,7 +43,8 @@ class FineTuning:
             ``also``).
         scale, bias: of the logits; a number, a tensor or a function that gives one.
         image: what features go through before the head (an adapter); None: nothing.
-        also: further parameters to train.
+        also: further parameters to train; also_lr: their learning rate, None: ``lr``.
+        score: (image, text) -> logits and mask, where it is not the head alone.
         objective: ``"ce"`` or ``"sigmoid"``.
         penalty, alpha: ``"mse"``, ``"linf"`` or None, and its weight.
         optimizer: ``"adam"`` (0.9, 0.999) or ``"sgd"`` (momentum 0.9), weight decay coupled (L2).
@@ -59,6 +62,8 @@ class FineTuning:
         bias: float | Tensor | None = None,
         image: Callable[[Tensor], Tensor] | None = None,
         also: Iterable[nn.Parameter] = (),
+        also_lr: float | None = None,
+        score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         objective: str = "ce",
         penalty: str | None = "mse",
         alpha: float = 0.0,
@@ -77,7 +82,7 @@ class FineTuning:
                 )
         for name, value, least in (
             ("alpha", alpha, 0), ("lr", lr, 0), ("weight_decay", weight_decay, 0),
-            ("epochs", epochs, 1),
+            ("epochs", epochs, 1), ("also_lr", lr if also_lr is None else also_lr, 0),
         ):  # fmt: skip
             number = isinstance(value, (int, float)) and math.isfinite(value)
             if not number or value < least or (name == "lr" and value == 0):
@@ -85,7 +90,11 @@ class FineTuning:
         self.head, self.text, self.scale, self.bias, self.image = head, text, scale, bias, image
         self.objective, self.penalty, self.alpha = objective, penalty, alpha
         self.lr, self.epochs, self.epoch = lr, epochs, 0
-        parameters = [*head.parameters(), *also]
+        self.score = score
+        parameters = [{"params": list(head.parameters()), "share": 1.0}]
+        if also := list(also):
+            share = 1.0 if also_lr is None else also_lr / lr
+            parameters.append({"params": also, "share": share})
         kinds = {
             "adam": lambda: torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay),
             "sgd": lambda: torch.optim.SGD(
@@ -122,7 +131,10 @@ class FineTuning:
         with torch.inference_mode(False), torch.enable_grad():
             image = features if self.image is None else self.image(features)
             scale = self.scale() if callable(self.scale) else self.scale
-            logits, mask = self.head(image, text, scale, self.bias, return_mask=True)
+            if self.score is None:
+                logits, mask = self.head(image, text, scale, self.bias, return_mask=True)
+            else:
+                logits, mask = self.score(image, text)
             value = objective_loss(logits, labels.long(), self.objective)
             away = mask.new_zeros(()) if self.penalty is None else mask_penalty(mask, self.penalty)
             loss = value + self.alpha * away if self.alpha else value
@@ -131,7 +143,7 @@ class FineTuning:
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate
+                group["lr"] = self.rate * group["share"]
             self.optimizer.step()
         found = {"loss": loss, "objective": value, "penalty": away, "logits": logits, "mask": mask}
         return {name: x.detach() for name, x in found.items()}
@@ -142,45 +154,141 @@ class FineTuning:
 
 
 def finetune(
-    head: RationalHead,
-    features: Tensor,
+    model: RationalHead | FeatureClassifier,
+    features: Tensor | tuple[Tensor, ...],
     labels: Tensor,
-    text: Tensor,
+    text: Tensor | None = None,
     *,
-    scale: float = 100.0,
+    scale: float | None = None,
+    encoders: bool = False,
+    classes: Tensor | None = None,
+    encoder_lr: float = 1e-5,
     batch: int = 32,
     epochs: int = 5,
     seed: int = 0,
     **options: Any,
-) -> RationalHead:
-    """A fine-tuned copy of a head; encoders stay frozen, so that features are all it needs.
+) -> RationalHead | FeatureClassifier:
+    """A fine-tuned copy of a head, or of a model with one.
 
     Args:
-        head: not changed.
-        features, labels: [N, D] and [N], shuffled anew each epoch.
-        text: [K, D]: class texts, prototypes or rows of a linear classifier.
-        scale: of the logits; batch, epochs: as they say; seed: of the order.
+        model: a ``RationalHead``, or ``FeatureClassifier``, ``RationalCLIP``, ``RationalCAVMAE``
+            (``clip.rational()``, ``cavmae.rational()``); not changed.
+        features: [N, D]; of a model what it takes, N samples each: images; (audio, video).
+        labels: [N] integers; samples are shuffled anew each epoch.
+        text: with a head alone: [K, D], class texts, prototypes or rows of a linear classifier.
+        scale: with a head alone: of the logits; None: 100.
+        encoders: also train what is in front of the head (full fine-tuning): CLIP's image tower;
+            a CAV-MAE up to its linear classifier. Else features are computed once.
+        classes: of a CLIP, with ``encoders``: token ids [K, L]; its text tower is trained too,
+            token and position embeddings excepted.
+        encoder_lr: of the encoders, along the same schedule. batch, epochs: as they say; seed: of
+            the order.
         options: of ``FineTuning`` (``objective``, ``penalty``, ``alpha``, ``optimizer``, ``lr``,
             ``weight_decay``, ``bias``, ...).
 
     Raises:
         ValueError, TypeError: features, labels or an option cannot be used.
+
+    Source: Chen et al., ICCV 2025. Of full fine-tuning only results were published; the objective
+    here is that of the published code, its learning rate is ours.
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: needed a positive integer")
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise ValueError(f"epochs={epochs!r}: needed a positive integer")
-    if not isinstance(features, Tensor) or features.ndim != 2 or not len(features):
-        raise ValueError("features must be a tensor [N, D] with at least 1 sample")
-    if not isinstance(labels, Tensor) or labels.shape != features.shape[:1]:
-        raise ValueError(f"labels must be a tensor [{len(features)}]")
+    inputs = features if isinstance(features, tuple) else (features,)
+    whole = _check_model(model, inputs, text, scale, encoders, classes)
+    if not isinstance(labels, Tensor) or labels.shape != inputs[0].shape[:1]:
+        raise ValueError(f"labels must be a tensor [{len(inputs[0])}]")
     with torch.inference_mode(False):
-        tuned = copy.deepcopy(head).requires_grad_(True)
-        tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
+        if not whole:
+            tuned = copy.deepcopy(model).requires_grad_(True)
+            scale = 100.0 if scale is None else scale
+            tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
+        else:
+            tuned = structural_copy(model, _own(encoders))
+            with torch.no_grad():
+                inputs = inputs if encoders else (_encoded(tuned, inputs, batch),)
+            also, words = _encoder_parameters(tuned, classes) if encoders else [], None
+            if classes is not None:
+                prompts = tuned.model.prompts(classes)
+                words = lambda: prompts.features()[0]  # noqa: E731
+            for parameter in (*tuned.head.parameters(), *also):
+                parameter.requires_grad_(True)
+            tuning = FineTuning(
+                tuned.head, words or tuned.text, epochs=epochs, score=tuned.scored, also=also,
+                also_lr=encoder_lr, **options,
+                image=(lambda rows: tuned.encode(*(x[rows] for x in inputs))) if encoders else None,
+            )  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            for index in torch.randperm(len(features), generator=generator).split(batch):
-                index = index.to(features.device)
-                tuning.step(features[index], labels[index])
+            for index in torch.randperm(len(labels), generator=generator).split(batch):
+                index = index.to(labels.device)
+                tuning.step(index if whole and encoders else inputs[0][index], labels[index])
             tuning.end_epoch()
-    return tuned
+        if whole and classes is not None:
+            with torch.no_grad():
+                text = words()
+                tuned.text = (text / text.norm(dim=-1, keepdim=True)).to(tuned.text.dtype)
+                tuned.model.class_features = tuned.text.clone()
+    return tuned.requires_grad_(False) if whole else tuned
+
+
+def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
+    """Whether it is a whole model; raises what does not fit."""
+    whole = isinstance(model, FeatureClassifier)
+    if not whole and not isinstance(model, RationalHead):
+        raise TypeError(f"model must be a RationalHead or a model with one, found {model!r:.80}")
+    if whole:
+        for name, value in (("text", text), ("scale", scale)):
+            if value is not None:
+                raise ValueError(f"{name}: {type(model).__name__} has its own")
+        if len(inputs) != len(model.input_names):
+            raise ValueError(
+                f"features must be ({', '.join(model.input_names)}), found {len(inputs)}"
+            )
+        model.check_inputs(*inputs)
+        if classes is not None and not (encoders and isinstance(model, RationalCLIP)):
+            raise ValueError("classes: only of a CLIP whose encoders are trained")
+        if classes is not None and len(classes) != model.num_classes:
+            raise ValueError(f"classes has {len(classes)} rows, needed {model.num_classes}")
+        return True
+    if encoders or classes is not None:
+        raise ValueError("encoders, classes: a head alone has none; give clip.rational()")
+    if text is None:
+        raise ValueError("text=None: a head alone needs class features [K, D]")
+    features = inputs[0]
+    if not isinstance(features, Tensor) or features.ndim != 2 or not len(features):
+        raise ValueError("features must be a tensor [N, D] with at least 1 sample")
+    return False
+
+
+def _own(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter | None]:
+    def own(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or not (encoders or name.startswith("head.")):
+            return parameter
+        return nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+    return own
+
+
+def _encoded(model: FeatureClassifier, inputs: tuple[Tensor, ...], batch: int) -> Tensor:
+    parts = zip(*(x.split(batch) for x in inputs), strict=True)
+    return torch.cat([model.encode(*part) for part in parts])
+
+
+def _encoder_parameters(model: FeatureClassifier, classes: Tensor | None) -> list[nn.Parameter]:
+    """What is trained in front of the head."""
+    if isinstance(model, RationalCLIP):
+        clip, found = model.model, list(model.model.visual.parameters())
+        if classes is not None:
+            found += [*clip.transformer.parameters(), *clip.ln_final.parameters()]
+            found.append(clip.text_projection)
+        return found
+    if isinstance(model, RationalCAVMAE):
+        # LayerNorms of a modality alone never run here
+        return [
+            p for n, p in model.model.named_parameters()
+            if not re.search(r"(^mlp_head\.1|norm\d?_[av])\.", n)
+        ]  # fmt: skip
+    raise ValueError(f"encoders: {type(model).__name__} has none; its features are given")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import methods
+from .engine.state import structural_copy
 from .families import recognise
 from .families_clip import recognise_clip
 from .inspection_clip import describe_clip, table_clip
@@ -189,6 +190,7 @@ def _inputs(fusion: CAVMAE) -> dict[str, str]:
 def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     try:
         method.check_model(fusion)
+        method = method.fitted(fusion)
         fusion = method.extend(fusion, 0)
         slots = method.tuned(fusion)
     except ValueError as error:
@@ -200,9 +202,17 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     size = 8 if next(fusion.parameters()).dtype == torch.float64 else 4
     return {
         "tuned": values,
-        "delta_bytes": 3 * values * size + 4 * len(parameters),
+        # of episodes also what they start from
+        "delta_bytes": (4 if method.episodic else 3) * values * size + 4 * len(parameters),
         "names": list(slots),
     }
+
+
+def _rational(clip: CLIP) -> dict[str, Any]:
+    """What RAda would tune on a CLIP, whatever its classes; their token ids come on top."""
+    bare = structural_copy(clip, lambda name, parameter: parameter)
+    bare.class_features = torch.ones(2, clip.text_projection.shape[1])
+    return _method(bare, methods.RAda())
 
 
 def table(found: dict[str, Any]) -> str:

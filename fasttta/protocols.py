@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -81,13 +81,20 @@ class VisionLanguageModel(Protocol):
 
 
 class Streams(NamedTuple):
-    """One batch as BriMPR sees it: every modality whole and with tokens masked away."""
+    """One batch as BriMPR sees it: every modality whole, with tokens masked away, and alone.
+
+    The latter two are computed when their loss is asked for; what comes back of them is without
+    gradient, which is the loss's alone.
+    """
 
     logits: Tensor  # [B, C] of all modalities whole, without gradient
     joint: Tensor  # [B, D], the feature those logits are read from, without gradient
     features: tuple[Tensor, ...]  # a modality: [B, blocks, D], pooled behind each encoder block
-    masked_logits: tuple[Tensor, ...]  # a modality: [B, C] with that one masked, the others whole
-    representations: tuple[Tensor, ...]  # a modality: [B, D], it alone through the fusion blocks
+    #: (modality, loss) -> 0-d, and logits [B, C] with that modality masked and the others whole;
+    #: loss(logits [b, C], rows of the batch) is summed over portions of the batch
+    masked: Callable[[int, Callable[[Tensor, slice], Tensor]], tuple[Tensor, Tensor]]
+    #: loss -> 0-d, and [B, D] of each modality alone through the fusion blocks, which it takes
+    alone: Callable[[Callable[[list[Tensor]], Tensor]], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 @runtime_checkable

@@ -27,6 +27,7 @@ METHODS = {
     "read": {"lr": 1e-3},
     "abpem": {"k": 3, "window": 3, "lr": 1e-3},
     "brimpr": {"lr": 1e-3, "prompts": (2, 3), "source_stats": tiny_stats()},
+    "rada": {"lr": 1e-3, "heads": 3},
 }
 
 

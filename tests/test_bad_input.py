@@ -122,7 +122,7 @@ def test_adapt(tiny_model):
         ({"seed": -1}, ValueError, "seed=-1 is out of range"),
         ({"seed": 2**70}, ValueError, "out of range"),
         ({"classes": ["a"]}, ValueError, "take no classes"),
-        ({"guard": True}, ValueError, "take no guard"),
+        ({"guard": True}, TypeError, "guard must be a fasttta.ShiftDetector, found True"),
         ({"spec": "cavmae"}, TypeError, "must be a fasttta.ModelSpec, found str"),
         ({"source_stats": 1, "k": 3}, ValueError, 'used only with anchor="source"'),
         ({"method": "read", "source_stats": 1}, TypeError, "READ has no option source_stats"),

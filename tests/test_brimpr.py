@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from cases import METHODS, tiny_stats
 from plain_brimpr import TERMS, plain, some_ids, stats_for, with_prompts
 
 import fasttta
+from fasttta.models import prompted
+from fasttta.models.staged import staged
 
 
 @pytest.mark.parametrize("depth", [(1, 2, 1), (3, 1, 2)])
 @pytest.mark.parametrize(("batch", "kept"), [(5, (3, 2)), (2, (6, 1))])
-def test_against_the_plain_path(tiny_model, tiny_batch, depth, batch, kept):
+def test_against_the_plain_path(tiny_model, tiny_batch, depth, batch, kept, monkeypatch):
     """Every term, its gradient and the prediction; nothing of what is saved changes a number."""
+    monkeypatch.setattr(prompted, "portion", lambda tokens: 2)
     model = tiny_model(depth=depth).double()
     stats, inputs = stats_for(depth), tiny_batch(batch, dtype=torch.float64)
     keep = [some_ids(batch, 6, kept[0], 1), some_ids(batch, 4, kept[1], 2)]
@@ -86,19 +91,62 @@ def test_no_row_is_computed_twice(tiny_model, tiny_batch, monkeypatch):
     assert rows["blocks_u.0.mlp.fc1.weight", "4"] == 5 * passes
 
 
-def test_no_autograd_where_no_gradient_flows(tiny_model, tiny_batch):
+def test_gradients_are_taken_at_once(tiny_model, tiny_batch):
+    """What a masked stream needs for its gradient is gone when its loss is there; and no gradient
+    is taken where none is wanted."""
     prompts = {n: torch.rand(d, 2, 12) for n, d in (("audio", 1), ("video", 2))}
     model = tiny_model().requires_grad_(False).prompted(prompts)
     keep = some_ids(5, 6, 3), some_ids(5, 4, 2)
-    for recombination, contrast in itertools.product((True, False), repeat=2):
-        found = model.streams(*tiny_batch(), *keep, recombination=recombination, contrast=contrast)
-        assert all(x.requires_grad for x in found.features)
-        assert not found.logits.requires_grad
-        assert not found.joint.requires_grad
-        assert all(x.requires_grad == recombination for x in found.masked_logits)
-        assert all(x.requires_grad == contrast for x in found.representations)
+    kept = []
+
+    def held(x):
+        kept.append(weakref.ref(x))
+        return x
+
+    found = model.streams(*tiny_batch(), *keep)
+    assert all(x.requires_grad for x in found.features)
+    assert not found.logits.requires_grad
+    assert not found.joint.requires_grad
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for call in (
+                lambda: found.masked(0, lambda y, rows: y.square().sum()),
+                lambda: found.alone(lambda y: y[0].sum() + y[1].square().sum()),
+            ):
+                kept.clear()
+                with torch.autograd.graph.saved_tensors_hooks(held, lambda x: x):
+                    value, _ = call()
+                assert value.requires_grad == grad
+                assert bool(kept) == grad
+                gc.collect()
+                alive = {id(x()) for x in kept if x() is not None and x().ndim > 2}
+                assert len(alive) < 0.2 * len(kept) or not grad
     _, features = model.layers(*tiny_batch())
     assert torch.allclose(features[0], found.features[0], atol=1e-6)
+
+
+def test_staged_gradients():
+    """Portions of a batch, inputs that all share, some without gradient, one unused."""
+    torch.manual_seed(0)
+    w, unused, x, fixed = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+        for shape, grad in (((3, 3), True), ((2,), True), ((5, 3), True), ((5, 3), False))
+    )
+
+    def part(rows, shared, batched):
+        y = (batched[0] @ shared[0] + batched[1]).sin()
+        return y.square().sum(), (y,)
+
+    for size in (5, 2):
+        loss, (y,) = staged(part, (w, unused), (x, fixed), 5, size)
+        expected = (x @ w + fixed).sin()
+        assert torch.allclose(y, expected)
+        assert torch.allclose(loss, expected.square().sum())
+        found = torch.autograd.grad(3 * loss, (w, unused, x))
+        grads = torch.autograd.grad(3 * expected.square().sum(), (w, x))
+        assert torch.allclose(found[0], grads[0])
+        assert torch.allclose(found[2], grads[1])
+        assert not found[1].any()
 
 
 # ------------------------------------------------------------------------------------ prompts
@@ -174,3 +222,18 @@ def test_few_source_samples():
     clean = [batch[:2] for batch in stream("clean", samples=64, seed=77)]
     source, adapted = accuracies(fasttta.collect_stats(load_model(), clean, n=8), "occlusion")
     assert adapted > source + 0.8
+
+
+def test_few_batches():
+    """Three batches, and what they taught on pairs that were not in them: 95.3 -> 96.9 %."""
+    from fasttta.demo.digits import load_model, load_statistics, stream
+
+    adapted = fasttta.adapt(load_model(), "brimpr", source_stats=load_statistics(), lr=3e-4)
+    fresh, found = stream("occlusion", samples=512, seed=5), []
+    for batches in ([], stream("occlusion", samples=192)):
+        for audio, video, _ in batches:
+            adapted(audio, video)
+        with adapted.source() if not batches else contextlib.nullcontext():
+            hits = [adapted.predict(a, v).argmax(dim=1) == y for a, v, y in fresh]
+        found.append(100 * torch.cat(hits).double().mean().item())
+    assert found[1] > found[0] + 0.5

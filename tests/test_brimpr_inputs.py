@@ -178,10 +178,8 @@ def test_samples_that_do_not_count(count):
             others,
         ),
         (
-            realignment.recombination(logits, torch.tensor(1.3), others, share, weight),
-            realignment.recombination(
-                logits[some], torch.tensor(1.3), [x[some] for x in others], share
-            ),
+            recombined(logits, torch.tensor(1.3), others, share, weight),
+            recombined(logits[some], torch.tensor(1.3), [x[some] for x in others], share),
             others,
         ),
     )
@@ -192,6 +190,16 @@ def test_samples_that_do_not_count(count):
             strict=True,
         ):  # fmt: skip
             assert torch.allclose(a, b, atol=1e-12)
+
+
+def recombined(logits, temperature, masked, shares, weight=None):
+    """The term of a whole batch, in two portions."""
+    target, n = realignment.teacher(logits, temperature), len(logits)
+    return sum(
+        realignment.recombination(target, x[rows], share, weight, rows)
+        for x, share in zip(masked, shares, strict=True)
+        for rows in (slice(0, 2), slice(2, n))
+    )
 
 
 def test_three_modalities():
@@ -207,7 +215,7 @@ def test_three_modalities():
     two = realignment.shares([torch.tensor(1.0), torch.tensor(3.0)])
     assert torch.allclose(torch.stack(two), torch.tensor([0.75, 0.25]))
     logits, masked = torch.randn(5, 4, generator=generator), [torch.zeros(5, 4)] * 3
-    found = realignment.recombination(logits, torch.tensor(1.0), masked, shares)
+    found = recombined(logits, torch.tensor(1.0), masked, shares)
     assert torch.allclose(found, torch.tensor(4.0).log())
 
 

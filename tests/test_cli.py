@@ -141,8 +141,8 @@ def test_inspect_any_fusion_transformer(capsys, tmp_path):
     found = json.loads(out)
     assert found["spans"] == {"audio": 6, "video": 4}
     for name, method in found["methods"].items():
-        if name in ("sar", "brimpr"):  # what they tune a spec does not say
-            needed = {"sar": "encode=", "brimpr": "needed a CAV-MAE"}
+        if name in ("sar", "brimpr", "rada"):  # what they tune a spec does not say
+            needed = {"sar": "encode=", "brimpr": "needed a CAV-MAE", "rada": "class vectors"}
             assert needed[name] in method["impossible"]
             continue
         adapted = fasttta.adapt(fusions.Joint(), name, spec=fusions.Joint.spec)

@@ -1,4 +1,4 @@
-"""RAda where golden vectors do not reach: the plain form, memory, fine-tuning, episodes."""
+"""RAda where golden vectors do not reach: the plain form, memory, episodes."""
 
 from __future__ import annotations
 
@@ -174,80 +174,6 @@ def test_bad_features():
             RationalHead(*arguments)
 
 
-# -------------------------------------------------------------------------------- fine-tuning
-
-
-def task(seed=0, n=40):
-    """Noisy features of 7 classes, their labels, and the classes."""
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(7, 12, generator=generator)
-    labels = torch.arange(n) % 7
-    return text[labels] + 0.9 * torch.randn(n, 12, generator=generator), labels, text
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_finetune(optimizer):
-    features, labels, text = task()
-    torch.manual_seed(0)
-    head = RationalHead(12, 3)
-    before = copy.deepcopy(head.state_dict())
-    lr = {"adam": 5e-3, "sgd": 0.1}[optimizer]
-    options = {"scale": 10.0, "batch": 8, "epochs": 6, "optimizer": optimizer, "lr": lr}
-    tuned = fasttta.finetune(head, features, labels, text, **options)
-    assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
-    losses = [
-        nn.functional.cross_entropy(h(features, text, 10.0), labels).item() for h in (head, tuned)
-    ]
-    assert losses[1] < 0.9 * losses[0]
-    again = fasttta.finetune(head, features, labels, text, **options)
-    other = fasttta.finetune(head, features, labels, text, **options, seed=1)
-    assert all(torch.equal(x, again.state_dict()[n]) for n, x in tuned.state_dict().items())
-    assert not torch.equal(other.out_proj.weight, tuned.out_proj.weight)
-    with torch.inference_mode():
-        inside = fasttta.finetune(head, features, labels, text, **options)
-    assert torch.equal(inside.out_proj.weight, tuned.out_proj.weight)
-
-
-@pytest.mark.parametrize("penalty", ["mse", "linf"])
-def test_penalty_holds_the_mask(penalty):
-    features, labels, text = task()
-    torch.manual_seed(0)
-    head, away = RationalHead(12, 3), []
-    for alpha in (0.0, 30.0):
-        tuned = fasttta.finetune(head, features, labels, text, scale=10.0, epochs=6, lr=5e-3,
-                                 penalty=penalty, alpha=alpha, batch=8)  # fmt: skip
-        _, mask = tuned(features, text, 10.0, return_mask=True)
-        away.append((mask - 1).square().mean())
-    assert away[1] < 0.5 * away[0]
-
-
-def test_bad_fine_tuning():
-    features, labels, text = task()
-    head = RationalHead(12, 3)
-    for changes, match in (
-        ({"optimizer": "lion"}, "optimizer='lion' is unknown; known: 'adam', 'sgd'"),
-        ({"penalty": "l1"}, "penalty='l1'"),
-        ({"objective": "mse"}, "objective='mse'"),
-        ({"lr": 0}, "lr=0"),
-        ({"alpha": -1.0}, "alpha=-1.0"),
-        ({"epochs": 0}, "epochs=0"),
-        ({"batch": 0}, "batch=0"),
-        ({"labels": labels[:5]}, r"labels must be a tensor \[40\]"),
-        ({"labels": labels + 1}, "labels must lie in 0 to 6"),
-        ({"labels": labels.float()}, "labels must be integers"),
-        ({"features": features[0]}, "features must be a tensor"),
-        ({"features": features * torch.nan}, "the loss is not finite"),
-    ):
-        arguments = {"features": features, "labels": labels, "text": text, **changes}
-        with pytest.raises(ValueError, match=match):
-            fasttta.finetune(head, **arguments)
-    tuning = fasttta.FineTuning(head, text, scale=10.0)
-    before = copy.deepcopy(head.state_dict())
-    with pytest.raises(ValueError, match="labels must lie"):
-        tuning.step(features, labels + 1)
-    assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
-
-
 # ---------------------------------------------------------------------------------- test time
 
 
@@ -343,6 +269,22 @@ def test_stream_of_samples():
     assert same(adapted.step(views(0)), first)
 
 
+def test_views_in_portions(monkeypatch):
+    """Many views of many classes: a few at a time where no gradient is needed."""
+    whole = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
+    monkeypatch.setattr("fasttta.models.rational._TOGETHER", 3 * 7 * 12)
+    sizes, score = [], FeatureClassifier.scored
+    monkeypatch.setattr(
+        FeatureClassifier,
+        "scored",
+        lambda self, x, text: sizes.append(len(x)) or score(self, x, text),
+    )
+    found = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
+    assert sizes == [3] * 6 + [2, 2, 1]  # 20 views, the selected ones, the original
+    assert torch.allclose(found.logits, whole.logits, atol=1e-12)
+    assert torch.equal(found.stats["selected"], whole.stats["selected"])
+
+
 def test_only_the_last_projection():
     adapted = fasttta.adapt(classifier(), "rada", tune="out", lr=1e-2)
     assert list(adapted.tuned) == ["out_proj.weight", "out_proj.bias"]
@@ -392,7 +334,7 @@ def test_bad_calls(tiny_model):
         with pytest.raises(ValueError):  # noqa: PT011
             fasttta.adapt(model, method)
     assert fasttta.adapt(model, "source")(views(0)).shape == (20, 7)
-    with pytest.raises(ValueError, match="a rational head over features"):
+    with pytest.raises(ValueError, match="heads=8 does not divide dim=12"):
         fasttta.adapt(tiny_model(), "rada")
     for options, match in (
         ({"loss": "none"}, "loss='none'"),
@@ -409,10 +351,11 @@ def test_bad_calls(tiny_model):
 
 
 @pytest.mark.skipif(not DTD.is_dir(), reason="the CLIP features are not here")
-def test_real_features():
+def test_real_features(monkeypatch):
     """24 textures: prototypes of 16 shots, and the head fine-tuned on the same shots."""
     from fasttta.demo import features
 
+    monkeypatch.setattr(features, "adapt", lambda model, *args, **options: lambda x: model(x))
     found = features.run(DTD, seeds=[0], epochs=[2], sizes=[3.0])
     assert found["prototypes"][0] == pytest.approx(70.7, abs=0.2)
     assert found["RAda, 2 epochs"][0] > 72.5

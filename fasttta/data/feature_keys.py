@@ -38,9 +38,9 @@ _WRAPPERS = (partial, cached_property, staticmethod, classmethod, property)
 def model_key(model: nn.Module, precision: str, dtype: str) -> str:
     """32 hex digits of everything that a model's ``encode`` depends on.
 
-    Every weight and buffer in full (but the fusion's q, k, v, behind the encoders, so that all
-    methods with frozen encoders agree), settings such as head counts, the code of classes that are
-    neither PyTorch's nor ours, the spec and the cut found by it.
+    Every weight and buffer in full (but the fusion's q, k, v or RAda's head, behind the encoders,
+    so that all methods with frozen encoders agree), settings such as head counts, the code of
+    classes that are neither PyTorch's nor ours, the spec and the cut found by it.
 
     Args:
         model: as the steps run it, in its precision, after its first batch.
@@ -49,7 +49,8 @@ def model_key(model: nn.Module, precision: str, dtype: str) -> str:
     """
     _remember([p for p in model.parameters() if not p.requires_grad])
     behind = set()
-    for slot in model.tunable("fusion_qkv").values():
+    group = "head" if hasattr(model, "head") else "fusion_qkv"
+    for slot in model.tunable(group).values():
         path, _, leaf = slot.parameter.rpartition(".")
         behind.add((id(model.get_submodule(path)), leaf))
     contents = _Contents(behind)

@@ -95,6 +95,7 @@ class State:
         slots: tuned name -> parameter, or rows of one.
         method: tensors the method carries from batch to batch; replaced, never written to.
         constants: tensors the method fixed at the start.
+        source: the tuned parameters as ``adapt`` made them; start: as every episode begins.
         generator: on the CPU, seeded.
     """
 
@@ -109,6 +110,7 @@ class State:
         self.leaves, self.slots, self.seed = leaves, dict(slots), seed
         self.constants = constants
         self.source = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+        self.start = self.source  # of every episode
         self.method: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
         self.episodic = method.episodic
@@ -159,10 +161,13 @@ class State:
             if not torch.isfinite(ready[name]).all():
                 raise ValueError(f"{name} holds non-finite values")
         with torch.inference_mode(False), torch.no_grad():
+            if self.episodic:  # not what the last episode made of the others
+                for name, leaf in self.leaves.items():
+                    leaf.copy_(self.start[name])
             for name, value in ready.items():
                 views[name].copy_(value)
             if self.episodic:  # or the next episode would not begin with them
-                self.source = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+                self.start = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
 
     # ------------------------------------------------------------------ snapshots
 
@@ -196,24 +201,31 @@ class State:
                     tensor.copy_(self.source[name.removeprefix("tuned.")])
                 else:
                     tensor.zero_()
-        self.method = {}
+        self.start, self.method = self.source, {}
         self.generator.manual_seed(self.seed)
 
     def recover(self, flag: Tensor) -> None:
-        """Tuned tensors and optimiser at their start where a 0-d flag is true; decided on the
-        device."""
+        """Tuned tensors and optimiser at an episode's start where a 0-d flag is true; decided on
+        the device."""
         with torch.no_grad():
             for name, tensor in self._written().items():
-                start = self.source.get(name.removeprefix("tuned."), torch.zeros_like(tensor))
+                start = self.start.get(name.removeprefix("tuned."), torch.zeros_like(tensor))
                 tensor.copy_(torch.where(flag, start, tensor))
 
     # ------------------------------------------------------------------ files
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """What is saved besides what steps write to."""
+        tensors = {f"constant.{name}": value for name, value in self.constants.items()}
+        if self.episodic:
+            tensors |= {f"start.{name}": value for name, value in self.start.items()}
+        return tensors
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a later session needs to go on, by name, on the CPU."""
         tensors = self._written() | {"random": self.generator.get_state()}
         tensors |= {f"method.{name}": value for name, value in self.method.items()}
-        tensors |= {f"constant.{name}": value for name, value in self.constants.items()}
+        tensors |= self._fixed()
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -223,7 +235,7 @@ class State:
             ValueError: names or shapes are not this state's.
         """
         written = self._written()
-        fixed = written | {f"constant.{name}": value for name, value in self.constants.items()}
+        fixed = written | self._fixed()
         found = {n for n in tensors if not n.startswith("method.") and n != "random"}
         if found != fixed.keys() or "random" not in tensors:
             odd = sorted((found ^ fixed.keys()) | ({"random"} - tensors.keys()))
@@ -237,6 +249,8 @@ class State:
             for name, tensor in written.items():
                 tensor.copy_(tensors[name])
             device = next(iter(self.leaves.values())).device if self.leaves else "cpu"
+            if self.episodic:
+                self.start = {n: tensors[f"start.{n}"].to(device) for n in self.leaves}
             self.method = {
                 name.removeprefix("method."): tensor.to(device)
                 for name, tensor in tensors.items()

@@ -128,6 +128,10 @@ class Method:
             f"one prediction and works against the entropy term. Give larger batches{advice}"
         )
 
+    def fitted(self, model: FusionModel) -> Method:
+        """The method with the options that follow from the model's kind."""
+        return self
+
     def extend(self, model: FusionModel, seed: int) -> FusionModel:
         """The model as this method runs it, where it needs more than the source model has (tensors
         that are new and tuned); frozen weights stay shared."""

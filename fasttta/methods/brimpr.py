@@ -197,11 +197,7 @@ class BriMPR(Method):
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         names, weight, grad = model.input_names, sample_weight(valid), torch.is_grad_enabled()
-        streams: Streams = model.streams(
-            *features,
-            recombination=self.recombination_weight != 0,
-            contrast=self.contrast_weight != 0,
-        )
+        streams: Streams = model.streams(*features)
 
         def moved(name: str, of: Tensor) -> Tensor:
             source = constants[f"{name}.std"], constants[f"{name}.mean"]
@@ -212,14 +208,26 @@ class BriMPR(Method):
             alignment = torch.stack(distances).sum()
         joint = moved("joint", streams.joint.unsqueeze(1))
         temperature = 1 + self.teacher_scale / (1 + torch.exp(self.teacher_offset - joint))
+        target, terms, masked = realignment.teacher(streams.logits, temperature), [], []
+        with torch.set_grad_enabled(grad and self.recombination_weight != 0):
+            for i, share in enumerate(realignment.shares(distances)):
+                term, logits = streams.masked(
+                    i,
+                    lambda found, rows, share=share: realignment.recombination(
+                        target, found, share, weight, rows
+                    ),
+                )
+                terms.append(term)
+                masked.append(logits)
+        with torch.set_grad_enabled(grad and self.contrast_weight != 0):
+            contrast, alone = streams.alone(
+                lambda found: realignment.contrast(found, self.temperature, weight)
+            )
         losses = {
             "alignment": alignment,
-            "recombination": realignment.recombination(
-                streams.logits, temperature, streams.masked_logits, realignment.shares(distances),
-                weight,
-            ),
-            "contrast": realignment.contrast(streams.representations, self.temperature, weight),
-        }  # fmt: skip
+            "recombination": torch.stack(terms).sum(),
+            "contrast": contrast,
+        }
         weights = (self.alignment_weight, self.recombination_weight, self.contrast_weight)
         terms = [w * x for w, x in zip(weights, losses.values(), strict=True) if w != 0]
         losses["total"] = sum(terms, start=torch.zeros_like(alignment.detach()))
@@ -231,8 +239,7 @@ class BriMPR(Method):
             stats={f"discrepancy.{name}": x for name, x in by_name}
             | {"discrepancy.joint": joint, "teacher_temperature": temperature},
             trace={f"features.{n}": x for n, x in zip(names, streams.features, strict=True)}
-            | {f"masked_logits.{n}": x for n, x in zip(names, streams.masked_logits, strict=True)}
-            | {f"representation.{n}": x for n, x in zip(names, streams.representations,
-                                                        strict=True)}
+            | {f"masked_logits.{n}": x for n, x in zip(names, masked, strict=True)}
+            | {f"representation.{n}": x for n, x in zip(names, alone, strict=True)}
             | {"features.joint": streams.joint},
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,31 +11,42 @@ from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel, Slot
-from .base import Method, Objective, require, require_number, sample_weight
+from .base import Method, Objective, require, require_int, require_number, sample_weight
+
+_BY_LOSS = {
+    "views": {"lr": 5e-3, "score_at": "after"},
+    "entropy": {"lr": 1e-4, "score_at": "before"},
+}
 
 
 @dataclass(frozen=True)
 class RAda(Method):
-    """Tune the head of a ``fasttta.models.FeatureClassifier`` on features without labels.
+    """Tune a rational head over frozen features, without labels.
 
-    ``loss="views"``: a step's batch is the views of one image, the original first; the
-    entropy of the mean prediction of the most certain ones is minimised, every image from the
-    start again, and ``.logits`` [1, C] is the original's. ``loss="entropy"``: a step's batch
-    are samples of a stream; their mean entropy is minimised. Encoders are never run: features are
-    what it takes, and they can be kept.
+    The head is that of a ``fasttta.models.FeatureClassifier`` (features), or a fresh one on a CLIP
+    (its class texts) or on the linear classifier of a CAV-MAE (its rows): until the first update
+    predictions are the source model's.
+
+    ``loss="views"``: the views of one image, the original first; the entropy of the mean prediction
+    of the most certain ones is minimised, every image from the start again, and ``.logits`` [1, C]
+    is the original's. A batch of features is one image's views; CLIP takes images and makes theirs.
+    ``loss="entropy"``: a batch are samples of a stream; their mean entropy is minimised.
 
     Args:
-        loss: ``"views"`` or ``"entropy"``.
+        loss: ``"views"`` or ``"entropy"``; None: entropy on audio-visual models, views on others.
         select: part of the views that is used, those of lowest entropy (at least one), found with
             the weights an episode starts from. Only they take part in the backward pass.
         tune: ``"all"`` parameters of the head, or ``"out"``, its last projection: with a fresh head
             (projection 0) and one step no other gets a gradient.
         weight_decay: of AdamW, decoupled.
-        lr: AdamW's learning rate.
+        lr: AdamW's learning rate; None: 5e-3 for views, 1e-4 for a stream.
+        heads, temperature, scale_multiplier: of a fresh head, as ``RationalHead`` takes them.
+        views, augment: of an image given to CLIP: how many, the original included, and whether
+            with AugMix. prompt: what precedes class names given to CLIP.
+        score_at: None: views are scored after the update, streams before it.
 
     ``losses``: ``"entropy"``, ``"total"``; ``stats`` of views: ``"selected"``, indices by ascending
-    entropy. Views are scored after the update, streams before it unless ``score_at`` says
-    otherwise. ``load_tuned`` sets what episodes start from.
+    entropy. ``load_tuned`` sets what episodes start from (a head fine-tuned elsewhere).
 
     Source: no code for test time was published; after the paper's comparison with TPT (Shu et al.,
     NeurIPS 2022), whose objective, selection and AdamW settings these are. Presets: ``"views"``
@@ -44,37 +55,80 @@ class RAda(Method):
 
     name: ClassVar[str] = "rada"
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "views": {},
-        "stream": {"loss": "entropy", "lr": 1e-4, "score_at": "before"},
+        "views": {"loss": "views"},
+        "stream": {"loss": "entropy"},
     }
-    families: ClassVar[tuple[str, ...]] = ("features",)
+    RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    families: ClassVar[tuple[str, ...]] = ("features", "fusion", "vision-language")
     group: ClassVar[str | None] = "head"
     frozen_encoder: ClassVar[bool] = True
     carries_state: ClassVar[bool] = True
 
-    loss: str = "views"
+    loss: str | None = None
     select: float = 0.1
     tune: str = "all"
     weight_decay: float = 0.01
-    lr: float = 5e-3
-    score_at: str = field(default="after", kw_only=True)
+    lr: float | None = None
+    heads: int = field(default=8, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    scale_multiplier: float = field(default=1.0, kw_only=True)
+    views: int = field(default=64, kw_only=True)
+    augment: bool = field(default=True, kw_only=True)
+    prompt: str = field(default="a photo of a", kw_only=True)
+    score_at: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        require(self.loss in (None, *_BY_LOSS), "loss", self.loss, '"views" or "entropy"')
+        given = {"lr": self.lr, "score_at": self.score_at}
+        for name, value in _BY_LOSS[self.loss or "views"].items():
+            if given[name] is None:
+                object.__setattr__(self, name, value)
         super().__post_init__()
-        require(self.loss in ("views", "entropy"), "loss", self.loss, '"views" or "entropy"')
+        if self.loss is None:  # not settled yet
+            for name, value in given.items():
+                object.__setattr__(self, name, value)
         require(self.tune in ("all", "out"), "tune", self.tune, '"all" or "out"')
-        require_number("select", self.select, positive=True)
+        for name in ("select", "temperature", "scale_multiplier"):
+            require_number(name, getattr(self, name), positive=True)
         require(self.select <= 1, "select", self.select, "at most 1")
         require_number("weight_decay", self.weight_decay)
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        for name in ("heads", "views"):
+            require_int(name, getattr(self, name), 1)
+        require(isinstance(self.augment, bool), "augment", self.augment, "True or False")
+        require(isinstance(self.prompt, str) and bool(self.prompt.strip()), "prompt",
+                self.prompt, "words such as \"a photo of a\"")  # fmt: skip
+
+    def fitted(self, model: Any) -> Method:
+        loss = self.loss or ("entropy" if getattr(model, "spans", ()) else "views")
+        return replace(self, loss=loss)
 
     @property
     def episodic(self) -> bool:
         return self.loss == "views"
 
+    @property
+    def view_count(self) -> int:
+        """Views made of an image, the original included."""
+        return self.views if self.episodic else 1
+
+    @property
+    def augmented(self) -> bool:
+        """Whether views are made with AugMix."""
+        return self.augment
+
     def check_model(self, model: FusionModel) -> None:
-        require(hasattr(model, "head"), "model", type(model).__name__,
-                "fasttta.models.FeatureClassifier, a rational head over features")  # fmt: skip
+        if not hasattr(model, "rational"):
+            raise ValueError(
+                "RAda needs class vectors to put its head on: a fasttta.models.FeatureClassifier, "
+                f"a CLIP with classes or a CAV-MAE; found {type(model).__name__}"
+            )
+
+    def extend(self, model: Any, seed: int) -> FusionModel:
+        return model.rational(
+            seed=seed, heads=self.heads, temperature=self.temperature,
+            scale_multiplier=self.scale_multiplier,
+        )  # fmt: skip
 
     def tuned(self, model: FusionModel) -> dict[str, Slot]:
         return model.tunable("head" if self.tune == "all" else "head_out")
@@ -107,11 +161,11 @@ class RAda(Method):
         count = len(views) if weight is None else weight.sum()
         most = max(1, int(self.select * len(views)))
         with torch.no_grad():
-            original = model.fuse(views[:1])
             if "selected" in state:
-                chosen = state["selected"]
+                original, chosen = model.fuse(views[:1]), state["selected"]
             else:
-                entropy = F.entropy(model.fuse(views))
+                before = model.fuse(views)
+                original, entropy = before[:1], F.entropy(before)
                 if weight is not None:
                     entropy = torch.where(weight > 0, entropy, torch.inf)
                 chosen = entropy.argsort(stable=True)[:most]

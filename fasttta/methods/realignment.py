@@ -58,20 +58,29 @@ def shares(discrepancies: Sequence[Tensor]) -> list[Tensor]:
     return [(1 - d.detach() / total) / others for d in discrepancies]
 
 
+def teacher(logits: Tensor, temperature: Tensor) -> Tensor:
+    """What predictions with a modality masked are held to, [B, C]: the prediction of all modalities
+    whole, softened; no gradient flows there."""
+    return (logits.detach() / temperature).softmax(dim=-1)
+
+
 def recombination(
-    logits: Tensor, temperature: Tensor, masked: Sequence[Tensor], share: Sequence[Tensor],
-    weight: Tensor | None = None,
+    target: Tensor, masked: Tensor, share: Tensor, weight: Tensor | None = None,
+    rows: slice = slice(None),
 ) -> Tensor:  # fmt: skip
-    """Cross entropy of the predictions with one modality masked to that of all modalities whole.
+    """Cross entropy of a prediction with one modality masked to the teacher's, times its share.
 
     Args:
-        logits: [B, C] of the whole, the teacher; no gradient flows there.
-        temperature: 0-d, of the teacher. The students' is 1.
-        masked: [B, C] with each modality masked; share: 0-d each.
+        target: [B, C], of ``teacher``.
+        masked: [b, C], of these rows; at temperature 1. share: 0-d, of ``shares``.
+
+    Returns:
+        0-d: the rows' part of the mean over the batch.
     """
-    target = (logits.detach() / temperature).softmax(dim=-1)
-    terms = [_mean(-(target * x.log_softmax(dim=-1)).sum(dim=-1), weight) for x in masked]
-    return torch.stack([s * term for s, term in zip(share, terms, strict=True)]).sum()
+    values = -(target[rows] * masked.log_softmax(dim=-1)).sum(dim=-1)
+    if weight is None:
+        return share * values.sum() / len(target)
+    return share * torch.where(weight[rows] > 0, values, 0).sum() / weight.sum()
 
 
 def contrast(

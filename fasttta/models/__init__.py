@@ -3,5 +3,9 @@
 from .cavmae import CAVMAE
 from .clip import CLIP
 from .rational import FeatureAdapter, FeatureClassifier, RationalHead
+from .rational_models import RationalCAVMAE, RationalCLIP
 
-__all__ = ["CAVMAE", "CLIP", "FeatureAdapter", "FeatureClassifier", "RationalHead"]
+__all__ = [
+    "CAVMAE", "CLIP", "FeatureAdapter", "FeatureClassifier", "RationalCAVMAE", "RationalCLIP",
+    "RationalHead",
+]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _portion(tokens: Tensor) -> int:
+def portion(tokens: Tensor) -> int:
     """Samples to compute at a time: on a CPU about 4 MiB of float32 tokens, which keeps the MLP's
     buffers (four times as wide) in reach of the caches; elsewhere all."""
     if tokens.device.type != "cpu":
@@ -34,11 +35,11 @@ def _portion(tokens: Tensor) -> int:
 def _through(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
     """Tokens [B, T, D] through an encoder; without gradients a portion at a time, in place of
     each other."""
-    if torch.is_grad_enabled() or len(tokens) <= _portion(tokens):
+    if torch.is_grad_enabled() or len(tokens) <= portion(tokens):
         for block in blocks:
             tokens, _ = block(tokens)
         return tokens
-    for part in tokens.split(_portion(tokens)):
+    for part in tokens.split(portion(tokens)):
         x = part
         for block in blocks:
             x, _ = block(x)
@@ -226,6 +227,14 @@ class CAVMAE(nn.Module):
 
         return PromptedCAVMAE(self, prompts)
 
+    def rational(self, **options: Any) -> nn.Module:
+        """A model over the same weights whose linear classifier a rational head weighs, as RAda
+        tunes it; options as ``fresh_head`` takes them."""
+        from .rational_models import RationalCAVMAE, fresh_head
+
+        linear = self.mlp_head[1]
+        return RationalCAVMAE(self, fresh_head(self.dim, linear.weight, **options))
+
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), frozen weights converted once.
 
@@ -340,7 +349,7 @@ class CAVMAE(nn.Module):
     def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
         """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample
         at a time, which needs a quarter of a batch of 4's buffers and is no slower."""
-        return tokens.split(_portion(tokens))
+        return tokens.split(portion(tokens))
 
     def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, Attention]:
         """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""

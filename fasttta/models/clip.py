@@ -243,13 +243,29 @@ class CLIP(nn.Module):
             self.class_features = text / text.norm(dim=-1, keepdim=True)
         return self
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [N, C] of images [N, 3, R, R] in [0, 1], over the classes set."""
+    def rational(self, **options: Any) -> nn.Module:
+        """A model over the same weights and the classes set whose scores a rational head weighs, as
+        RAda tunes it; options as ``fresh_head`` takes them.
+
+        Raises:
+            ValueError: no classes are set.
+        """
+        from .rational_models import RationalCLIP, fresh_head
+
+        self._check_classes()
+        text = self.class_features
+        return RationalCLIP(self, fresh_head(text.shape[1], text, **options))
+
+    def _check_classes(self) -> None:
         if self.class_features is None:
             raise ValueError(
                 "no classes are set: call model.set_classes(ids) first, or fasttta.adapt(model, "
                 "classes=...)"
             )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [N, C] of images [N, 3, R, R] in [0, 1], over the classes set."""
+        self._check_classes()
         features = self.encode_image(pixels)
         features = features / features.norm(dim=-1, keepdim=True)
         return self.logit_scale.exp() * features @ self.class_features.to(features).T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..protocols import Slot, Streams
 from ..trace import span
-from .cavmae import CAVMAE, Block
+from .cavmae import CAVMAE, Block, portion
 from .layers import Linear, SelfAttention
+from .prompt_attention import prompt_attention
+from .staged import staged
 
 
 class _Stream(NamedTuple):
@@ -108,53 +110,69 @@ class PromptedCAVMAE(nn.Module):
 
     # ------------------------------------------------------------------ streams
 
-    def streams(
-        self, *inputs: Tensor, recombination: bool = True, contrast: bool = True
-    ) -> Streams:
+    def streams(self, *inputs: Tensor) -> Streams:
         """What BriMPR's losses are made of.
 
         Every distinct token is encoded once, and projected to the fusion block's q, k, v once: the
         official code projects 2478 token rows a sample where 1062 are distinct (512 + 196 tokens,
         half of them masked). LayerNorms behind a block serve its feature and the next block.
+        Masked streams are run when their loss is asked for, on a CPU about a sample at a time, with
+        their gradients taken at once: only whole streams are kept for the backward pass.
 
         Args:
             inputs: one a modality, then, or not, the ids [B, K] (int64) of the tokens that each
                 modality keeps when masked; without ids masked streams are the whole ones.
-            recombination, contrast: whether a gradient flows to the prompts through the masked
-                streams, and through each modality alone.
         """
-        names, grad = self.input_names, torch.is_grad_enabled()
+        names = self.input_names
         inputs, keep = inputs[: len(names)], inputs[len(names) :]
-        whole, masked, features = [], [], []
-        for i, (name, x) in enumerate(zip(names, inputs, strict=True)):
+        embedded = [self._embed(name, x) for name, x in zip(names, inputs, strict=True)]
+        keys = [self._prompt_keys(name) for name in names]
+        whole, features, head = [], [], self.model.mlp_head
+        for name, x, own in zip(names, embedded, keys, strict=True):
             with span(f"streams {name}"):
-                tokens, keys = self._embed(name, x), self._prompt_keys(name)
-                stream, pooled = self._encode(name, tokens, keys)
+                stream, pooled = self._encode(name, x, own)
                 whole.append(stream)
                 features.append(pooled)
-                if keep:
-                    index = keep[i].unsqueeze(-1).expand(-1, -1, tokens.shape[2])
-                    with torch.set_grad_enabled(grad and recombination):
-                        kept, _ = self._encode(name, tokens.gather(1, index), keys, pool=False)
-                    masked.append(kept)
         qkv = self.model.blocks_u[0].attn.qkv
         with span("fuse"):
             whole = [(x.tokens, qkv(x.normed)) for x in whole]
             with torch.no_grad():
                 joint = self._fused([(x.detach(), y.detach()) for x, y in whole])
-                logits = self.model.mlp_head(joint)
-            with torch.set_grad_enabled(grad and recombination):
-                masked = [(x.tokens, qkv(x.normed)) for x in masked] or whole
-                masked_logits = [
-                    self.model.mlp_head(self._fused([*whole[:i], masked[i], *whole[i + 1 :]]))
-                    for i in range(len(names))
-                ]
-            with torch.set_grad_enabled(grad and contrast):
-                alone = [
-                    (self._fused([stream]) + self.model.pool(stream[0], name[0])[0]) / 2
-                    for name, stream in zip(names, whole, strict=True)
-                ]
-        return Streams(logits, joint, tuple(features), tuple(masked_logits), tuple(alone))
+                logits = head(joint)
+        batch, size = len(joint), portion(whole[0][0])
+
+        def masked(i: int, loss: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
+            def part(rows: slice, own: list[Tensor], others: list[Tensor]):
+                streams = list(zip(others[::2], others[1::2], strict=True))
+                if keep:
+                    ids = keep[i][rows].unsqueeze(-1).expand(-1, -1, embedded[i].shape[2])
+                    kept = embedded[i][rows].gather(1, ids)
+                    with span(f"streams {names[i]}"):
+                        stream, _ = self._encode(names[i], kept, own, pool=False)
+                    streams.insert(i, (stream.tokens, qkv(stream.normed)))
+                with span("fuse"):
+                    found = head(self._fused(streams))
+                return loss(found, rows), (found,)
+
+            others = [x for j, pair in enumerate(whole) if j != i or not keep for x in pair]
+            value, (found,) = staged(part, keys[i] if keep else (), others, batch, size)
+            return value, found
+
+        def alone(
+            loss: Callable[[list[Tensor]], Tensor],
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
+            def part(rows: slice, none: list[Tensor], parts: list[Tensor]):
+                pairs = zip(names, parts[::2], parts[1::2], strict=True)
+                with span("fuse"):
+                    found = [
+                        (self._fused([(x, y)]) + self.model.pool(x, name[0])[0]) / 2
+                        for name, x, y in pairs
+                    ]
+                return loss(found), tuple(found)
+
+            return staged(part, (), [x for pair in whole for x in pair], batch, batch)
+
+        return Streams(logits, joint, tuple(features), masked, alone)
 
     def _embed(self, name: str, x: Tensor) -> Tensor:
         return (self.model.embed_audio if name == "audio" else self.model.embed_video)(x)
@@ -225,7 +243,5 @@ def _attend(attn: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_with(attn: SelfAttention, normed: Tensor, prompt_keys: Tensor) -> Tensor:
     """Attention of tokens [B, T, D] over themselves and prompts given as keys, values [n, 2 D]."""
     normed = normed.to(prompt_keys.dtype)  # once for both products
-    q = _heads(attn, _rows(attn.qkv, normed, 0, 1), 1)[0]
-    own = _rows(attn.qkv, normed, 1, 3)
-    both = torch.cat((prompt_keys.expand(len(own), -1, -1), own), dim=1)
-    return _attend(attn, q, *_heads(attn, both, 2))
+    q, own = _rows(attn.qkv, normed, 0, 1), _rows(attn.qkv, normed, 1, 3)
+    return attn.proj(prompt_attention(q, own, prompt_keys, attn.heads, attn.scale))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..protocols import Slot
-from .flat_attention import flat_attention
+from .flat_attention import flat_attentions
+
+# Values of [B, K, D] at a time where no graph is kept: of 1000 classes at width 512 32 images, and
+# 64 MiB each of the several tensors of this size that a head computes
+_TOGETHER = 2**24
 
 
 class RationalHead(nn.Module):
@@ -72,6 +78,22 @@ class RationalHead(nn.Module):
             ValueError, TypeError: shapes or types do not fit, fewer than 2 classes, a feature
                 without length (told on the CPU only; elsewhere it gives NaN).
         """
+        rational, mask = self._masked(image, text, scale)
+        logits = scale * (mask * rational).sum(dim=-1)
+        if bias is not None:
+            logits = logits + bias
+        return (logits, mask) if return_mask else logits
+
+    def deviation(
+        self, image: Tensor, text: Tensor, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the mask adds to the cosines, sum over d of (mask[k, d] - 1) * f_d * h_kd: [B, K],
+        exactly 0 of a fresh head; and the mask. Arguments and errors as of ``forward``."""
+        rational, mask = self._masked(image, text, scale)
+        return ((mask - 1) * rational).sum(dim=-1), mask
+
+    def _masked(self, image: Tensor, text: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The rational matrix and its mask, [B, K, D] each."""
         self._check(image, text, scale)
         image = image / image.norm(dim=-1, keepdim=True)
         text = text / text.norm(dim=-1, keepdim=True)
@@ -87,13 +109,9 @@ class RationalHead(nn.Module):
         factor = (self.dim // self.heads) ** -0.5 / self.temperature
         # queries that are alike for all rows: the flattened softmax is that of one row
         mean = ((factor * (q1 @ k.transpose(-2, -1))).softmax(dim=-1)) @ v
-        attended = mean + flat_attention(q2, k, v, factor) + flat_attention(q3, k, v, factor)
+        attended = mean + flat_attentions((q2, q3), k, v, factor)
         out = self.out_proj((attended / 3).transpose(1, 2).flatten(2))
-        mask = F.relu(1 + out)
-        logits = scale * (mask * rational).sum(dim=-1)
-        if bias is not None:
-            logits = logits + bias
-        return (logits, mask) if return_mask else logits
+        return rational, F.relu(1 + out)
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, K, D] -> [B, H, K, d], laid out so that no product needs a copy of its own."""
@@ -179,6 +197,10 @@ class FeatureClassifier(nn.Module):
             features = features.to(self.text.dtype)
         self.head._check(features, self.text, self.scale)
 
+    def rational(self, **options: Any) -> FeatureClassifier:
+        """Itself: it has a head, and options are for a fresh one."""
+        return self
+
     def tunable(self, group: str) -> dict[str, Slot]:
         """``"head"``: all parameters of the head; ``"head_out"``: its last projection."""
         names = [f"head.{name}" for name, _ in self.head.named_parameters()]
@@ -195,7 +217,16 @@ class FeatureClassifier(nn.Module):
         return features
 
     def fuse(self, features: Tensor) -> Tensor:
-        return self.head(features, self.text, self.scale, self.bias)
+        """Features [B, D] -> logits [B, K]; without gradients a portion at a time."""
+        size = len(features)
+        if not torch.is_grad_enabled():
+            size = max(1, _TOGETHER // self.text.numel())
+        parts = [self.scored(part, self.text)[0] for part in features.split(size)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def scored(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D] and class features [K, D] -> logits [B, K] and mask [B, K, D]."""
+        return self.head(features, text, self.scale, self.bias, return_mask=True)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, D] -> logits [B, K]."""

@@ -1,0 +1,206 @@
+"""CLIP with RAda's head over its features: images in, adapted logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import Adapted
+from .adapted_clip import items_of
+from .classes import token_ids
+from .engine import delta
+from .engine.precision import Precision, environment
+from .engine.state import structural_copy, working_copy
+from .engine.step import StepResult
+from .episodes import given_views, made_views
+from .families import Recognised
+from .families_clip import RecognisedCLIP
+from .methods import RAda
+from .models import CLIP
+from .views import Views
+
+
+@dataclass
+class _WithClasses(Recognised):
+    """A CLIP whose classes are set, to be compared with the user's module."""
+
+    clip: RecognisedCLIP | None = None
+    ids: Tensor | None = None
+
+    def verify(self, inputs: tuple[Tensor, ...]) -> bool:
+        if self.clip is not None:
+            exact = Precision("exact", torch.float32, torch.float32)
+            with environment(inputs[0].device, exact, grad=False):
+                self.clip.verify(inputs[0][:1], self.ids)
+        return True
+
+
+def _classes_of(clip: CLIP, ids: Tensor, precision: Precision) -> CLIP:
+    """The CLIP over the same weights with classes set, computed in a precision."""
+    device = clip.positional_embedding.device
+    encoder, _ = working_copy(clip, set(), precision)
+    twin = structural_copy(clip, lambda name, parameter: parameter)
+    with environment(device, precision, grad=False):
+        text = encoder.encode_text(ids)
+        twin.class_features = text / text.norm(dim=-1, keepdim=True)
+    return twin
+
+
+class AdaptedHead(Adapted):
+    """CLIP with RAda. Made by ``fasttta.adapt(clip, "rada", classes=names)``.
+
+    ``loss="views"``: every image is an episode of its own, whose views are made here (seeded);
+    ``loss="entropy"``: a call's images are one batch of a stream. ``tuned`` are the head's tensors,
+    ``unwrap(merge=True)`` is a ``fasttta.models.RationalCLIP``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        known: RecognisedCLIP | None,
+        method: RAda,
+        precision: Precision,
+        *,
+        engine: str,
+        seed: int,
+        classes: Any,
+        resources: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
+        if engine == "graph":
+            raise ValueError(
+                'engine="graph": images of vision-language models are not captured in this '
+                'version; use engine="eager"'
+            )
+        ids = None
+        if known is None:  # a RationalCLIP, which has classes
+            if classes is not None:
+                raise ValueError("classes: this model has its own; adapt its .model for others")
+            seen = _WithClasses("fasttta.models.RationalCLIP", model)
+        else:
+            ids = token_ids(
+                classes, method.prompt, known.clip.context_length, resources.get("tokenizer")
+            )
+            with torch.inference_mode(False), torch.no_grad():
+                fusion = _classes_of(known.clip, ids, precision)
+            seen = _WithClasses(known.family, fusion, module=known.module, clip=known, ids=ids)
+        super().__init__(
+            model, seen, method, precision, engine=engine, seed=seed, constants={}, **options
+        )
+        self._ids = ids
+
+    # ------------------------------------------------------------------ calls
+
+    def forward(self, images: Any = None, *, views: Views | None = None) -> Tensor:
+        """Logits [B, C] of ``step``."""
+        return self.step(images, views=views).logits
+
+    def step(
+        self, images: Any = None, *, views: Views | None = None, trace: bool = False
+    ) -> StepResult:
+        """Adapts on images and predicts them.
+
+        Args:
+            images: one image [3, H, W] in [0, 1] (or PIL), a batch [B, 3, H, W], or a list of
+                images of any size.
+            views: in place of images, with ``loss="views"``: the views of one image.
+            trace: also return gradients.
+
+        Returns:
+            ``.logits`` [B, C] (B = 1 for a single image or views). Of episodes ``.losses`` are
+            means over the images, ``.stats`` and ``.grads`` have a leading B for a batch or list.
+
+        Raises:
+            ValueError, TypeError: what was given cannot be used; the state is as before.
+        """
+        single, items = items_of(images, views)
+        restore = self._state.snapshot()
+        try:
+            parts = []
+            for pixels in self._batches(items):
+                parts.append(Adapted.step(self, pixels, trace=trace))
+        except BaseException:
+            restore()
+            raise
+        if len(parts) == 1 and (single or not self.options.episodic or self._in_source):
+            return parts[0]
+        with torch.inference_mode(False), torch.no_grad():
+            return _joined(parts)
+
+    def predict(self, images: Any = None, *, views: Views | None = None) -> Tensor:
+        """Logits [B, C] of the images as they are, with the current head; adapts nothing."""
+        _, items = items_of(images, views)
+        return Adapted.predict(self, self._anchors(items))
+
+    def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
+        """Steps on every item of a loader (what ``step`` takes as images, or ``Views``), in order.
+        ``encode_batch`` has no effect: what a step needs is encoded together as it is."""
+        for item in loader:
+            if isinstance(item, Views):
+                yield self.step(views=item)
+            else:
+                lone = isinstance(item, (tuple, list)) and len(item) == 1
+                yield self.step(item[0] if lone else item)
+
+    # ------------------------------------------------------------------ images
+
+    def _batches(self, items: Sequence[Any]) -> Iterator[Tensor]:
+        """Pixels [N, 3, R, R] that are stepped on together."""
+        if self._in_source:
+            yield self._anchors(items)
+        elif self.options.episodic:
+            for i, item in enumerate(items):
+                yield self._views(item, i, self.options).augmix
+        elif isinstance(items[0], Views):
+            raise TypeError('views= are for loss="views"; give images to adapt on a stream')
+        else:
+            yield self._anchors(items)
+
+    def _anchors(self, items: Sequence[Any]) -> Tensor:
+        return torch.cat([self._views(item, i, None).base[:1] for i, item in enumerate(items)])
+
+    def _views(self, item: Any, index: int, method: RAda | None) -> Views:
+        working = self._hidden[1]
+        size, device, dtype = working.model.resolution, working.text.device, self._step.precision
+        if isinstance(item, Views):
+            return given_views(item, size, device, dtype.master)
+        return made_views(item, index, method, size, device, dtype.master, self.seed)
+
+    # ------------------------------------------------------------------ files
+
+    def _saved(self) -> dict[str, Tensor]:
+        own = {} if self._ids is None else {"classes": self._ids}
+        return super()._saved() | own
+
+    def take(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The state that ``save`` wrote.
+
+        Raises:
+            ValueError: it is another model's.
+        """
+        delta.check_fingerprint(record["base"], self._known.fusion, self._state)
+        self._state.load({name: x for name, x in tensors.items() if name != "classes"})
+
+
+def _joined(parts: list[StepResult]) -> StepResult:
+    """Episodes as one result: logits one below the other, the rest with a leading B."""
+
+    def stacked(name: str) -> dict[str, Tensor] | None:
+        found = [getattr(part, name) for part in parts]
+        if found[0] is None:
+            return None
+        return {key: torch.stack([each[key] for each in found]) for key in found[0]}
+
+    return StepResult(
+        logits=torch.cat([part.logits for part in parts]),
+        logits_before=torch.cat([part.logits_before for part in parts]),
+        n_used=torch.stack([part.n_used for part in parts]).sum(),
+        losses={name: x.mean() for name, x in stacked("losses").items()},
+        stats=stacked("stats"),
+        grads=stacked("grads"),
+        trace=stacked("trace"),
+    )
