@@ -7,7 +7,7 @@ import torch
 from op_cases import DEVICE, close
 
 from fasttta import functional as F
-from fasttta.ops import flat
+from fasttta.ops import autograd, flat
 
 
 def _tensors(classes=5, d=4, batch=3, shared=False, dtype=torch.float64, scale=1.0):
@@ -38,6 +38,23 @@ def test_against_the_reference(shared, rows, monkeypatch):
     for x, y in zip(found, expected, strict=True):
         close(x, y, torch.float64, "flat attention")
     assert torch.autograd.gradcheck(lambda *x: F.flat_attention(*x, 0.7), tensors)
+
+
+@pytest.mark.parametrize("rows", [2, 128])
+def test_several_kinds_of_queries(rows, monkeypatch):
+    """Their sum and its gradients, with what these share."""
+    monkeypatch.setattr(flat, "ROWS", rows)
+    (first, k, v), (second, *_) = _tensors(), _tensors(shared=True)
+    third = (first.detach() + 1).requires_grad_()
+    inputs = [first, second, third, k, v]
+    expected = sum(F.flat_attention(q, k, v, 0.7, backend="reference") for q in inputs[:3])
+    found = autograd.flat_attentions(inputs[:3], k, v, 0.7)
+    along = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape).to(DEVICE)
+    close(found, expected, torch.float64, "sum")
+    for x, y in zip(
+        *(torch.autograd.grad(z, inputs, along) for z in (found, expected)), strict=True
+    ):
+        close(x, y, torch.float64, "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

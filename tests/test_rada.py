@@ -13,7 +13,8 @@ from torch import nn
 import fasttta
 import fasttta.inspection
 from fasttta.engine.graph import GraphStep
-from fasttta.models import FeatureClassifier, RationalHead, flat_attention
+from fasttta.models import FeatureClassifier, RationalHead
+from fasttta.ops import flat
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DTD = SHARED / "data" / "clip_vitb16_features" / "DescribableTextures"
@@ -65,7 +66,7 @@ def plain_head(head, image, text, scale):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "scale_multiplier": 4.0}])
 def test_against_the_plain_form(options, rows, monkeypatch):
     """Logits, mask and every gradient, whether the classes fill one block of rows or several."""
-    monkeypatch.setattr(flat_attention, "ROWS", rows)
+    monkeypatch.setattr(flat, "ROWS", rows)
     head, (image, text) = some_head(**options), data()
     scale = torch.tensor(9.0, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (image, text, scale)]
@@ -82,24 +83,6 @@ def test_against_the_plain_form(options, rows, monkeypatch):
     for x, y in zip(found, grads, strict=True):
         assert y.abs().max() > 1e-8
         assert torch.allclose(x, y, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_flat_attention(shared, monkeypatch):
-    monkeypatch.setattr(flat_attention, "ROWS", 2)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    q, k, v = draw(1 if shared else 3, 2, 5, 4), draw(3, 2, 5, 4), draw(3, 2, 5, 4)
-    found = flat_attention.flat_attention(q, k, v, 0.7)
-    assert torch.allclose(found, flat_attention.plain_flat_attention(q, k, v, 0.7), atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *x: flat_attention.flat_attention(*x, 0.7), (q, k, v))
-    big = flat_attention.flat_attention(900 * q, k, v, 1.0)  # one pair takes it all
-    assert torch.isfinite(big).all()
-    plain = flat_attention.plain_flat_attention(900 * q, k, v, 1.0)
-    assert torch.allclose(big, plain, atol=1e-9)
 
 
 def test_no_pair_of_classes_is_stored():

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autograd import flat_attentions
 from ..protocols import Slot
-from .flat_attention import flat_attentions
 
 # Values of [B, K, D] at a time where no graph is kept: of 1000 classes at width 512 32 images, and
 # 64 MiB each of the several tensors of this size that a head computes

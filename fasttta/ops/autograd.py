@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..trace import span
 from . import schema
+from .flat import flat_attention_gradients
 
 assert schema.LIBRARY is not None  # importing schema is what defines torch.ops.fasttta
 
@@ -129,17 +130,36 @@ class _AdaptationHead(torch.autograd.Function):
 
 
 class _FlatAttention(torch.autograd.Function):
+    """Over several kinds of queries; where no kernel computes it their gradients share work."""
+
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        out, top, rest = ops.flat_attention(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, top, rest)
+    def forward(ctx, scale, k, v, *queries):
+        results = [(q, *ops.flat_attention(q, k, v, scale)) for q in queries]
+        ctx.save_for_backward(k, v, *(x for result in results for x in result))
         ctx.scale = scale
+        out = results[0][1]
+        for result in results[1:]:
+            out = out + result[1]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *ops.flat_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+        k, v, *saved = ctx.saved_tensors
+        kinds = [saved[i : i + 4] for i in range(0, len(saved), 4)]
+        if len(kinds) > 1 and not grad.is_cuda:
+            found, dk, dv = flat_attention_gradients(grad, kinds, k, v, ctx.scale)
+            return None, dk, dv, *found
+        grads = [ops.flat_attention_backward(grad, q, k, v, *rest, ctx.scale) for q, *rest in kinds]
+        found, dk, dv = zip(*grads, strict=True)
+        return None, _sum(dk), _sum(dv), *found
+
+
+def _sum(tensors):
+    first, *others = tensors
+    for x in others:
+        first += x
+    return first
 
 
 def score_moments(q, k, spans, scale, per_head):
@@ -182,4 +202,9 @@ def reliability_ensemble(maps, logits, temperature):
 
 
 def flat_attention(q, k, v, scale):
-    return _FlatAttention.apply(q, k, v, scale)
+    return _FlatAttention.apply(scale, k, v, q)
+
+
+def flat_attentions(queries, k, v, scale):
+    """The sum of ``flat_attention`` over several kinds of queries."""
+    return _FlatAttention.apply(scale, k, v, *queries)
