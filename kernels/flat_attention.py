@@ -116,15 +116,15 @@ def _sums_kernel(p_grad, p_out, p_top, p_rest, p_sums, K, SIZE, BK: tl.constexpr
     """Of a head: mean of its gradient, maximum and rest of the log-sum-exp, to sums [heads, 3]."""
     i_head = tl.program_id(0).to(tl.int64)
     o_e = tl.arange(0, BE)
-    b_sum = tl.zeros([BE], tl.float32)
+    b_sum = tl.zeros([BE], tl.float64)  # its rounding is multiplied by the largest shares
     p_grad += i_head * SIZE
     p_out += i_head * SIZE
     for o in range(0, SIZE, BE):
         m = o + o_e < SIZE
-        grad = tl.load(p_grad + o + o_e, mask=m, other=0.0).to(tl.float32)
-        b_sum += grad * tl.load(p_out + o + o_e, mask=m, other=0.0).to(tl.float32)
+        grad = tl.load(p_grad + o + o_e, mask=m, other=0.0).to(tl.float64)
+        b_sum += grad * tl.load(p_out + o + o_e, mask=m, other=0.0).to(tl.float64)
     top, rest = _whole(p_top + i_head * K, p_rest + i_head * K, K, BK)
-    tl.store(p_sums + i_head * 3, tl.sum(b_sum, axis=0) / K)
+    tl.store(p_sums + i_head * 3, (tl.sum(b_sum, axis=0) / K).to(tl.float32))
     tl.store(p_sums + i_head * 3 + 1, top)
     tl.store(p_sums + i_head * 3 + 2, rest)
 
