@@ -16,8 +16,8 @@ from .models import CLIP
 def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:
     """As ``inspection.describe``, of a CLIP.
 
-    ``"delta_bytes"`` is the prompt (RAda: the head) that ``Adapted.save`` writes; the class list, 8 bytes a token,
-    comes on top. ``"note"``: what of a method's options means something else here.
+    ``"delta_bytes"`` is the prompt (RAda: the head) that ``Adapted.save`` writes; the class list,
+    8 bytes a token, comes on top. ``"note"``: what of a method's options means something else here.
     """
     clip = known.clip
     weight = clip.positional_embedding
