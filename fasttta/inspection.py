@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from . import methods
-from .engine.state import structural_copy
 from .families import recognise
 from .families_clip import recognise_clip
 from .inspection_clip import describe_clip, table_clip
@@ -206,13 +205,6 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
         "delta_bytes": (4 if method.episodic else 3) * values * size + 4 * len(parameters),
         "names": list(slots),
     }
-
-
-def _rational(clip: CLIP) -> dict[str, Any]:
-    """What RAda would tune on a CLIP, whatever its classes; their token ids come on top."""
-    bare = structural_copy(clip, lambda name, parameter: parameter)
-    bare.class_features = torch.ones(2, clip.text_projection.shape[1])
-    return _method(bare, methods.RAda())
 
 
 def table(found: dict[str, Any]) -> str:

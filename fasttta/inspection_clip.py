@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import methods
+from .engine.state import structural_copy
 from .families_clip import RecognisedCLIP
 from .methods.episodic import Episodic
 from .models import CLIP
@@ -15,8 +16,8 @@ from .models import CLIP
 def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:
     """As ``inspection.describe``, of a CLIP.
 
-    ``"delta_bytes"`` is the prompt that ``Adapted.save`` writes; the class list, 8 bytes a token,
-    comes on top. ``"note"``: what of a method's options means something else here.
+    ``"delta_bytes"`` is the prompt (RAda: the head) that ``Adapted.save`` writes; the class list,
+    8 bytes a token, comes on top. ``"note"``: what of a method's options means something else here.
     """
     clip = known.clip
     weight = clip.positional_embedding
@@ -76,6 +77,8 @@ def _image(clip: CLIP) -> dict[str, Any]:
 
 def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
     try:
+        if isinstance(method, methods.RAda):
+            return _rational(clip, method)
         if isinstance(method, Episodic):
             method.check_model(clip)
     except ValueError as error:
@@ -101,6 +104,25 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
             "transformers and not possible on a ResNet, which has no attention between patches"
         )
     return found
+
+
+def _rational(clip: CLIP, method: methods.RAda) -> dict[str, Any]:
+    """Of RAda's head, which is the same whatever the classes."""
+    bare = structural_copy(clip, lambda name, parameter: parameter)
+    bare.class_features = torch.ones(2, clip.text_projection.shape[1])
+    model = method.extend(bare, 0)
+    names = method.tuned(model)
+    tensors = [model.get_parameter(slot.parameter) for slot in names.values()]
+    values = sum(x.numel() for x in tensors)
+    size = 8 if clip.positional_embedding.dtype == torch.float64 else 4
+    return {
+        "tuned": values,
+        # as they are, what an episode starts from, two moments and a step count
+        "delta_bytes": 4 * values * size + 4 * len(tensors),
+        "names": list(names),
+        "shape": list(tensors[0].shape),
+        "note": 'a head of six such matrices and vectors; or on batches, with loss="entropy"',
+    }
 
 
 def table_clip(found: dict[str, Any]) -> str:
@@ -133,7 +155,8 @@ def table_clip(found: dict[str, Any]) -> str:
         if "impossible" in method:
             lines.append(f"{name:<10}not possible {method['impossible']}")
             continue
-        what = f"prompt [{', '.join(map(str, method['shape']))}]" if method["names"] else "nothing"
+        names = method["names"]
+        what = f"{names[0]} [{', '.join(map(str, method['shape']))}]" if names else "nothing"
         size = f"{method['delta_bytes'] / 1e6:.3f} MB"
         note = f"; {method['note']}" if "note" in method else ""
         lines.append(f"{name:<10}{method['tuned']:>14,}{size:>12}   {what}{note}")

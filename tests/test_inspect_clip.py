@@ -48,6 +48,8 @@ def test_a_checkpoint_file(capsys, tmp_path):
     assert found["joint"] == 12
     assert found["heads_assumed"]
     assert list(found["methods"]) == methods.names("vision-language")
+    rada = found["methods"].pop("rada")  # test_rada_models has one that it fits
+    assert rada == {"impossible": "with its default options: heads=8 does not divide dim=12"}
     for name, method in found["methods"].items():
         adapted = fasttta.adapt(model, name, classes=tiny_ids())
         assert method["names"] == list(adapted.tuned)

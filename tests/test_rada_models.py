@@ -194,7 +194,7 @@ def test_inspect_knows_it(clip, tmp_path):
     wide = tiny_clip()  # heads=8 divides 16, not 12
     wide.visual.proj = torch.nn.Parameter(torch.randn(24, 16))
     wide.text_projection = torch.nn.Parameter(torch.randn(20, 16))
-    found = inspection._rational(wide)
+    found = inspection.describe(wide)["methods"]["rada"]
     adapted = fasttta.adapt(wide, "rada", classes=tiny_ids())
     assert found["names"] == list(adapted.tuned)
     assert found["tuned"] == 6 * (16 * 16 + 16)
@@ -202,6 +202,9 @@ def test_inspect_knows_it(clip, tmp_path):
     written = sum(x.nbytes for n, x in saved.items() if n not in ("random", "classes"))
     assert found["delta_bytes"] == written
     assert wide.class_features is None
+    text = inspection.table_clip(inspection.describe(wide))
+    assert "1,632" in text
+    assert "q_proj1.weight [16, 16]; a head of six" in text
 
 
 # ------------------------------------------------------------------------------- audio-visual
