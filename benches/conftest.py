@@ -89,6 +89,15 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["fasttta"] = machine()
 
 
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Which benches --check-results had nothing to compare with."""
+    measured = {entry["id"] for entry in config.stash.get(_ENTRIES, [])}
+    missing = sorted(measured - config.stash[_STORED].keys())
+    if config.option.check_results and missing:
+        terminalreporter.write_sep("-", "no stored result")
+        terminalreporter.write_line(", ".join(missing))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     entries = session.config.stash.get(_ENTRIES, [])
     if entries and session.config.option.save_results:

@@ -169,7 +169,8 @@ class Adapted(nn.Module):
         Args:
             loader: yields one batch at a time as a tuple or list of the model's inputs (without
                 labels), the input itself where there is one, or ``fasttta.data.Batch``. For a model
-                on a GPU it may yield tensors in host memory.
+                on a GPU it may yield tensors in host memory; pinned ones it must not write to
+                again before their result is there.
             encode_batch: samples that the frozen encoders take at a time, ahead of the steps that
                 use them (on a GPU while the steps before run); None: as the batches come.
                 Different batch shapes may change the numbers within float noise.
@@ -203,6 +204,8 @@ class Adapted(nn.Module):
                 if lane is not None:
                     inputs = tuple(lane.bring(x) if torch.is_tensor(x) else x for x in inputs)
                 inputs, ids = self._prepare(inputs), batch.ids if named else None
+                if encode_batch and lane is None:  # they wait for others: a loader may refill them
+                    inputs = tuple(x.clone() for x in inputs)
                 yield inputs, None if kept is None else kept.keys(inputs, ids)
 
         waiting = groups(batches(), encode_batch or 1)
@@ -275,7 +278,8 @@ class Adapted(nn.Module):
             return self._state.tuned()
 
     def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:
-        """Sets some or all of the tuned tensors; optimiser and method state stay.
+        """Sets some or all of the tuned tensors; optimiser and method state stay. ``reset`` and a
+        guard go back to what ``adapt`` made.
 
         Raises:
             ValueError, TypeError: an unknown name, wrong shape or type, non-finite values; then

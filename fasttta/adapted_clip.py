@@ -165,15 +165,16 @@ class AdaptedCLIP(Adapted):
                 self._known.verify(pixels, self._ids)
             self._verified = True
 
-    def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
+    def stream(
+        self, loader: Iterable, encode_batch: int | None = None, cache: None = None
+    ) -> Iterator[StepResult]:
         """Steps on every item of a loader (what ``step`` takes as images, or ``Views``), in order.
-        ``encode_batch`` has no effect: an episode's views are encoded together as it is."""
-        for item in loader:
-            if isinstance(item, Views):
-                yield self.step(views=item)
-            else:
-                lone = isinstance(item, (tuple, list)) and len(item) == 1
-                yield self.step(item[0] if lone else item)
+        ``encode_batch`` has no effect: an episode's views are encoded together as it is.
+
+        Raises:
+            ValueError: a cache is given.
+        """
+        return stream_of(self, loader, cache)
 
     # ------------------------------------------------------------------ state
 
@@ -272,6 +273,22 @@ class AdaptedCLIP(Adapted):
 
     def extra_repr(self) -> str:
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
+
+
+def stream_of(adapted: Adapted, loader: Iterable, cache: None) -> Iterator[StepResult]:
+    """Steps of a model that takes images on every item of a loader."""
+    if cache is not None:
+        raise ValueError("cache: views are made anew of every image, so no features are kept")
+
+    def steps() -> Iterator[StepResult]:
+        for item in loader:
+            if isinstance(item, Views):
+                yield adapted.step(views=item)
+            else:
+                lone = isinstance(item, (tuple, list)) and len(item) == 1
+                yield adapted.step(item[0] if lone else item)
+
+    return steps()
 
 
 def items_of(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted
-from .adapted_clip import items_of
+from .adapted_clip import items_of, stream_of
 from .classes import token_ids
 from .engine import delta
 from .engine.precision import Precision, environment
@@ -136,15 +136,16 @@ class AdaptedHead(Adapted):
         _, items = items_of(images, views)
         return Adapted.predict(self, self._anchors(items))
 
-    def stream(self, loader: Iterable, encode_batch: int | None = None) -> Iterator[StepResult]:
+    def stream(
+        self, loader: Iterable, encode_batch: int | None = None, cache: None = None
+    ) -> Iterator[StepResult]:
         """Steps on every item of a loader (what ``step`` takes as images, or ``Views``), in order.
-        ``encode_batch`` has no effect: what a step needs is encoded together as it is."""
-        for item in loader:
-            if isinstance(item, Views):
-                yield self.step(views=item)
-            else:
-                lone = isinstance(item, (tuple, list)) and len(item) == 1
-                yield self.step(item[0] if lone else item)
+        ``encode_batch`` has no effect: what a step needs is encoded together as it is.
+
+        Raises:
+            ValueError: a cache is given.
+        """
+        return stream_of(self, loader, cache)
 
     # ------------------------------------------------------------------ images
 

@@ -56,7 +56,8 @@ def adapt(
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
         classes: for CLIP: class names, or token ids [C, L] (int64).
         guard: ``fasttta.ShiftDetector(...)``: behind a batch that shows a shift, adaptation begins
-            anew. It is not used itself, only its settings are.
+            anew from what ``adapt`` made, not from what ``load_tuned`` set. It is not used itself,
+            only its settings are.
         seed: of the random state.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
@@ -71,6 +72,8 @@ def adapt(
     rational = spec is None and isinstance(model, RationalCLIP)
     if classes is not None and not (clip or rational):
         raise ValueError(f"classes={classes!r:.80}: models of this family take no classes")
+    if classes is not None and rational:
+        raise ValueError("classes: this model has its own; adapt its .model for others")
     if guard is not None and not isinstance(guard, ShiftDetector):
         raise TypeError(f"guard must be a fasttta.ShiftDetector, found {guard!r:.80}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):

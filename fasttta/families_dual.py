@@ -68,5 +68,6 @@ def refusal(model: nn.Module) -> str | None:
     others = traits(model) or ["none of the parameters of CLIP's towers"]
     return (
         f"{type(model).__name__} is a dual encoder ({', '.join(found)}), not a CLIP: found "
-        f"{', '.join(others)}; {NEEDED}"
+        f"{', '.join(others)}; {NEEDED}. If its modalities meet in a fusion transformer, describe "
+        "that: fasttta.adapt(model, spec=fasttta.ModelSpec.detect(model, *inputs))"
     )

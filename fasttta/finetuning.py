@@ -120,15 +120,17 @@ class FineTuning:
         Raises:
             ValueError, TypeError: features or labels cannot be used; nothing is updated.
         """
-        text = self.text() if callable(self.text) else self.text
+        if not len(labels):
+            raise ValueError("labels are empty: needed at least 1 sample")
         if labels.shape != features.shape[:1] or labels.is_floating_point():
             raise ValueError(
                 f"labels must be integers [{len(features)}], found {labels.dtype} "
                 f"{list(labels.shape)}"
             )
-        if not 0 <= int(labels.min()) <= int(labels.max()) < len(text):
-            raise ValueError(f"labels must lie in 0 to {len(text) - 1}, the classes of text")
         with torch.inference_mode(False), torch.enable_grad():
+            text = self.text() if callable(self.text) else self.text
+            if not 0 <= int(labels.min()) <= int(labels.max()) < len(text):
+                raise ValueError(f"labels must lie in 0 to {len(text) - 1}, the classes of text")
             image = features if self.image is None else self.image(features)
             scale = self.scale() if callable(self.scale) else self.scale
             if self.score is None:
@@ -198,6 +200,9 @@ def finetune(
         raise ValueError(f"epochs={epochs!r}: needed a positive integer")
     inputs = features if isinstance(features, tuple) else (features,)
     whole = _check_model(model, inputs, text, scale, encoders, classes)
+    taken = ("bias", "image", "score", "also", "also_lr")
+    if whole and (given := [name for name in taken if name in options]):
+        raise ValueError(f"{', '.join(given)}: {type(model).__name__} has its own")
     if not isinstance(labels, Tensor) or labels.shape != inputs[0].shape[:1]:
         raise ValueError(f"labels must be a tensor [{len(inputs[0])}]")
     with torch.inference_mode(False):
@@ -264,10 +269,15 @@ def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
 
 
 def _own(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter | None]:
+    """Copies of what is trained; of the rest parameters of its own over the same memory, so that
+    neither flags nor gradients reach the caller's."""
+
     def own(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or not (encoders or name.startswith("head.")):
-            return parameter
-        return nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        if parameter is None:
+            return None
+        trained = encoders or name.startswith("head.")
+        value = parameter.detach().clone() if trained else parameter.detach()
+        return nn.Parameter(value, requires_grad=False)
 
     return own
 

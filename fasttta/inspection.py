@@ -131,12 +131,12 @@ def spec_of(model: nn.Module) -> ModelSpec:
     Raises:
         ValueError: it is no CAV-MAE.
     """
-    if recognise_clip(model):
-        raise ValueError(
-            f"{type(model).__name__} is a CLIP, which needs no ModelSpec: fasttta.adapt(model, "
-            "classes=names)"
-        )
     try:
+        if recognise_clip(model):
+            raise ValueError(
+                f"{type(model).__name__} is a CLIP, which needs no ModelSpec: fasttta.adapt(model, "
+                "classes=names)"
+            )
         fusion = recognise(model).fusion
     except TypeError as error:
         raise ValueError(str(error)) from error

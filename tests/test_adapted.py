@@ -271,6 +271,23 @@ def test_one_ahead():
     ]  # fmt: skip
 
 
+def test_a_loader_may_refill_its_batches(tiny_model, tiny_batch):
+    batches = [tiny_batch(5, seed=i) for i in range(4)]
+
+    def refilling():
+        memory = [x.clone() for x in batches[0]]
+        for batch in batches:
+            for x, y in zip(memory, batch, strict=True):
+                x.copy_(y)
+            yield tuple(memory)
+
+    a, b = (fasttta.adapt(tiny_model(), "read", lr=1e-3) for _ in range(2))
+    for size in (None, 8):
+        found = a.stream(refilling(), encode_batch=size)
+        expected = b.stream(batches, encode_batch=size)
+        assert all(same(x, y) for x, y in zip(found, expected, strict=True))
+
+
 def test_stream_adapts_batch_by_batch(tiny_model, tiny_batch):
     """A stream that ends early has adapted only on what it gave out."""
     batches = [tiny_batch(5, seed=i) for i in range(4)]

@@ -149,6 +149,7 @@ def test_results_are_checked_on_request(report, tmp_path):
     )
     assert f"{name} has fallen to 0 %" in done.stdout, done.stdout + done.stderr
     assert "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "no stored result" in done.stdout, done.stdout
 
 
 def test_ids_are_unique_in_a_file(report, tmp_path):
@@ -229,8 +230,9 @@ def test_ceilings_are_plausible():
     assert ceiling.bound_seconds(10**9, 1, cpu, torch.float32, 1) == memory
 
 
-def test_ids_of_the_benches_are_unique():
-    """Over all files: the id is what a results file knows a bench by."""
+def test_ids_of_the_benches():
+    """Unique over all files, because a results file knows a bench by its id; a CPU's results are of
+    benches that there are."""
     command = [sys.executable, "-P", "-m", "pytest", "benches", "--collect-only", "-q",
                "--benchmark", "--compile", "-p", "no:cacheprovider"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -238,3 +240,7 @@ def test_ids_of_the_benches_are_unique():
     ids = Counter(line.split("::", 1)[1] for line in done.stdout.splitlines() if "::" in line)
     assert len(ids) > 10, done.stdout
     assert set(ids.values()) == {1}, ids.most_common(3)
+    if not torch.cuda.is_available():  # a GPU has other settings
+        for path in (BENCHES / "results").glob("cpu-*.json"):
+            stored = {entry["id"] for entry in json.loads(path.read_text())["benches"]}
+            assert stored <= ids.keys(), sorted(stored - ids.keys())

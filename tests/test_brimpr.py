@@ -148,6 +148,14 @@ def test_staged_gradients():
         assert torch.allclose(found[2], grads[1])
         assert not found[1].any()
 
+    def sum_of_two(rows, shared, batched):  # autograd gives one tensor for both
+        return ((shared[0] + shared[1]) * batched[0]).sum(), (batched[0],)
+
+    first, second = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss, _ = staged(sum_of_two, (first, second), (fixed,), 5, 2)
+    for found in torch.autograd.grad(loss, (first, second)):
+        assert torch.allclose(found, fixed.sum(0))
+
 
 # ------------------------------------------------------------------------------------ prompts
 

@@ -28,8 +28,9 @@ def report():
 
 def test_every_method_has_settings():
     assert demo.SETTINGS.keys() == set(fasttta.methods.names("fusion"))
-    found = demo.run(["fog"], ["eata", "sar", "brimpr"], samples=64)
-    assert list(found["streams"]["fog"]) == ["eata", "sar", "brimpr"]
+    found = demo.run(["fog"], ["eata", "sar", "rada"], samples=64)
+    assert list(found["streams"]["fog"]) == ["eata", "sar", "rada"]
+    assert found["protocol"]["score_at"]["rada"] == "before"
 
 
 def test_shipped_statistics_are_of_the_shipped_model():

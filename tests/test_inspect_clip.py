@@ -105,12 +105,15 @@ def test_what_cannot_run():
 
 def test_errors(capsys, tmp_path):
     save_file(tiny_clip().state_dict(), tmp_path / "clip.safetensors")
+    torch.save(3, tmp_path / "number.pt")
     torch.save({"visual.conv1.weight": torch.zeros(2, 3, 4, 4)}, tmp_path / "part.pt")
     for arguments, words in (
         ((str(tmp_path / "clip.safetensors"), "--num-heads", "2"), ("64 channels",)),
         ((str(tmp_path / "part.pt"),), ("not a CLIP checkpoint", "token_embedding.weight")),
         (("test_inspect_clip:build_resnet", "--emit-spec"), ("needs no ModelSpec",)),
         (("test_inspect_clip:build_siglip",), ("Siglip is a dual encoder", "logit_bias")),
+        (("test_inspect_clip:build_siglip", "--emit-spec"), ("Siglip is a dual encoder",)),
+        ((str(tmp_path / "number.pt"),), ("holds a int, needed a state dict",)),
     ):
         status, _, err = _run(capsys, *arguments)
         assert status == 2
@@ -226,3 +229,7 @@ def test_fusion_models_are_no_dual_encoders(tiny_model):
     assert fasttta.adapt(model, "read").method == "read"
     with pytest.raises(TypeError, match="ModelSpec"):
         fasttta.adapt(nn.Sequential(nn.Linear(2, 2)))
+    # also of one whose towers have a dual encoder's names, and which may fuse what they give
+    named = _tower(vision_model=nn.Linear(2, 2), text_model=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="dual encoder.*meet in a fusion transformer.*ModelSpec"):
+        fasttta.adapt(named)

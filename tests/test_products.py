@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from fasttta.models import products
 from fasttta.models.layers import Linear
 
-pytestmark = pytest.mark.skipif(not products._works(), reason="this PyTorch has no such operations")
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no such operations"
+)
 
 
 @pytest.fixture
@@ -39,6 +41,16 @@ def test_same_numbers(called, mode, strided):
     assert torch.equal(add, before[1])
 
 
+def test_they_work_where_they_exist():
+    products._works.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert products._works()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_where_they_are_not_used(called):
     layer, x = Linear(24, 40), torch.randn(3, 50, 24)
     layer(x, gelu=True).sum().backward()
@@ -52,6 +64,10 @@ def test_where_they_are_not_used(called):
         strided = Linear(24, 40)
         strided.weight = torch.nn.Parameter(torch.randn(24, 40).T)
         strided(x)
+        for bias in (torch.randn(40, 2)[:, 0], torch.randn(1).expand(40)):
+            strided = Linear(24, 40)
+            strided.bias = torch.nn.Parameter(bias)
+            assert torch.equal(strided(x), F.linear(x, strided.weight, bias))
     assert not called
 
 

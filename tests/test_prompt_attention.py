@@ -55,4 +55,4 @@ def test_lower_precision(dtype):
     assert (found.double() - exact).abs().max() < limit
     (a,) = torch.autograd.grad(found.double().square().sum(), prompt_kv)
     (b,) = torch.autograd.grad(exact.square().sum(), prompt_kv)
-    assert (a.double() - b.double()).abs().max() < 10 * limit
+    assert (a.double() - b.double()).abs().max() < limit * b.abs().max()

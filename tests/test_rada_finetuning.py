@@ -83,7 +83,21 @@ def test_bad_fine_tuning():
     before = copy.deepcopy(head.state_dict())
     with pytest.raises(ValueError, match="labels must lie"):
         tuning.step(features, labels + 1)
+    with pytest.raises(ValueError, match="labels are empty"):
+        tuning.step(features[:0], labels[:0])
     assert all(torch.equal(x, before[name]) for name, x in head.state_dict().items())
+
+
+def test_text_is_trained_whatever_the_mode():
+    features, labels, text = task()
+    head = RationalHead(12, 3)
+    raw = nn.Parameter(text.clone())
+    tuning = fasttta.FineTuning(head, lambda: 1.0 * raw, scale=10.0, also=[raw], lr=0.1)
+    for mode in (torch.no_grad, torch.inference_mode):
+        before = raw.detach().clone()
+        with mode():
+            tuning.step(features, labels)
+        assert not torch.equal(raw, before)
 
 
 # ------------------------------------------------------------------------------- whole models
@@ -120,7 +134,9 @@ def test_frozen_encoders():
     for name, parameter in head.named_parameters():
         assert torch.allclose(tuned.head.get_parameter(name), parameter, atol=1e-5), name
     assert changed(tuned, model) == {f"head.{n}" for n, _ in model.head.named_parameters()}
-    assert tuned.model.visual.proj is model.model.visual.proj  # shared
+    mine, theirs = tuned.model.visual.proj, model.model.visual.proj
+    assert mine.data_ptr() == theirs.data_ptr()  # one memory,
+    assert mine is not theirs  # but flags, gradients and conversions of one's own
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert loss(tuned, (x,), labels) < loss(model, (x,), labels)
     assert not any(p.requires_grad for p in tuned.parameters())
@@ -176,7 +192,9 @@ def test_first_step_is_that_of_autograd():
 
 @pytest.mark.parametrize("encoders", [False, True])
 def test_audio_visual(tiny_model, tiny_batch, encoders):
-    model, batch = tiny_model().rational(heads=3), tiny_batch(14)
+    model, batch = tiny_model().requires_grad_(True).rational(heads=3), tiny_batch(14)
+    flags = [p.requires_grad for p in model.parameters()]
+    assert any(flags)
     labels = torch.arange(14) % 7
     tuned = fasttta.finetune(model, batch, labels, encoders=encoders, **OPTIONS)
     names = changed(tuned, model)
@@ -187,6 +205,10 @@ def test_audio_visual(tiny_model, tiny_batch, encoders):
             assert f"model.{part}.weight" in names
         assert "model.pos_embed_a" in names
     assert "model.mlp_head.1.weight" not in names
+    tuned.double()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    tuned.float()
     assert loss(tuned, batch, labels) < loss(model, batch, labels)
 
 
@@ -196,6 +218,7 @@ def test_bad_arguments(tiny_model, tiny_batch):
     for arguments, options, error, match in (
         ((model, x, labels, model.text), {}, ValueError, "text: RationalCLIP has its own"),
         ((model, x, labels), {"scale": 3.0}, ValueError, "scale: RationalCLIP has its own"),
+        ((model, x, labels), {"bias": 1.0, "also": ()}, ValueError, "bias, also: RationalCLIP has"),
         ((model, (x, x), labels), {}, ValueError, r"features must be \(images\), found 2"),
         ((model, 9 * x, labels), {}, ValueError, r"needed \[0, 1\]"),
         ((model, x, labels[:3]), {}, ValueError, r"labels must be a tensor \[12\]"),

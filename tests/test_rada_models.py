@@ -186,8 +186,14 @@ def test_bad_images(clip):
     with pytest.raises(ValueError, match="no classes are set"):
         tiny_clip().rational()
     merged = adapted.unwrap(merge=True)
-    with pytest.raises(ValueError, match="this model has its own"):
-        fasttta.adapt(merged, "rada", classes=tiny_ids())
+    for method in ("rada", "source"):
+        with pytest.raises(ValueError, match="this model has its own"):
+            fasttta.adapt(merged, method, classes=tiny_ids())
+    with pytest.raises(ValueError, match="temperature=9.0: the model's own head has 1.0"):
+        fasttta.adapt(merged, "rada", temperature=9.0)
+    assert fasttta.adapt(merged, "rada").options.heads == merged.head.heads
+    with pytest.raises(ValueError, match="cache: views are made anew"):
+        adapted.stream([images()], cache=object())
 
 
 def test_inspect_knows_it(clip, tmp_path):

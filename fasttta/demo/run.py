@@ -152,7 +152,9 @@ def run(
             "steps": 1,
             "lr": {name: m.lr for name, m in objects.items() if m.updates},
             "options": {n: s for n, s in SETTINGS.items() if n in chosen and len(s) > 1},
-            "score_at": {name: m.score_at for name, m in objects.items() if m.updates},
+            "score_at": {
+                name: m.fitted(model).score_at for name, m in objects.items() if m.updates
+            },
             "seeds": list(seeds),
             "order": "pairs shuffled by the seed, the same for every method",
             "reset": "fresh state for each stream",

@@ -100,8 +100,15 @@ class RAda(Method):
                 self.prompt, "words such as \"a photo of a\"")  # fmt: skip
 
     def fitted(self, model: Any) -> Method:
-        loss = self.loss or ("entropy" if getattr(model, "spans", ()) else "views")
-        return replace(self, loss=loss)
+        own = {"loss": self.loss or ("entropy" if getattr(model, "spans", ()) else "views")}
+        head = getattr(model, "head", None)
+        for name in ("heads", "temperature", "scale_multiplier"):
+            if not hasattr(head, name):
+                break
+            asked, own[name] = getattr(self, name), getattr(head, name)
+            if asked not in (own[name], type(self).__dataclass_fields__[name].default):
+                raise ValueError(f"{name}={asked!r}: the model's own head has {own[name]!r}")
+        return replace(self, **own)
 
     @property
     def episodic(self) -> bool:

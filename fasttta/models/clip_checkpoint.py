@@ -92,6 +92,8 @@ def is_clip_checkpoint(path: str | os.PathLike) -> bool:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
+    if not isinstance(state, Mapping):
+        return False
     names = {str(name).removeprefix("module.") for name in state}
     return "token_embedding.weight" in names or any(name.startswith("visual.") for name in names)
 

@@ -19,7 +19,8 @@ _ROWS = 64  # below, calls cost more than products
 @functools.cache
 def _works() -> bool:
     """Whether the operations are there and give what they should."""
-    x, w, b, y = (torch.linspace(-1, 2, n).view(s) for n, s in (
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    x, w, b, y = (torch.linspace(-1, 2, n, **kind).view(s) for n, s in (
         (24, (2, 3, 4)), (20, (5, 4)), (5, (5,)), (30, (2, 3, 5)),
     ))  # fmt: skip
     right = F.linear(x, w, b)
@@ -47,7 +48,8 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and bias is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == bias.dtype == torch.float32
-        and weight.is_contiguous()  # strided ones are a thousand times slower
+        and weight.is_contiguous()  # strided ones are a thousand times slower,
+        and bias.is_contiguous()  # and here strides are ignored
         and x.numel() >= _ROWS * x.shape[-1]
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled

@@ -58,10 +58,11 @@ class _PromptAttention(torch.autograd.Function):
         n, grad = ctx.prompts, _split(grad.contiguous(), 1, ctx.heads)[0]
         if not any(ctx.needs_input_grad[:2]):
             k, v = k[:, :, :n], v[:, :, :n]
-            p = (ctx.scale * (q @ k.transpose(-2, -1)) - lse.unsqueeze(-1).to(q)).exp()
-            mean = (grad * out).sum(dim=-1, keepdim=True)
-            ds = p * (grad @ v.transpose(-2, -1) - mean) * ctx.scale
-            dk, dv = ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ grad
+            wide = (ctx.scale * (q @ k.transpose(-2, -1))).to(lse) - lse.unsqueeze(-1)
+            p = wide.exp_()  # [B, H, T, n], in float32 of half types as flash attention has it
+            mean = (grad.to(lse) * out.to(lse)).sum(dim=-1, keepdim=True)
+            ds = p * ((grad @ v.transpose(-2, -1)).to(lse) - mean) * ctx.scale
+            dk, dv = ds.to(q).transpose(-2, -1) @ q, p.to(q).transpose(-2, -1) @ grad
             return None, None, _packed(dk.sum(0, True), dv.sum(0, True))[0], None, None
         dq, dk, dv = _FLASH_BACKWARD(
             grad, q, k, v, out, lse, 0.0, False, attn_mask=None, scale=ctx.scale

@@ -138,6 +138,9 @@ class RationalHead(nn.Module):
             raise ValueError(f"text has {len(text)} class, needed at least 2 to tell apart")
         if isinstance(scale, Tensor) and scale.numel() != 1:
             raise ValueError(f"scale must be one number, found shape {list(scale.shape)}")
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not isinstance(scale, Tensor) and not (number and 0 < scale < float("inf")):
+            raise ValueError(f"scale={scale!r}: needed a finite number above 0")
 
 
 def _scaled(proj: nn.Linear, x: Tensor, factor: float | Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def staged(
 
 def _gathered(held: Tensor | None, grad: Tensor, whole: bool, rows: slice, like: Tensor) -> Tensor:
     if whole:
-        return grad if held is None else held.add_(grad)
+        return grad if held is None else held + grad  # autograd may give one tensor to several
     if len(grad) == len(like):
         return grad
     held = torch.empty_like(like, memory_format=torch.contiguous_format) if held is None else held

@@ -31,7 +31,7 @@ def render(images: Tensor, digits: Tensor, generator: torch.Generator) -> Scenes
     """Digits [n, 8, 8] in [0, 1] at random places, sizes and colours.
 
     Paper is uneven (a smooth pattern of standard deviation 0.06) and everything is slightly noisy;
-    ink covers 50 to 100 % of the paper's colour.
+    ink covers 60 to 100 % of the paper's colour.
     """
     n, r = len(images), RESOLUTION
 

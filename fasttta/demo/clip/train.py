@@ -67,8 +67,7 @@ def crops(pixels: Tensor, generator: torch.Generator, low: float, mirrored: floa
     back at full size: what the views of test-time methods look like."""
     n = len(pixels)
     u = torch.rand(n, 5, generator=generator)
-    area = (low, 1.0)
-    areas, aspect = area[0] + (area[1] - area[0]) * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
+    areas, aspect = low + (1.0 - low) * u[:, 0], (4 / 3) ** (2 * u[:, 1] - 1)
     size = torch.stack(((areas * aspect).sqrt(), (areas / aspect).sqrt()), 1).clamp(max=1)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = size[:, 0] * torch.where(u[:, 4] < mirrored, -1, 1)
