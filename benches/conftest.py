@@ -278,7 +278,8 @@ def measure(
         fifths = seconds  # of a single round
         if len(seconds) > 1:
             fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        name, params = request.node.originalname, dict(request.node.callspec.params)
+        case = getattr(request.node, "callspec", None)  # none without parameters
+        name, params = request.node.originalname, {} if case is None else dict(case.params)
         entry = {
             "id": request.node.name,
             "name": name,
