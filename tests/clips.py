@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import fasttta
+
 SOT, EOT = 98, 99
 
 
@@ -92,3 +94,41 @@ class ClipGolden:
         base = self.inputs["bases_u8"].float() / 255
         views = Views(base, self.inputs["mixes"], self.inputs["betas"], region)
         return views.to(device)
+
+
+METHODS = {
+    "source": {},
+    "tpt": {"views": 8, "select": 0.3},
+    "c-tpt": {"views": 8, "select": 0.3},
+    "r-tpt": {"views": 8, "select": 0.3},
+    "a-tpt": {"views": 8, "select": 0.3},
+    "mta": {"views": 8},
+    "ttc": {},
+}
+TUNING = ("tpt", "c-tpt", "r-tpt", "a-tpt")
+# "up to 5x float noise": logits of the tiny model are below 21
+NOISE = {"rtol": 0, "atol": 2e-5}
+
+
+def adapt(model, method, **options):
+    return fasttta.adapt(model, method, classes=tiny_ids(), **{**METHODS[method], **options})
+
+
+def image(seed: int, height: int = 31, width: int = 40) -> torch.Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b, **tolerance):
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    assert torch.allclose(a.logits, b.logits, **tolerance)
+    assert torch.allclose(a.logits_before, b.logits_before, **tolerance)
+    for x, y in ((a.losses, b.losses), (a.stats, b.stats)):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert torch.allclose(x[name].double(), y[name].double(), **tolerance), name
+
+
+def near(found, expected, tolerance, what=""):
+    assert found.shape == expected.shape, f"{what}: {found.shape}, needed {expected.shape}"
+    error = (found.double().cpu() - expected.double()).abs().max().item()
+    assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:.2e}"
