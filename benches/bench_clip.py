@@ -228,7 +228,7 @@ def _image_flops(model: CLIP, views: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "classes"), [("a-tpt", 37), ("a-tpt", 397), ("tpt", 37), *[("a-tpt", 1000)] * CUDA]
+    ("method", "classes"), [*(("a-tpt", n) for n in NAMES), ("tpt", 37)]
 )
 def bench_clip_episode(method, classes, model, device, full, measure):
     """A whole image, not the first (what only the class list decides is at hand). The reference is
@@ -264,7 +264,7 @@ def bench_clip_episode(method, classes, model, device, full, measure):
     )
 
 
-@pytest.mark.parametrize("classes", [37, 397, 1000])
+@pytest.mark.parametrize("classes", list(NAMES))
 def bench_clip_text(classes, model, device, full, measure):
     """Text features and their gradient to the prompt, 40 tokens a class in the reference."""
     ids = class_ids(classes, full)
@@ -290,7 +290,7 @@ def bench_clip_text(classes, model, device, full, measure):
         warmup=1 if CUDA else 0,  # the check has run both
         memory=True,
         shape="width 512, 12 blocks" + (", reference on 37 classes" if classes > 37 else ""),
-        headline=classes != 397,
+        headline=classes in (37, 1000),
         dtype=torch.float32,
         bytes=4 * sum(x.numel() for x in model.transformer.parameters()),
         # forward, again in the backward pass, which takes as much to the inputs
