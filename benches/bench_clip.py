@@ -227,9 +227,7 @@ def _image_flops(model: CLIP, views: int) -> int:
     return views * block * len(visual.transformer.resblocks)
 
 
-@pytest.mark.parametrize(
-    ("method", "classes"), [*(("a-tpt", n) for n in NAMES), ("tpt", 37)]
-)
+@pytest.mark.parametrize(("method", "classes"), [*(("a-tpt", n) for n in NAMES), ("tpt", 37)])
 def bench_clip_episode(method, classes, model, device, full, measure):
     """A whole image, not the first (what only the class list decides is at hand). The reference is
     timed in parts; outputs are compared on fewer views and classes, where it is run whole."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.softmax import attend
 from .layers import Linear
 
 
@@ -51,6 +52,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x [B, T, D], already normalised -> [B, T, D]."""
         q, k, v = map(self.split, self.project(x))
+        if mask is None and not causal:
+            return self.combine(attend(q, k, v, self.scale))
         return self.combine(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale

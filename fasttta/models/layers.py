@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.softmax import attend
 from . import products
 
 
@@ -75,7 +76,7 @@ class SelfAttention(nn.Module):
         b, t, dim = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, d], views of the packed product
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = attend(q, k, v, self.scale)
         out = self.proj(out.transpose(1, 2).reshape(b, t, dim), add=add)
         return out, Attention(q, k, self.scale)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.softmax import attend
 from ..protocols import Slot, Streams
 from ..trace import span
 from .cavmae import CAVMAE, Block, portion
@@ -236,7 +237,7 @@ def _heads(attn: SelfAttention, packed: Tensor, n: int) -> tuple[Tensor, ...]:
 
 def _attend(attn: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, H, T, d] each -> the layer's output [B, T, D]."""
-    out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+    out = attend(q, k, v, attn.scale)
     return attn.proj(out.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,142 @@
+"""The C++ attention: equal to the formula in float64, and used where it is made for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+
+from fasttta.ops import native, softmax
+
+# samples, heads, queries, keys, channels: of ViT-B's modalities with and without prompts, and
+# what fills no vector, panel or unit of rows
+SHAPES = [
+    (2, 3, 98, 108, 64),
+    (1, 2, 196, 196, 64),
+    (1, 1, 101, 515, 80),
+    (2, 2, 16, 1, 5),
+    (3, 1, 49, 33, 1),
+    (1, 1, 17, 4096, 24),
+    (0, 2, 20, 20, 8),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _built():
+    if not native.load():
+        pytest.skip(f"no C++ kernels: {native.attempt().reason}")
+
+
+def heads(*shape, seed=0, scale=1.0):
+    """[B, H, T, d], a view of [B, T, 2, H, d] as packed projections give it."""
+    b, h, t, d = shape
+    generator = torch.Generator().manual_seed(seed + t)
+    return scale * torch.randn(b, t, 2, h, d, generator=generator)[:, :, 1].transpose(1, 2)
+
+
+def formula(q, k, v, scale):
+    return (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def near(found, expected, tolerance=4e-6):
+    assert found.shape == expected.shape
+    limit = tolerance * max(1e-3, expected.abs().max().item()) if expected.numel() else 0
+    assert found.numel() == 0 or (found.double() - expected).abs().max() <= limit
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("size", [1.0, 30.0], ids=["usual", "sharp"])
+def test_equals_the_formula(shape, size):
+    """Forward, log-sum-exp and gradients against float64; sharp scores reach some thousand."""
+    b, h, t, s, d = shape
+    q, k = heads(b, h, t, d, scale=size), heads(b, h, s, d, seed=1)
+    v, up = heads(b, h, s, d, seed=2), heads(b, h, t, d, seed=3)
+    assert softmax._suits(q, k, v)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = formula(*exact, d**-0.5)
+    out, lse = softmax.forward(q, k, v, d**-0.5)
+    tolerance = 4e-6 * max(1.0, size * d**0.5 / 8)  # a score's own rounding moves its exponential
+    near(out, expected.detach(), tolerance)
+    near(lse, (d**-0.5 * exact[0] @ exact[1].transpose(-2, -1)).logsumexp(-1).detach())
+    assert out.transpose(1, 2).is_contiguous()
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad(softmax.attend(*leaves, d**-0.5), leaves, up)
+    right = torch.autograd.grad(expected, exact, up.double())
+    for x, y in zip(found, right, strict=True):
+        near(x, y, tolerance)
+    for x, y in zip(softmax.backward(up, q, k, v, out, lse, d**-0.5), found, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_same_with_any_number_of_threads():
+    """Units of work are the same, and no sum goes across them."""
+    q, k, v = (heads(2, 3, 130, 16, seed=i) for i in range(3))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, lse = softmax.forward(q, k, v, 0.25)
+            results.append((out, lse, *softmax.backward(out, q, k, v, out, lse, 0.25)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_nan_and_infinity_stay_where_they_are():
+    q, k, v = (heads(1, 2, 20, 16, seed=i).clone() for i in range(3))
+    q[0, 0, 3, 2], q[0, 0, 5, 1] = torch.nan, torch.inf
+    out, _ = softmax.forward(q, k, v, 0.25)
+    rows = torch.zeros(1, 2, 20, dtype=torch.bool)
+    rows[0, 0, [3, 5]] = True
+    assert torch.equal(~out.isfinite().all(-1), rows)
+    v[0, 1, 4] = torch.nan
+    assert softmax.forward(q, k, v, 0.25)[0][0, 1].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap's
+@pytest.mark.parametrize(
+    "case", ["float64", "bfloat16", "few queries", "long", "wide", "autocast", "vmap", "off"]
+)
+def test_pytorch_serves_the_rest(case, monkeypatch):
+    """And gives what it gives."""
+    t, s, d = {"few queries": (3, 20, 16), "long": (16, 4200, 4), "wide": (20, 20, 300)}.get(
+        case, (20, 20, 16)
+    )
+    q, k, v = heads(1, 2, t, d), heads(1, 2, s, d, seed=1), heads(1, 2, s, d, seed=2)
+    if case in ("float64", "bfloat16"):
+        q, k, v = (x.to(getattr(torch, case)) for x in (q, k, v))
+    if case == "off":
+        monkeypatch.setattr(native, "load", lambda: False)
+    monkeypatch.setattr(softmax._Attention, "apply", lambda *_: pytest.fail("not for this"))
+    q.requires_grad_()
+    attend = softmax.attend
+    if case == "vmap":
+        found = torch.vmap(attend, in_dims=(0, 0, 0, None))(q[None], k[None], v[None], 0.25)[0]
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+            found = attend(q, k, v, 0.25)
+    right = formula(*(x.detach().double() for x in (q, k, v)), 0.25)
+    assert found.dtype == (torch.bfloat16 if case == "autocast" else q.dtype)
+    near(found.detach(), right, 2e-2 if found.dtype == torch.bfloat16 else 1e-5)
+
+
+def test_layouts():
+    """Channels that do not lie next to each other, and expanded batches."""
+    q, k, v = (heads(2, 2, 20, 16, seed=i) for i in range(3))
+    strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert torch.equal(softmax.attend(*strided, 0.25), softmax.attend(q, k, v, 0.25))
+    shared = k[:1].expand(2, -1, -1, -1)
+    right = nnf.scaled_dot_product_attention(q.double(), shared.double(), v.double(), scale=0.25)
+    near(softmax.attend(q, shared, v, 0.25), right)
+
+
+def test_refuses_what_does_not_fit():
+    q, k = heads(1, 2, 20, 16), heads(1, 2, 21, 16)
+    for bad in ((q, k, k[:, :, 1:]), (q, k[..., :8], k), (q.double(), k, k)):
+        with pytest.raises(RuntimeError, match="fit|must be"):
+            torch.ops.fasttta.attention(*bad, 1.0)
+    out, lse = torch.ops.fasttta.attention(q, k, k, 1.0)
+    with pytest.raises(RuntimeError, match="must be"):
+        torch.ops.fasttta.attention_backward(out[:, :, 1:], q, k, k, out, lse, 1.0)
