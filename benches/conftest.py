@@ -63,6 +63,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: runs torch.compile; needs --benchmark --compile")
+    # references that call convolutions, as models of others do: in the precision of the rest
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     config.stash[_ENTRIES] = []
     config.stash[_STORED] = {}
     if not config.option.benchmark:

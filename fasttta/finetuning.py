@@ -227,7 +227,8 @@ def finetune(
             )  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            for index in torch.randperm(len(labels), generator=generator).split(batch):
+            order = torch.randperm(len(labels), generator=generator, device="cpu")
+            for index in order.split(batch):
                 index = index.to(labels.device)
                 tuning.step(index if whole and encoders else inputs[0][index], labels[index])
             tuning.end_epoch()

@@ -76,11 +76,11 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=["n", "PARTS"])
 def _batch_kernel(
-    p_z, p_weight, p_entropy, p_rows, p_mass, p_losses, p_grad,
+    p_z, p_weight, p_entropy, p_rows, p_mass, p_total, p_mean_entropy, p_balance, p_grad,
     s_n, s_c, s_weight, n, C, PARTS, entropy_weight, balance_weight,
     SOFTMAX_SUM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Balance and its gradient, added to the entropy's; total, entropy, balance to losses [3]."""
+    """Balance and its gradient, added to the entropy's; their total, entropy and balance."""
     i_p = tl.program_id(0).to(tl.int64)
     o_r, o_c, o_n = tl.arange(0, BR), tl.arange(0, BC), tl.arange(0, BN)
     m_c = o_c < C
@@ -111,9 +111,9 @@ def _batch_kernel(
     balance = tl.sum(b_mass * b_h, axis=0)
     b_h = b_mass * (b_h - balance) if SOFTMAX_SUM else b_h / weight_sum
     if i_p == 0:
-        tl.store(p_losses, entropy_weight * entropy - balance_weight * balance)
-        tl.store(p_losses + 1, entropy)
-        tl.store(p_losses + 2, balance)
+        tl.store(p_total, entropy_weight * entropy - balance_weight * balance)
+        tl.store(p_mean_entropy, entropy)
+        tl.store(p_balance, balance)
     i = i_p * BR + o_r
     m_r = i < n
     m_z = m_r[:, None] & m_c[None, :]
@@ -190,17 +190,17 @@ def adaptation_head(
     parts = plan.cdiv(n, samples)
     entropy, rows = torch.empty(n, **new), torch.empty((2, n), **new)
     mass, grad = torch.empty((parts, classes), **new), torch.empty((n, classes), **new)
-    losses = torch.empty(3, **new)
+    losses = [torch.empty((), **new) for _ in range(3)]
     _run_rows(
         logits, k, eps, weight=weight, entropy=entropy, grad=grad, rows=rows, mass=mass,
         samples=samples,
     )  # fmt: skip
     launch.run(
         _batch_kernel, plan.head_batch(n, classes, softmax_sum), logits, weight, entropy, rows,
-        mass, losses, grad, *logits.stride(), 0 if weight is None else weight.stride(0),
+        mass, *losses, grad, *logits.stride(), 0 if weight is None else weight.stride(0),
         n, classes, parts, entropy_weight, balance_weight,
     )  # fmt: skip
-    return *losses.unbind(), grad
+    return *losses, grad
 
 
 def balance_entropy(

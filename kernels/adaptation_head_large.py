@@ -114,7 +114,8 @@ def _columns_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def _gradient_kernel(
-    p_z, p_weight, p_upstream, p_entropy, p_rows, p_selection, p_mass, p_losses, p_grad,
+    p_z, p_weight, p_upstream, p_entropy, p_rows, p_selection, p_mass, p_total, p_mean_entropy,
+    p_balance, p_grad,
     s_n, s_c, s_weight, s_upstream, sg_n, sg_c, n, C, eps, entropy_weight, balance_weight,
     SELECT: tl.constexpr, BITS: tl.constexpr, SOFTMAX_SUM: tl.constexpr, BC: tl.constexpr,
     BN: tl.constexpr,
@@ -178,9 +179,9 @@ def _gradient_kernel(
             along /= weight_sum
         of_entropy, of_balance = entropy_weight / weight_sum, balance_weight
         if i == 0:
-            tl.store(p_losses, entropy_weight * entropy - balance_weight * balance)
-            tl.store(p_losses + 1, entropy)
-            tl.store(p_losses + 2, balance)
+            tl.store(p_total, entropy_weight * entropy - balance_weight * balance)
+            tl.store(p_mean_entropy, entropy)
+            tl.store(p_balance, balance)
     else:
         scale = tl.load(p_upstream + i * s_upstream).to(tl.float32)
     t = tl.load(p_selection + i * 2).to(tl.uint32, bitcast=True)
@@ -235,9 +236,9 @@ def principal_entropy_backward(upstream: Tensor, logits: Tensor, k: int, eps: fl
         _, rows, selection = _samples(logits, k, eps)
         gradient = plan.large_gradient(n, classes, k, _KEY_BITS.get(logits.dtype, 32), False)
         launch.run(
-            _gradient_kernel, gradient, logits, None, upstream, None, rows, selection, None, None,
-            grad, *logits.stride(), 0, upstream.stride(0), *grad.stride(), n, classes, eps,
-            1.0, 0.0,
+            _gradient_kernel, gradient, logits, None, upstream, None, rows, selection, None,
+            None, None, None, grad, *logits.stride(), 0, upstream.stride(0), *grad.stride(),
+            n, classes, eps, 1.0, 0.0,
         )  # fmt: skip
     return grad
 
@@ -248,7 +249,7 @@ def adaptation_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, classes = logits.shape
     new = {"dtype": torch.float32, "device": logits.device}
-    mass, losses, grad = (torch.empty(x, **new) for x in (classes, 3, (n, classes)))
+    mass, grad, *losses = (torch.empty(x, **new) for x in (classes, (n, classes), (), (), ()))
     s_weight = 0 if weight is None else weight.stride(0)
     entropy, rows, selection = _samples(logits, k, eps)
     launch.run(
@@ -257,8 +258,8 @@ def adaptation_head(
     )  # fmt: skip
     gradient = plan.large_gradient(n, classes, k, _KEY_BITS.get(logits.dtype, 32), softmax_sum)
     launch.run(
-        _gradient_kernel, gradient, logits, weight, None, entropy, rows, selection, mass, losses,
-        grad, *logits.stride(), s_weight, 0, *grad.stride(), n, classes, eps, entropy_weight,
-        balance_weight,
+        _gradient_kernel, gradient, logits, weight, None, entropy, rows, selection, mass,
+        *losses, grad, *logits.stride(), s_weight, 0, *grad.stride(), n, classes, eps,
+        entropy_weight, balance_weight,
     )  # fmt: skip
-    return *losses.unbind(), grad
+    return *losses, grad

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 OPTIONS = {
     "abpem": {"k": 3, "window": 2}, "eata": {"e_margin": 9.0}, "sar": {"e_margin": 9.0},
-    "brimpr": {"prompts": (2, 3), "source_stats": tiny_stats()},
+    "brimpr": {"prompts": (2, 3), "source_stats": tiny_stats()}, "rada": {"heads": 3},
 }  # fmt: skip
 
 
@@ -129,6 +129,57 @@ def test_captured_steps(tiny_model, tiny_batch, tmp_path, method):
     loaded = fasttta.load(tiny_model().cuda(), tmp_path, engine="graph")
     batch = _on_gpu(tiny_batch(seed=10))
     assert torch.equal(loaded.step(*batch).logits, graph.step(*batch).logits)
+
+
+def test_a_step_that_cannot_be_captured_spoils_nothing(tiny_model, tiny_batch):
+    """The state and the current stream are as before, eager steps and other captures work."""
+
+    class Waiting(type(tiny_model())):
+        def fuse_attention(self, tokens):
+            tokens.sum().item()
+            return super().fuse_attention(tokens)
+
+    model = tiny_model()
+    model.__class__ = Waiting
+    batch, stream = _on_gpu(tiny_batch()), torch.cuda.current_stream()
+    adapted = fasttta.adapt(model.cuda(), "read", engine="graph", precision="fp64", lr=1e-3)
+    before = adapted.tuned
+    with pytest.raises(RuntimeError, match='use engine="eager"'):
+        adapted.step(*batch)
+    assert torch.cuda.current_stream() == stream
+    assert all(torch.equal(x, before[name]) for name, x in adapted.tuned.items())
+    expected = _adapted(tiny_model, "read", precision="fp64").step(*batch)
+    for _ in range(2):
+        graph = _adapted(tiny_model, "read", precision="fp64", engine="graph")
+        assert torch.allclose(graph.step(*batch).logits, expected.logits, atol=1e-9)
+        del graph
+        torch.cuda.empty_cache()
+
+
+def test_captures_do_not_share_what_the_other_frees(tiny_model, tiny_batch):
+    """Two captured steps, the first dropped, a third captured: the second still computes."""
+    batch = _on_gpu(tiny_batch())
+    first, second = (_adapted(tiny_model, "read", engine="graph") for _ in range(2))
+    first.step(*batch)
+    expected = [second.step(*batch).logits]
+    del first
+    second.reset()
+    _adapted(tiny_model, "tent", engine="graph").step(*batch)
+    torch.cuda.empty_cache()
+    assert torch.equal(second.step(*batch).logits, expected[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_on_a_device_that_is_not_the_current_one(tiny_model, tiny_batch, engine):
+    """After a capture on the first device, the second's steps are its own."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        adapted = _adapted(tiny_model, "abpem", device, engine=engine, precision="fp64")
+        steps = [adapted.step(*(x.to(device) for x in tiny_batch(seed=s))) for s in range(3)]
+        results.append([step.logits.cpu() for step in steps])
+    for x, y in zip(*results, strict=True):
+        assert torch.allclose(x, y, atol=1e-9)
 
 
 def test_captured_steps_in_low_precision_stay_close(tiny_model, tiny_batch):

@@ -102,6 +102,33 @@ def test_what_else_the_composite_keeps(monkeypatch):
     assert KERNELS["total_variation"](torch.zeros(2, 0, 4, device=DEVICE)).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("lacks", ["triton", "compiler", "headers"])
+def test_says_what_triton_lacks(lacks, monkeypatch, tmp_path):
+    """Kernels are started by way of a little C: without a compiler the composites serve."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if lacks == "triton":
+        monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+        expected = "Triton is not installed"
+    elif lacks == "compiler":
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        expected = "Triton needs a C compiler"
+    else:
+        monkeypatch.setenv("CC", "cc")
+        monkeypatch.setattr(triton.sysconfig, "get_path", lambda name: str(tmp_path))
+        expected = "Python.h is not there"
+    triton.missing.cache_clear()
+    triton._installed.cache_clear()
+    try:
+        assert expected in triton.missing()
+        assert expected in triton.refusal("entropy", ())
+        with pytest.warns(RuntimeWarning, match=expected):
+            assert not triton._installed()
+    finally:
+        triton.missing.cache_clear()
+        triton._installed.cache_clear()
+
+
 def test_refusals():
     assert "no Triton kernel" in triton.refusal("gaussian_kl", ())
     if NATIVE:

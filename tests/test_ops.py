@@ -59,6 +59,11 @@ def test_gradchecklogits_of(backend):
 
 
 def _op_samples():
+    with DEVICE:  # also while tests are collected
+        return list(_made())
+
+
+def _made():
     q, k = (x.detach() for x in qk(2, 3, (4, 3), 5, torch.float32, layout="packed"))
     logits, weight = torch.randn(4, 6), torch.rand(4)
     for per_head in (False, True):
@@ -101,14 +106,14 @@ def test_opcheck_covers_every_op():
 
 
 @pytest.mark.parametrize(
-    ("name", "args"), list(_op_samples()), ids=lambda x: x if isinstance(x, str) else ""
+    ("name", "args"), _op_samples(), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_opcheck(name, args):
     torch.library.opcheck(getattr(torch.ops.fasttta, name).default, args)
 
 
 @pytest.mark.parametrize(
-    ("name", "args"), list(_op_samples()), ids=lambda x: x if isinstance(x, str) else ""
+    ("name", "args"), _op_samples(), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_composite_returns_what_is_declared(name, args):
     """Shapes, types and strides, as torch.compile is told; opcheck looks at what is dispatched."""

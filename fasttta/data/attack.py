@@ -223,7 +223,8 @@ def pgd(
             if i_start == 0 and start is not None:
                 noise = start.to(clean)
             elif generator is not None:
-                noise = torch.rand(clean.shape, dtype=clean.dtype, generator=generator)
+                kind = {"dtype": clean.dtype, "device": generator.device}
+                noise = torch.rand(clean.shape, generator=generator, **kind)
                 noise = (noise.to(clean.device) * 2 - 1) * eps
             x = (clean + noise.clamp(-eps, eps)).clamp(0.0, 1.0)
             x = _ascend(classify, clean, x, target, eps, step_size, steps)

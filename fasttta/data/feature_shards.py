@@ -78,7 +78,7 @@ class Shards:
         if len(kinds) != 1:  # none, or rows that were never part of one batch
             return None, list(range(len(names))), None
         dtype, shape, computed = kinds.pop()
-        rows = torch.empty((len(names), *shape), dtype=dtype)
+        rows = torch.empty((len(names), *shape), dtype=dtype, device="cpu")
         bytes_ = rows.view(len(names), -1).view(torch.uint8).numpy()  # [n, bytes], shared
         in_files: dict[str, list[int]] = {}
         for i, row in found.items():

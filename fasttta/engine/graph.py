@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +63,7 @@ class GraphStep(Step):
         self.place = 0  # of the newest
         self.published: dict[str, Tensor] | None = None
         self.pool = torch.cuda.graph_pool_handle() if capture else None
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         self.ahead = None  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
@@ -189,11 +191,7 @@ class GraphStep(Step):
                     for _ in range(_WARM_UP):
                         self._body(plan)
                 torch.cuda.current_stream().wait_stream(side)
-                plan.graph = torch.cuda.CUDAGraph()
-                # other threads, such as a loader's, may go on using the device meanwhile
-                mode = "thread_local"
-                with torch.cuda.graph(plan.graph, pool=self.pool, capture_error_mode=mode):
-                    plan.result = self._body(plan)
+                self._capture(plan, side)
         except RuntimeError as error:
             raise RuntimeError(
                 f'this step cannot be captured, use engine="eager": {error}'
@@ -204,6 +202,32 @@ class GraphStep(Step):
             for name, x in blank.items():
                 plan.state[name].copy_(x)
         return plan
+
+    def _capture(self, plan: Plan, side: torch.cuda.Stream) -> None:
+        """Records the step on a stream of the current device.
+
+        cuBLAS keeps a workspace a stream. Dropped before and after, the graph's own comes from its
+        pool, which no other capture and no work on a stream of the same number can share.
+        """
+        graph, done = torch.cuda.CUDAGraph(), False
+        self.graphs.append(graph)  # of failed captures too: the allocator goes on asking them
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # a capture that fails leaves its stream the current one
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                # other threads, such as a loader's, may go on using the device meanwhile
+                torch.cuda.graph(
+                    graph, pool=self.pool, stream=side, capture_error_mode="thread_local"
+                ),
+            ):
+                plan.result = self._body(plan)
+            plan.graph, done = graph, True
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            if not done:  # some versions of PyTorch leave the pool as the one to allocate from
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
 
     # ------------------------------------------------------------------ state in and out
 
@@ -249,7 +273,7 @@ class GraphStep(Step):
             self.state.method = {
                 f"queue.{i}": ring[place, :n] for i, (place, n) in enumerate(past)
             } | {f"valid.{i}": counts[place, 0] for i, (place, _) in enumerate(past)}
-            self.state.method["place"] = torch.tensor(self.place)  # on the host
+            self.state.method["place"] = torch.tensor(self.place, device="cpu")
         else:
             self.state.method = dict(plan.state)
         self.published = self.state.method

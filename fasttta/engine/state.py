@@ -115,6 +115,8 @@ class State:
         self.generator = torch.Generator().manual_seed(seed)
         self.episodic = method.episodic
         self.optimizer = method.optimizer(leaves.values()) if leaves else None
+        if leaves:  # what it warns of is meant: the same optimiser runs in and out of a capture
+            self.optimizer._warned_capturable_if_run_uncaptured = True
         for leaf in leaves.values():
             # as Adam's first step would make it; made here so that a state can be saved,
             # restored and reset before any step

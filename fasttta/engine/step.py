@@ -268,7 +268,9 @@ class Step:
             if not finite or not apply:
                 return
         for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
+            # fused Adam on a GPU takes no other strides than the parameter's
+            same = grad.stride() == leaf.stride()
+            leaf.grad = grad if same else torch.empty_like(leaf).copy_(grad)
         try:
             if not self.host_checks:
                 # fused Adam leaves parameters, moments and step count as they are where this is 1

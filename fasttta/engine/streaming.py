@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -44,11 +45,17 @@ def one_ahead(made: Iterator[T]) -> Iterator[T]:
     yield from held
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: there are 32 in all, taken in turn, and captured steps have theirs."""
+    return torch.cuda.Stream(device)
+
+
 class Lane:
     """A stream of a GPU beside the current one, for what runs ahead of the steps."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._side = device, torch.cuda.Stream(device)
+        self._device, self._side = device, _side_stream(device)
 
     def bring(self, x: Tensor) -> Tensor:
         """A tensor on the device: from host memory through pinned memory, without waiting."""

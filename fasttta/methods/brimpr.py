@@ -118,7 +118,7 @@ class BriMPR(Method):
         shapes, prompts = model.feature_shapes(), {}
         for name, count in zip(model.input_names, self.prompts, strict=True):
             blocks, dim = shapes[name]
-            drawn = torch.rand(blocks, count, dim, generator=generator)
+            drawn = torch.rand(blocks, count, dim, generator=generator, device="cpu")
             prompts[name] = ((2 * drawn - 1) * _INIT).to(weight)
         return model.prompted(prompts)
 
@@ -152,7 +152,7 @@ class BriMPR(Method):
             return ()
         drawn, device = [], inputs[0].device
         for tokens in model.spans:
-            noise = torch.rand(len(inputs[0]), tokens, generator=generator)
+            noise = torch.rand(len(inputs[0]), tokens, generator=generator, device=generator.device)
             ids = noise.argsort(dim=1)[:, : self._kept(tokens)]
             if device.type == "cuda":  # a copy from pageable memory waits for the device
                 ids = ids.contiguous().pin_memory()

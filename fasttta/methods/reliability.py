@@ -58,8 +58,9 @@ def similarity_weights(
     if n == 1:
         return features.new_ones(features.shape[:2])
     similarity = features @ features.transpose(1, 2)
-    drop = torch.ones(n, dtype=torch.bool) if drop_self is None else torch.tensor(drop_self)
-    left_out = torch.diag(drop).to(features.device)
+    left_out = torch.eye(n, dtype=torch.bool, device=features.device)
+    if drop_self is not None:
+        left_out &= torch.tensor(drop_self, device=features.device)
     similarity = similarity.masked_fill(left_out, -torch.inf)
     score = similarity.topk(min(neighbours, n - 1), dim=-1).values.mean(-1)
     return (score / temperature).softmax(-1)

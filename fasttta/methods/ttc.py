@@ -73,7 +73,8 @@ class TTC(Episodic):
         noise = resources.get("noise")
         if noise is None:
             generator = torch.Generator().manual_seed(resources.get("seed", 0))
-            row = torch.rand(x.shape[1:], generator=generator, dtype=torch.float64)
+            kind = {"dtype": torch.float64, "device": "cpu"}
+            row = torch.rand(x.shape[1:], generator=generator, **kind)
             return (self.eps * (2 * row - 1)).to(x).expand_as(x)
         if not isinstance(noise, Tensor) or noise.shape[1:] != x.shape[1:]:
             found = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
@@ -86,7 +87,8 @@ class TTC(Episodic):
     ) -> tuple[Tensor, Tensor]:
         """Perturbation [B, 3, R, R] and stability [B]."""
         delta = first = (x + noise).clamp(0, 1) - x
-        weights = (self.beta * torch.arange(self.steps + 1, dtype=torch.float64)).softmax(0)
+        steps = torch.arange(self.steps + 1, dtype=torch.float64, device=x.device)
+        weights = (self.beta * steps).softmax(0)
         total, stability = weights[0].to(x) * first, None
         for k in range(self.steps):
             with torch.enable_grad():

@@ -26,7 +26,8 @@ def fresh_head(
         dim: D. like: says device and type. seed: of its other projections' start.
         heads, temperature, scale_multiplier: as ``RationalHead`` takes them.
     """
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    cpu = torch.device("cpu")  # the same start on every device
+    with cpu, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = RationalHead(dim, heads, temperature, scale_multiplier)
     dtype = torch.promote_types(like.dtype, torch.float32)

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import sysconfig
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,8 +39,24 @@ _MAPS = ("reliability_ensemble", "total_variation", "total_variation_backward")
 
 
 @functools.cache
+def missing() -> str | None:
+    """What Triton lacks to start kernels, which it compiles a little C for; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: gcc, clang or $CC"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"Triton needs Python's headers, and {header} is not there"
+
+
+@functools.cache
 def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    if reason := missing():
+        text = f"fasttta runs without its Triton kernels, slower: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return reason is None
 
 
 @functools.cache
@@ -150,8 +171,8 @@ def refusal(name: str, args: Sequence) -> str | None:
     """Why an operation has no kernel for these arguments; None if it has."""
     if name not in KERNELS:
         return f"{name} has no Triton kernel"
-    if not _installed():
-        return "Triton is not installed"
+    if reason := missing():
+        return reason
     if not args and not torch.cuda.is_available():
         return "there is no GPU that PyTorch can use"
     for x in args:

@@ -57,8 +57,9 @@ def _step(images: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> Non
     matrices = [_matrix(*setting, images.shape[-1]) for setting in settings]
     moved = [i for i, matrix in enumerate(matrices) if matrix is not None]
     if moved:
-        rows = torch.tensor([matrices[i] for i in moved], dtype=torch.float64)
-        apply(torch.tensor(moved), lambda x: warp.warp(x, rows))
+        kind = {"dtype": torch.float64, "device": "cpu"}
+        rows = torch.tensor([matrices[i] for i in moved], **kind)
+        apply(torch.tensor(moved, device="cpu"), lambda x: warp.warp(x, rows))
 
 
 def _mix(base: Tensor, draws: ChainDraws) -> Tensor:

@@ -112,5 +112,7 @@ def draw(
     Source: torchvision's RandomResizedCrop (its rule, not its random stream) and AugMix with
     three chains of one to three operations, severity 1.
     """
-    uniform = torch.rand(n, _CROP + _CHAIN, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(
+        n, _CROP + _CHAIN, dtype=torch.float64, generator=generator, device=generator.device
+    )
     return _crops(uniform[:, :_CROP], height, width), _chains(uniform[:, _CROP:])

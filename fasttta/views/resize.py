@@ -32,10 +32,11 @@ def _taps(length: int, size: int, mode: str) -> tuple[Tensor, Tensor]:
     kernel, radius = _FILTERS[mode]
     scale = length / size
     stretch = max(scale, 1.0)
-    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+    centre = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (centre - radius * stretch + 0.5).trunc().clamp(min=0).long()
     last = (centre + radius * stretch + 0.5).trunc().clamp(max=length).long()
-    i_in = first[:, None] + torch.arange(int((last - first).max()))  # [size, K]
+    taps = torch.arange(int((last - first).max()), device="cpu")
+    i_in = first[:, None] + taps  # [size, K]
     weights = kernel((i_in - centre[:, None] + 0.5) * (1 / stretch))
     weights = weights.masked_fill(i_in >= last[:, None], 0.0)
     weights = weights / weights.sum(1, keepdim=True)
