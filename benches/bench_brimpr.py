@@ -143,6 +143,7 @@ def _flops(model: CAVMAE, samples: int, kept: tuple[int, int]) -> int:
     return samples * (encoders + fused + 2 * (block(ta) + block(tv)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32"])
 def bench_brimpr(precision, full, device, measure, threads):
     torch.manual_seed(0)

@@ -227,7 +227,14 @@ def _image_flops(model: CLIP, views: int) -> int:
     return views * block * len(visual.transformer.resblocks)
 
 
-@pytest.mark.parametrize(("method", "classes"), [*(("a-tpt", n) for n in NAMES), ("tpt", 37)])
+@pytest.mark.parametrize(
+    ("method", "classes"),
+    [
+        ("a-tpt", 37),
+        *(pytest.param("a-tpt", n, marks=pytest.mark.long) for n in NAMES if n > 37),
+        pytest.param("tpt", 37, marks=pytest.mark.long),
+    ],
+)
 def bench_clip_episode(method, classes, model, device, full, measure):
     """A whole image, not the first (what only the class list decides is at hand). The reference is
     timed in parts; outputs are compared on fewer views and classes, where it is run whole."""
@@ -262,7 +269,9 @@ def bench_clip_episode(method, classes, model, device, full, measure):
     )
 
 
-@pytest.mark.parametrize("classes", list(NAMES))
+@pytest.mark.parametrize(
+    "classes", [pytest.param(n, marks=[pytest.mark.long] * (n > 37)) for n in NAMES]
+)
 def bench_clip_text(classes, model, device, full, measure):
     """Text features and their gradient to the prompt, 40 tokens a class in the reference."""
     ids = class_ids(classes, full)

@@ -186,7 +186,13 @@ def _flops(model: CAVMAE, samples: int, window: int) -> int:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(x, marks=[pytest.mark.long] * (x not in ("no queue", "latency")))
+        for x in SETTINGS
+    ],
+)
 def bench_step(setting, precision, engine, model, device, full, measure):
     adapted, official, inputs, options = _case(setting, model, device, full, precision, engine)
     window = options.get("window", 1)
@@ -216,6 +222,7 @@ def bench_step(setting, precision, engine, model, device, full, measure):
 
 
 @pytest.mark.compiled
+@pytest.mark.long
 @pytest.mark.parametrize("setting", list(SETTINGS)[:3])
 def bench_compiled_step(setting, model, device, full, measure):
     """What torch.compile makes of the official step's passes, against the step as it is."""
@@ -243,6 +250,7 @@ def bench_compiled_step(setting, model, device, full, measure):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", PRECISIONS[:1])
 def bench_stream(precision, model, device, full, measure):
     """Four batches whose samples are encoded together, against the official steps on them."""

@@ -58,17 +58,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="with --benchmark: also time torch.compile of the references (slow to compile)",
     )
+    group.addoption(
+        "--long",
+        action="store_true",
+        help="with --benchmark: also what takes minutes each on a CPU",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: runs torch.compile; needs --benchmark --compile")
+    config.addinivalue_line("markers", "long: takes minutes on a CPU, where it needs --long")
     # references that call convolutions, as models of others do: in the precision of the rest
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     config.stash[_ENTRIES] = []
     config.stash[_STORED] = {}
     if not config.option.benchmark:
-        for needs in ("save_results", "check_results", "compile"):
+        for needs in ("save_results", "check_results", "compile", "long"):
             if getattr(config.option, needs):
                 raise pytest.UsageError(f"--{needs.replace('_', '-')} needs --benchmark")
         config.option.benchmark_disable = True
@@ -81,10 +87,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.option.compile:
-        compiled = [item for item in items if item.get_closest_marker("compiled")]
-        config.hook.pytest_deselected(items=compiled)
-        items[:] = [item for item in items if item not in compiled]
+    left_out = set() if config.option.compile else {"compiled"}
+    if config.option.benchmark and not config.option.long and not torch.cuda.is_available():
+        left_out.add("long")
+    deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
