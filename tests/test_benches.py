@@ -234,13 +234,18 @@ def test_ids_of_the_benches():
     """Unique over all files, because a results file knows a bench by its id; a CPU's results are of
     benches that there are."""
     command = [sys.executable, "-P", "-m", "pytest", "benches", "--collect-only", "-q",
-               "--benchmark", "--compile", "-p", "no:cacheprovider"]  # fmt: skip
+               "--benchmark", "--compile", "--long", "-p", "no:cacheprovider"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ids = Counter(line.split("::", 1)[1] for line in done.stdout.splitlines() if "::" in line)
     assert len(ids) > 10, done.stdout
     assert set(ids.values()) == {1}, ids.most_common(3)
     if not torch.cuda.is_available():  # a GPU has other settings
+        fewer = [x for x in command if x != "--long"]
+        short = subprocess.run(fewer, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "bench_step[" in short
+        assert "bench_brimpr[" in done.stdout
+        assert "bench_brimpr[" not in short
         for path in (BENCHES / "results").glob("cpu-*.json"):
             stored = {entry["id"] for entry in json.loads(path.read_text())["benches"]}
             assert stored <= ids.keys(), sorted(stored - ids.keys())
