@@ -113,7 +113,10 @@ def test_errors(capsys, tmp_path):
         (("test_inspect_clip:build_resnet", "--emit-spec"), ("needs no ModelSpec",)),
         (("test_inspect_clip:build_siglip",), ("Siglip is a dual encoder", "logit_bias")),
         (("test_inspect_clip:build_siglip", "--emit-spec"), ("Siglip is a dual encoder",)),
-        ((str(tmp_path / "number.pt"),), ("holds a int, needed a state dict",)),
+        (
+            (str(tmp_path / "number.pt"),),
+            ("number.pt' holds an object of type int, needed",),
+        ),
     ):
         status, _, err = _run(capsys, *arguments)
         assert status == 2

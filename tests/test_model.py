@@ -196,7 +196,7 @@ def test_bad_checkpoints(official, tiny_model, tmp_path, capsys):
     (tmp_path / "cut").write_bytes(b"")
     fails("damaged|truncated", source=tmp_path / "cut")
     torch.save([1, 2], path)
-    fails("holds a list")
+    fails("holds an object of type list")
     fails("found nothing", source={})
     fails("epoch", source={**official, "epoch": 3})
 

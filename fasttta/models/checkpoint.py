@@ -58,20 +58,24 @@ def read_state_dict(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[st
 
     That is float64 if any is, else float32. A mapping's tensors are copied.
     """
-    state = source if isinstance(source, Mapping) else _read_file(source)
+    state, what = source, "the state dict"
+    if not isinstance(source, Mapping):
+        state, what = _read_file(source), repr(os.fspath(source))
     if not isinstance(state, Mapping):
-        raise ValueError(f"the checkpoint holds a {type(state).__name__}, needed a state dict")
+        found = type(state).__name__
+        raise ValueError(f"{what} holds an object of type {found}, needed a state dict")
     for wrapper in ("state_dict", "model"):
         if isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     alien = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if alien or not state:
         found = f"other entries: {', '.join(alien[:6])}" if alien else "nothing"
-        raise ValueError(f"needed a state dict of named tensors, found {found}")
+        raise ValueError(f"{what}: needed a state dict of named tensors, found {found}")
     odd = [f"{name} {str(x.dtype)[6:]}" for name, x in state.items() if x.dtype not in _TYPES]
     if odd:
         raise ValueError(
-            f"needed floating point weights of 16, 32 or 64 bits, found {', '.join(odd[:6])}"
+            f"{what}: needed floating point weights of 16, 32 or 64 bits, found "
+            f"{', '.join(odd[:6])}"
         )
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in state.values()) else _TYPES[1]
     own = isinstance(source, Mapping)
