@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import DEVICE, close
+from op_cases import DEVICE, close, using
 
 from fasttta import functional as F
 from fasttta.ops import autograd, flat
@@ -27,23 +27,27 @@ def _with_gradients(tensors, backend, scale=0.7):
     return out, *torch.autograd.grad(out, tensors, along.to(out))
 
 
-@pytest.mark.parametrize("rows", [2, 128])
+# the default's own, and the composite's with one portion of query rows and with several
+IMPLEMENTATIONS = [("default", 128), ("composite", 128), ("composite", 2)]
+
+
+@pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_against_the_reference(shared, rows, monkeypatch):
-    """Whether the queries fill one portion of rows or several."""
+def test_against_the_reference(shared, implementation, rows, monkeypatch):
     monkeypatch.setattr(flat, "ROWS", rows)
+    backend = using(implementation, monkeypatch)
     tensors = _tensors(shared=shared)
     expected = _with_gradients(tensors, "reference")
-    found = _with_gradients(tensors, None)
+    found = _with_gradients(tensors, backend)
     for x, y in zip(found, expected, strict=True):
         close(x, y, torch.float64, "flat attention")
     assert torch.autograd.gradcheck(lambda *x: F.flat_attention(*x, 0.7), tensors)
 
 
-@pytest.mark.parametrize("rows", [2, 128])
-def test_several_kinds_of_queries(rows, monkeypatch):
-    """Their sum and its gradients, with what these share."""
-    monkeypatch.setattr(flat, "ROWS", rows)
+@pytest.mark.parametrize("implementation", ["default", "composite"])
+def test_several_kinds_of_queries(implementation, monkeypatch):
+    """Their sum and its gradients."""
+    using(implementation, monkeypatch)
     (first, k, v), (second, *_) = _tensors(), _tensors(shared=True)
     third = (first.detach() + 1).requires_grad_()
     inputs = [first, second, third, k, v]
@@ -57,8 +61,10 @@ def test_several_kinds_of_queries(rows, monkeypatch):
         close(x, y, torch.float64, "gradient")
 
 
+@pytest.mark.parametrize("implementation", ["default", "composite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_types(dtype):
+def test_types(dtype, implementation, monkeypatch):
+    using(implementation, monkeypatch)
     tensors = _tensors(40, 8, dtype=dtype)
     exact = _with_gradients([x.detach().double().requires_grad_() for x in tensors], "reference")
     for x, y in zip(_with_gradients(tensors, None), exact, strict=True):
@@ -66,8 +72,10 @@ def test_types(dtype):
         close(x, y, dtype, "flat attention")
 
 
-def test_large_scores():
+@pytest.mark.parametrize("implementation", ["default", "composite"])
+def test_large_scores(implementation, monkeypatch):
     """One pair takes it all; nothing overflows, and sums of rows keep their digits."""
+    using(implementation, monkeypatch)
     for dtype, factor, tolerance in ((torch.float64, 900.0, 1e-9), (torch.float32, 100.0, 1e-4)):
         tensors = _tensors(dtype=dtype, scale=factor)
         exact = F.flat_attention(*(x.double() for x in tensors), 1.0, backend="reference")
@@ -83,12 +91,19 @@ def test_scale_and_strides():
     assert torch.allclose(F.flat_attention(*apart), found)
 
 
-def test_a_nan_is_not_hidden():
+@pytest.mark.parametrize("implementation", ["default", "composite"])
+def test_a_nan_is_not_hidden(implementation, monkeypatch):
+    using(implementation, monkeypatch)
     q, k, v = (x.detach() for x in _tensors())
     k[1, 0, 2, 1] = torch.nan
     found = F.flat_attention(q, k, v)
     assert found[1, 0].isnan().all()
     assert found[[0, 2]].isfinite().all()
+    for x in (q, k, v):
+        x.requires_grad_()
+    for x in torch.autograd.grad(F.flat_attention(q, k, v).sum(), (q, k, v)):
+        assert x[1, 0].isnan().all()
+        assert x[[0, 2]].isfinite().all()
 
 
 def test_errors():
@@ -104,5 +119,3 @@ def test_errors():
     ):
         with pytest.raises(kind, match=message):
             F.flat_attention(*args)
-    with pytest.raises(ValueError, match="flat_attention has no cpp kernel: its work is matrix"):
-        F.flat_attention(*(x.cpu() for x in (q, k, v)), backend="cpp")

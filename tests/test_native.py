@@ -98,6 +98,47 @@ def test_selection_is_that_of_a_stable_sort(k, dtype):
     close(found, expected, dtype, "gradient")
 
 
+# samples, of them with queries of their own, heads, classes, channels
+FLAT = [
+    (2, 2, 2, 13, 5), (3, 1, 2, 130, 80), (2, 1, 1, 1, 7), (1, 1, 3, 33, 1), (2, 2, 1, 515, 24),
+    (0, 0, 2, 5, 4), (0, 1, 2, 5, 4),
+]  # fmt: skip
+
+
+def _flat(b, own, h, n, d, dtype, offset=0.0):
+    """q, k, v and the gradient, views of packed projections; offset: of all scores, about."""
+    generator = torch.Generator().manual_seed(n)
+    packed = torch.randn(b + own, n, 4, h, d, generator=generator)
+    if offset:
+        packed[..., 0, :, 0], packed[..., 1, :, 0] = offset * d**0.5, 1
+    q, k, v, grad = packed.to(dtype).permute(2, 0, 3, 1, 4)
+    return q[b:], k[:b], v[:b], grad[:b]
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FLAT, ids=str)
+def test_flat_attention_equals_composite(shape, dtype, offset):
+    """In float64 on the same values; scores of some hundred keep their digits."""
+    q, k, v, grad = _flat(*shape, dtype, offset)
+    exact = [x.double() for x in (q, k, v)]
+    scale = shape[-1] ** -0.5
+    right = composite.flat_attention(*exact, scale)
+    found = torch.ops.fasttta.flat_attention(q, k, v, scale)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert [x.dtype for x in found] == [dtype, wide, wide]
+    gradients = composite.flat_attention_backward(grad.double(), *exact, *right, scale)
+    results = torch.ops.fasttta.flat_attention_backward(grad, q, k, v, *found, scale)
+    assert [x.shape for x in results] == [x.shape for x in (q, k, v)]
+    assert all(x.dtype == dtype for x in results)
+    for x, y in zip((*found, *results), (*right, *gradients), strict=True):
+        assert x.is_contiguous()
+        if x.numel():  # a score's own rounding moves its exponential
+            times = 10 if offset else 1
+            limit = TOLERANCES[x.dtype] * times * max(0.1 * times, y.abs().max())
+            assert (x.double() - y).abs().max() <= limit
+
+
 def test_float32_is_as_good_as_the_composite():
     """Against float64, within twice the error of PyTorch's own float32."""
     logits = _logits(64, 1000, torch.float32)
@@ -113,13 +154,17 @@ def test_float32_is_as_good_as_the_composite():
 
 def test_results_do_not_depend_on_threads():
     logits, maps = _logits(300, 309, torch.float32), torch.rand(40, 50, 60)
+    q, k, v, grad = _flat(3, 1, 2, 130, 16, torch.float32)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
+            flat = torch.ops.fasttta.flat_attention(q, k, v, 0.25)
             results.append(
                 (
                     *torch.ops.fasttta.adaptation_head(logits, 28, 1.0, 1.0, False, 1e-6),
+                    *flat,
+                    *torch.ops.fasttta.flat_attention_backward(grad, q, k, v, *flat, 0.25),
                     torch.ops.fasttta.total_variation(maps),
                     torch.ops.fasttta.total_variation_backward(torch.rand(40) * 0 + 1, maps),
                 )
@@ -137,7 +182,9 @@ def test_strides_and_inputs(dtype):
     logits = _logits(34, 12, dtype)[::2, 1::3]
     maps = torch.rand(4, 9, 6, 2).to(dtype)[..., 0].transpose(1, 2)
     weight, up = torch.rand(34, 2).to(dtype)[::2, 1], torch.rand(17, dtype=wide)
-    kept = [x.clone() for x in (logits, maps, weight)]
+    tokens, attended = torch.rand(2, 4, 9, 3).to(dtype).transpose(2, 3), torch.rand(2, 4, 3, 9)
+    ends = torch.rand(2, 2, 4, 3).to(wide).unbind()
+    kept = [x.clone() for x in (logits, maps, weight, tokens)]
     for name, args in (
         ("adaptation_head", (logits, 2, 1.0, 1.0, False, 1e-6, weight)),
         ("balance_entropy", (logits, True, weight)),
@@ -145,18 +192,21 @@ def test_strides_and_inputs(dtype):
         ("total_variation", (maps,)),
         ("total_variation_backward", (up[:4], maps)),
         ("reliability_ensemble", (maps, logits[:4], 1.0)),
-    ):
+        ("flat_attention", (tokens[:1], tokens, tokens, 0.5)),
+        ("flat_attention_backward",
+         (tokens, tokens, tokens, tokens, attended.to(dtype), *ends, 0.5)),
+    ):  # fmt: skip
         dense = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in args]
         results = [getattr(torch.ops.fasttta, name)(*x) for x in (args, dense)]
         for found, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in results),
                                    strict=True):  # fmt: skip
             assert torch.equal(found, expected), name
             assert found.is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(kept, (logits, maps, weight), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, (logits, maps, weight, tokens), strict=True))
 
 
 def test_kernels_refuse_what_they_cannot_read():
-    op = torch.ops.fasttta
+    op, x = torch.ops.fasttta, torch.zeros(3, 1, 4, 2)
     for call, match in (
         (lambda: op.entropy(torch.zeros(3)), "must be"),
         (lambda: op.entropy(torch.zeros(3, 4, dtype=torch.long)), "float64, float32"),
@@ -166,6 +216,11 @@ def test_kernels_refuse_what_they_cannot_read():
         (lambda: op.total_variation(torch.zeros(3, 4)), "maps must be"),
         (lambda: op.total_variation_backward(torch.ones(2), torch.zeros(3, 4, 4)), "grad must be"),
         (lambda: op.reliability_ensemble(torch.zeros(3, 4, 4), torch.zeros(2, 4), 1.0), "needed"),
+        (lambda: op.flat_attention(*torch.zeros(3, 2, 4), 1.0), r"must be \[B, H, K, d\]"),
+        (lambda: op.flat_attention(x, x, x[:, :, 1:], 1.0), "alike"),
+        (lambda: op.flat_attention(x[:2], x, x, 1.0), "batch"),
+        (lambda: op.flat_attention(x.double(), x, x, 1.0), "q must be of k's precision"),
+        (lambda: op.flat_attention(*3 * (x[:, :, :0],), 1.0), "something in every head"),
     ):
         with pytest.raises(RuntimeError, match=match):
             call()

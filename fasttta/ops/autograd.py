@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from ..trace import span
 from . import schema
-from .flat import flat_attention_gradients
 
 assert schema.LIBRARY is not None  # importing schema is what defines torch.ops.fasttta
 
@@ -130,7 +129,7 @@ class _AdaptationHead(torch.autograd.Function):
 
 
 class _FlatAttention(torch.autograd.Function):
-    """Over several kinds of queries; where no kernel computes it their gradients share work."""
+    """Over several kinds of queries, added up."""
 
     @staticmethod
     def forward(ctx, scale, k, v, *queries):
@@ -147,9 +146,6 @@ class _FlatAttention(torch.autograd.Function):
     def backward(ctx, grad):
         k, v, *saved = ctx.saved_tensors
         kinds = [saved[i : i + 4] for i in range(0, len(saved), 4)]
-        if len(kinds) > 1 and not grad.is_cuda:
-            found, dk, dv = flat_attention_gradients(grad, kinds, k, v, ctx.scale)
-            return None, dk, dv, *found
         grads = [ops.flat_attention_backward(grad, q, k, v, *rest, ctx.scale) for q, *rest in kinds]
         found, dk, dv = zip(*grads, strict=True)
         return None, _sum(dk), _sum(dv), *found

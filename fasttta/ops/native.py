@@ -35,7 +35,8 @@ import torch
 from .. import csrc
 
 NAMES = (
-    "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "principal_entropy",
+    "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "flat_attention",
+    "flat_attention_backward", "principal_entropy",
     "principal_entropy_backward", "reliability_ensemble", "total_variation",
     "total_variation_backward",
 )  # fmt: skip
