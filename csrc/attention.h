@@ -12,6 +12,8 @@ namespace fasttta {
 
 constexpr int64_t kRows = 48;  // query rows of a unit of parallel work
 constexpr int64_t kAhead = 8;  // tokens to prefetch
+template <typename A>  // of attention; below, it is 0 (kLeast)
+constexpr A kFaintest = std::is_same_v<A, float> ? A(1e-22) : A(1e-130);
 template <typename A>
 constexpr int64_t kHeld = (1 << 18) / sizeof(A);  // scores to hold, 256 KiB
 // Rows even where their scores are more: the sums over queries, [keys, d] twice, pass through the
@@ -80,6 +82,25 @@ struct Sizes {
   int64_t panels() const { return (keys + kPanel<A> - 1) / kPanel<A> * kPanel<A> * d; }
 };
 
+// Calls f(begin, end, space) on ranges of units of work, in parallel; each has its own space, a
+// function that gives out numbers of it, `each` in all.
+template <typename A, typename F>
+void in_parallel(const Tensor& like, int64_t units, int64_t each, F&& f) {
+  const int64_t ranges = std::min<int64_t>(units, torch::stable::get_num_threads());
+  const Tensor space = empty_wide<A>(like, {ranges, each});
+  A* const first = space.template mutable_data_ptr<A>();
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      A* next = first + i * each;
+      f(units * i / ranges, units * (i + 1) / ranges, [&next](int64_t n) {
+        A* const given = next;
+        next += n;
+        return given;
+      });
+    }
+  });
+}
+
 // S = q k^T of some rows; a is packed rows [m, width].
 template <typename A>
 inline void scores(const Sizes<A>& s, const A* a, int64_t m, const A* columns, A* out) {
@@ -117,36 +138,38 @@ void attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, A scale, const
   const Sizes<A> s(q_, k_, 1);
   const Heads<A> q(q_), k(k_), v(v_), out(out_);
   const int64_t units = (s.queries + s.rows - 1) / s.rows;
-  torch::stable::parallel_for(
-      0, s.batch * s.heads * units, 1, [&](int64_t begin, int64_t end) {
-        std::vector<A> columns(s.panels()), rows(s.keys * s.width), space(s.rows * s.pitch),
-            some(s.rows * s.width), sums(s.rows * s.width);
+  const int64_t each = s.panels() + s.keys * s.width + s.rows * (s.pitch + 2 * s.width);
+  in_parallel<A>(
+      out_, s.batch * s.heads * units, each, [&](int64_t begin, int64_t end, auto&& take) {
+        A *columns = take(s.panels()), *rows = take(s.keys * s.width),
+          *space = take(s.rows * s.pitch), *some = take(s.rows * s.width),
+          *sums = take(s.rows * s.width);
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t head = unit / units, first = unit % units * s.rows;
           const int64_t b = head / s.heads, h = head % s.heads;
           if (unit == begin || first == 0) {
-            pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, rows.data());
-            pack_columns(rows.data(), s.keys, s.d, columns.data());
-            pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), rows.data());
+            pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, rows);
+            pack_columns(rows, s.keys, s.d, columns);
+            pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), rows);
           }
           const int64_t m = std::min(s.rows, s.queries - first);
-          pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), some.data());
-          scores(s, some.data(), m, columns.data(), space.data());
+          pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), some);
+          scores(s, some, m, columns, space);
           A factor[kRows];
           for (int64_t i = 0; i < m; ++i) {
-            const auto [top, sum] = exponentials(space.data() + i * s.pitch, s.keys);
+            const auto [top, sum] = exponentials(space + i * s.pitch, s.keys);
             factor[i] = 1 / sum;
             keep(head * s.queries + first + i, top, sum);
           }
           // the keys in portions whose values stay in the first cache
           for (int64_t j = 0; j < s.keys; j += kPanel<A>) {
-            product<A>({space.data() + j, s.pitch, 1}, m, rows.data() + j * s.width, s.width,
-                       kPanel<A>, std::min(kPanel<A>, s.keys - j), j > 0, sums.data(), s.width,
+            product<A>({space + j, s.pitch, 1}, m, rows + j * s.width, s.width,
+                       kPanel<A>, std::min(kPanel<A>, s.keys - j), j > 0, sums, s.width,
                        s.width);
           }
           for (int64_t i = 0; i < m; ++i) {
             A* target = out.at(b, h, first + i);
-            const A* sum = sums.data() + i * s.width;
+            const A* sum = sums + i * s.width;
 #pragma omp simd
             for (int64_t c = 0; c < s.d; ++c) target[c] = factor[i] * sum[c];
           }
@@ -168,51 +191,56 @@ void attend_backward(const Tensor& grad_, const Tensor& q_, const Tensor& k_, co
                      F&& weights) {
   const Sizes<A> s(q_, k_, 2);
   const Heads<A> grad(grad_), q(q_), k(k_), v(v_), dq(dq_), dk(dk_), dv(dv_);
-  torch::stable::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> keys(s.keys * s.width), k_columns(s.panels()),
-        v_columns(s.panels()), p(s.rows * s.pitch), ds(s.rows * s.pitch), some(s.rows * s.width),
-        up(s.rows * s.width), along(s.rows * s.width);
+  const int64_t all = s.keys * s.width, some_rows = s.rows * s.width;
+  const int64_t each = 2 * s.panels() + 3 * all + 2 * s.rows * s.pitch + 3 * some_rows;
+  in_parallel<A>(grad_, s.batch * s.heads, each, [&](int64_t begin, int64_t end, auto&& take) {
+    A *k_columns = take(s.panels()), *v_columns = take(s.panels()), *keys = take(all),
+      *to_k = take(all), *to_v = take(all), *p = take(s.rows * s.pitch),
+      *ds = take(s.rows * s.pitch), *some = take(some_rows), *up = take(some_rows),
+      *along = take(some_rows);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.heads, h = unit % s.heads;
-      pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), keys.data());
-      pack_columns(keys.data(), s.keys, s.d, v_columns.data());
-      pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, keys.data());
-      pack_columns(keys.data(), s.keys, s.d, k_columns.data());
-      std::vector<A> to_k(s.keys * s.width), to_v(s.keys * s.width);
+      pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), keys);
+      pack_columns(keys, s.keys, s.d, v_columns);
+      pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, keys);
+      pack_columns(keys, s.keys, s.d, k_columns);
+      std::fill_n(to_k, all, A(0));
+      std::fill_n(to_v, all, A(0));
       const auto of_row = weights(b, h);
       for (int64_t first = 0; first < s.queries; first += s.rows) {
         const int64_t m = std::min(s.rows, s.queries - first);
-        pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), some.data());
-        pack_rows(grad.at(b, h, first), grad.token, m, s.d, A(1), up.data());
-        scores(s, some.data(), m, k_columns.data(), p.data());
-        scores(s, up.data(), m, v_columns.data(), ds.data());
+        pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), some);
+        pack_rows(grad.at(b, h, first), grad.token, m, s.d, A(1), up);
+        scores(s, some, m, k_columns, p);
+        scores(s, up, m, v_columns, ds);
         for (int64_t i = 0; i < m; ++i) {
-          A *a = p.data() + i * s.pitch, *da = ds.data() + i * s.pitch;
-          const Weights<A> row = of_row(first + i, up.data() + i * s.width);
+          A *a = p + i * s.pitch, *da = ds + i * s.pitch;
+          const Weights<A> row = of_row(first + i, up + i * s.width);
           for (int64_t j = 0; j < s.keys; j += kLanes<A>) {
-            const Vector<A> found = row.factor * exponential(load(a + j) - row.top);
+            Vector<A> found = row.factor * exponential(load(a + j) - row.top);
+            found = found < kFaintest<A> ? Vector<A>{} : found;
             store(a + j, found);
             store(da + j, found * (load(da + j) - row.mean));
           }
         }
-        product<A>({p.data(), 1, s.pitch}, s.keys, up.data(), s.width, kPanel<A>, m, true,
-                   to_v.data(), s.width, s.width);
-        product<A>({ds.data(), 1, s.pitch}, s.keys, some.data(), s.width, kPanel<A>, m, true,
-                   to_k.data(), s.width, s.width);
+        product<A>({p, 1, s.pitch}, s.keys, up, s.width, kPanel<A>, m, true,
+                   to_v, s.width, s.width);
+        product<A>({ds, 1, s.pitch}, s.keys, some, s.width, kPanel<A>, m, true,
+                   to_k, s.width, s.width);
         for (int64_t j = 0; j < s.keys; j += kPanel<A>) {
-          product<A>({ds.data() + j, s.pitch, 1}, m, keys.data() + j * s.width, s.width, kPanel<A>,
-                     std::min(kPanel<A>, s.keys - j), j > 0, along.data(), s.width, s.width);
+          product<A>({ds + j, s.pitch, 1}, m, keys + j * s.width, s.width, kPanel<A>,
+                     std::min(kPanel<A>, s.keys - j), j > 0, along, s.width, s.width);
         }
         for (int64_t i = 0; i < m; ++i) {
-          std::copy_n(along.data() + i * s.width, s.d, dq.at(b, h, first + i));
+          std::copy_n(along + i * s.width, s.d, dq.at(b, h, first + i));
         }
       }
       for (int64_t t = 0; t < s.keys; ++t) {
         A* to = dk.at(b, h, t);
-        const A* sum = to_k.data() + t * s.width;
+        const A* sum = to_k + t * s.width;
 #pragma omp simd
         for (int64_t c = 0; c < s.d; ++c) to[c] = scale * sum[c];
-        std::copy_n(to_v.data() + t * s.width, s.d, dv.at(b, h, t));
+        std::copy_n(to_v + t * s.width, s.d, dv.at(b, h, t));
       }
     }
   });

@@ -50,31 +50,35 @@ inline Vector<A> larger(Vector<A> x, Vector<A> y) {
   return x > y ? x : y;
 }
 
-// exp of numbers up to 0, of very small ones that of -87; numbers.h, a vector at a time.
-inline Vector<float> exponential(Vector<float> x) {
-  const Vector<float> clamped = x < -87.0f ? Vector<float>{} - 87.0f : x;
-  const Vector<float> shifted = clamped * 1.44269504f + 12582912.0f;
+// exp of numbers up to 0; 0 where it would be so small that no sum with 1 tells: denormal numbers,
+// which products of it with other small ones may be, take 40 times as long.
+template <typename A>
+constexpr A kLeast = std::is_same_v<A, float> ? A(-50) : A(-300);
+
+inline Vector<float> exponential(Vector<float> x) {  // numbers.h, a vector at a time
+  const Vector<float> shifted = x * 1.44269504f + 12582912.0f;
   const Vector<float> n = shifted - 12582912.0f;
-  const Vector<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector<float> p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * (Vector<float>)(((Vector<int32_t>)shifted + (127 - 0x4b400000)) << 23);
+  p *= (Vector<float>)(((Vector<int32_t>)shifted + (127 - 0x4b400000)) << 23);
+  return x < kLeast<float> ? Vector<float>{} : p;
 }
 
-// The same of doubles, of very small ones exp(-708). Taylor: |r| <= ln(2) / 2, whose 14th power
-// over 14! is 4e-18. ln 2 in two parts, of which the first has 33 bits: its multiples are exact.
+// Taylor: |r| <= ln(2) / 2, whose 14th power over 14! is 4e-18. ln 2 in two parts, of which the
+// first has 33 bits: its multiples are exact.
 inline Vector<double> exponential(Vector<double> x) {
-  const Vector<double> clamped = x < -708.0 ? Vector<double>{} - 708.0 : x;
-  const Vector<double> shifted = clamped * 1.4426950408889634 + 6755399441055744.0;
+  const Vector<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const Vector<double> n = shifted - 6755399441055744.0;
-  const Vector<double> r = (clamped - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  const Vector<double> r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
   Vector<double> p = Vector<double>{} + 1.0;
   for (int i = 13; i > 0; --i) p = p * r * (1.0 / i) + 1.0;
-  return p * (Vector<double>)(((Vector<int64_t>)shifted + (1023 - 0x4338000000000000)) << 52);
+  p *= (Vector<double>)(((Vector<int64_t>)shifted + (1023 - 0x4338000000000000)) << 52);
+  return x < kLeast<double> ? Vector<double>{} : p;
 }
 
 // Lanes with those at a distance of half a vector, then of a quarter, ... until all are one.

@@ -115,7 +115,7 @@ def test_says_what_triton_lacks(lacks, monkeypatch, tmp_path):
         expected = "Triton needs a C compiler"
     else:
         monkeypatch.setenv("CC", "cc")
-        monkeypatch.setattr(triton.sysconfig, "get_path", lambda name: str(tmp_path))
+        monkeypatch.setattr(triton.sysconfig, "get_path", lambda *_: str(tmp_path))
         expected = "Python.h is not there"
     triton.missing.cache_clear()
     triton._installed.cache_clear()

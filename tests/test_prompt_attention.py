@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fasttta.models.prompt_attention import prompt_attention
+from fasttta.ops import native, softmax
 
 
 def draw(*shape, seed, grad=True):
@@ -42,17 +43,28 @@ def test_gradients(shape, tokens):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("count", [9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision(dtype):
+def test_lower_precision(dtype, count, tokens, monkeypatch):
+    """The C++ kernel serves float32 and 40 tokens, where there is one."""
     q, kv, prompt_kv = (
         draw(*s, seed=i, grad=False).to(dtype)
-        for i, s in enumerate(((2, 9, 12), (2, 9, 24), (4, 24)))
+        for i, s in enumerate(((2, count, 12), (2, count, 24), (4, 24)))
     )
-    prompt_kv.requires_grad_(True)
+    prompt_kv.requires_grad_(True), q.requires_grad_(tokens), kv.requires_grad_(tokens)
+    served, suits = [], softmax._suits
+    monkeypatch.setattr(softmax, "_suits", lambda *x: served.append(suits(*x)) or served[-1])
     exact = plain(q.double(), kv.double(), prompt_kv.double(), 3, 0.5)
     found = prompt_attention(q, kv, prompt_kv, 3, 0.5)
     limit = 1e-5 if dtype == torch.float32 else 0.05
     assert (found.double() - exact).abs().max() < limit
-    (a,) = torch.autograd.grad(found.double().square().sum(), prompt_kv)
-    (b,) = torch.autograd.grad(exact.square().sum(), prompt_kv)
-    assert (a.double() - b.double()).abs().max() < limit * b.abs().max()
+    of = (q, kv, prompt_kv) if tokens else (prompt_kv,)
+    for a, b in zip(
+        torch.autograd.grad(found.double().square().sum(), of),
+        torch.autograd.grad(exact.square().sum(), of),
+        strict=True,
+    ):
+        assert (a.double() - b.double()).abs().max() < limit * b.abs().max()
+    ours = dtype == torch.float32 and count == 40 and native.load()
+    assert served == [ours] * (2 if tokens else 1)

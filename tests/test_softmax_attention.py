@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -97,7 +102,8 @@ def test_nan_and_infinity_stay_where_they_are():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap's
 @pytest.mark.parametrize(
-    "case", ["float64", "bfloat16", "few queries", "long", "wide", "autocast", "vmap", "off"]
+    "case",
+    ["float64", "bfloat16", "few queries", "long", "wide", "autocast", "vmap", "dual", "off"],
 )
 def test_pytorch_serves_the_rest(case, monkeypatch):
     """And gives what it gives."""
@@ -112,6 +118,10 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
     monkeypatch.setattr(softmax._Attention, "apply", lambda *_: pytest.fail("not for this"))
     q.requires_grad_()
     attend = softmax.attend
+    if case == "dual":
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+            attend(torch.autograd.forward_ad.make_dual(q.detach(), q.detach()), k, v, 0.25)
+        return
     if case == "vmap":
         found = torch.vmap(attend, in_dims=(0, 0, 0, None))(q[None], k[None], v[None], 0.25)[0]
     else:
@@ -122,14 +132,93 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
     near(found.detach(), right, 2e-2 if found.dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("gap", [60.0, 200.0])
+def test_far_scores_leave_nothing_denormal(gap):
+    """Products of denormal numbers take 40 times as long as others. One key has all of a query."""
+    q, v, up = heads(1, 2, 64, 16), heads(1, 2, 64, 16, seed=1), heads(1, 2, 64, 16, seed=2)
+    k = 0.01 * heads(1, 2, 64, 16, seed=3)
+    k[:, :, 5] = 16 * gap * q.sum(2) / q.sum(2).square().sum(-1, keepdim=True)
+    q = q.sum(2, keepdim=True) + 0.01 * q  # q·k of key 5 exceeds the others by about 16 gap
+    out, lse = softmax.forward(q, k, v, 1 / 16)
+    found = softmax.backward(1e-6 * up, q, k, v, out, lse, 1 / 16)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = formula(*exact, 1 / 16)
+    near(out, expected.detach(), 1e-5)
+    right = torch.autograd.grad(expected, exact, 1e-6 * up.double())
+    assert (found[2] - right[2]).abs().max() <= 1e-5 * right[2].abs().max()
+    tiny = torch.finfo(torch.float32).tiny
+    for x in (out, *found):
+        assert not ((x != 0) & (x.abs() < tiny)).any()
+
+
+def test_declared():
+    q, k = heads(2, 2, 20, 16), heads(2, 2, 21, 16)
+    out, lse = torch.ops.fasttta.attention(q, k, k, 0.25)
+    for name, args in (
+        ("attention", (q, k, k, 0.25)),
+        ("attention_backward", (out, q, k, k, out, lse, 0.25)),
+    ):
+        torch.library.opcheck(getattr(torch.ops.fasttta, name).default, args)
+
+
 def test_layouts():
-    """Channels that do not lie next to each other, and expanded batches."""
+    """Channels that do not lie next to each other, expanded batches and gradients."""
     q, k, v = (heads(2, 2, 20, 16, seed=i) for i in range(3))
     strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
     assert torch.equal(softmax.attend(*strided, 0.25), softmax.attend(q, k, v, 0.25))
     shared = k[:1].expand(2, -1, -1, -1)
     right = nnf.scaled_dot_product_attention(q.double(), shared.double(), v.double(), scale=0.25)
     near(softmax.attend(q, shared, v, 0.25), right)
+    results = []
+    for dtype, attend in ((torch.float32, softmax.attend), (torch.float64, formula)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k[:1], v)]
+        many = leaves[1].expand(2, -1, -1, -1)
+        out = attend(leaves[0], many, leaves[2], 0.25)
+        out.sum().backward()  # a gradient without strides
+        results.append([x.grad for x in leaves])
+        out = attend(leaves[0], many, leaves[2], 0.25)
+        results[-1] += torch.autograd.grad(out, leaves, strided[0].to(dtype))
+    for x, y in zip(*results, strict=True):
+        near(x, y)
+
+
+_NARROW = """
+import sys, torch
+from fasttta.ops import native, softmax
+flags = native._flags
+native._flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
+assert native.attempt().path is not None, native.attempt().reason
+for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
+    b, h, t, s, d = shape
+    for dtype in (torch.float32, torch.float64):
+        q, up = torch.randn(2, b, h, t, d, dtype=dtype)
+        k, v = torch.randn(2, b, h, s if dtype == torch.float32 else t, d, dtype=dtype)
+        exact = [x.to(torch.float64, copy=True).requires_grad_() for x in (q, k, v)]
+        if dtype == torch.float32:
+            out, lse = torch.ops.fasttta.attention(q, k, v, 0.3)
+            found = torch.ops.fasttta.attention_backward(up, q, k, v, out, lse, 0.3)
+            right = (0.3 * exact[0] @ exact[1].mT).softmax(-1) @ exact[2]
+        else:
+            saved = torch.ops.fasttta.flat_attention(q, k, v, 0.3)
+            found = torch.ops.fasttta.flat_attention_backward(up, q, k, v, *saved, 0.3)
+            out = saved[0]
+            scores = 0.3 * exact[0] @ exact[1].mT
+            right = t * scores.flatten(-2).softmax(-1).view_as(scores) @ exact[2]
+        pairs = zip((out, *found), (right, *torch.autograd.grad(right, exact, up.double())))
+        for x, y in pairs:
+            worst = (x - y).abs().max() / y.abs().max()
+            assert worst <= (1e-12 if dtype == torch.float64 else 1e-5), (shape, dtype, worst)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64"], ids=["AVX2", "SSE2"])
+def test_on_processors_with_narrower_vectors(flags, tmp_path):
+    """Built as there, in a process of its own."""
+    environment = {**os.environ, "FASTTTA_CACHE": str(tmp_path), "FASTTTA_NATIVE": "auto"}
+    command = [sys.executable, "-P", "-c", _NARROW, flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refuses_what_does_not_fit():

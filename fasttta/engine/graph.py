@@ -63,7 +63,7 @@ class GraphStep(Step):
         self.place = 0  # of the newest
         self.published: dict[str, Tensor] | None = None
         self.pool = torch.cuda.graph_pool_handle() if capture else None
-        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.failed: list[torch.cuda.CUDAGraph] = []
         self.ahead = None  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
@@ -210,7 +210,6 @@ class GraphStep(Step):
         pool, which no other capture and no work on a stream of the same number can share.
         """
         graph, done = torch.cuda.CUDAGraph(), False
-        self.graphs.append(graph)  # of failed captures too: the allocator goes on asking them
         torch._C._cuda_clearCublasWorkspaces()
         try:
             # a capture that fails leaves its stream the current one
@@ -225,7 +224,9 @@ class GraphStep(Step):
             plan.graph, done = graph, True
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-            if not done:  # some versions of PyTorch leave the pool as the one to allocate from
+            if not done:
+                self.failed.append(graph)  # the allocator goes on asking it,
+                # and some versions of PyTorch leave its pool as the one to allocate from
                 with contextlib.suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import native, schema
 
 _FEWEST = 16  # queries; below, packing the keys costs more than it saves
-_LONGEST = 4096  # keys of whose scores enough rows fit into the cache
+_LONGEST = 4096  # keys; not measured beyond
 _WIDEST = 256  # channels of a head
 
 schema.LIBRARY.define(
@@ -26,26 +26,44 @@ schema.LIBRARY.define(
     " float scale) -> (Tensor, Tensor, Tensor)"
 )
 
+torch.library.register_fake(
+    "fasttta::attention",
+    lambda q, k, v, scale: (_like_heads(q), q.new_empty(q.shape[:3])),
+    lib=schema.LIBRARY,
+)
+torch.library.register_fake(
+    "fasttta::attention_backward",
+    lambda grad, q, k, v, out, lse, scale: tuple(map(_like_heads, (q, k, v))),
+    lib=schema.LIBRARY,
+)
+
+
+def _like_heads(x: Tensor) -> Tensor:
+    b, h, t, d = x.shape
+    return x.new_empty(b, t, h, d).transpose(1, 2)
+
+
+def _plain() -> bool:
+    """Whether calls are what they seem: not traced, transformed, differentiated forward or cast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+    )
+
 
 def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the C++ kernel is made for these, and there."""
     return (
-        all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+        _plain()
+        and all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
             for x in (q, k, v))
         and q.shape[2] >= _FEWEST
         and 0 < k.shape[2] <= _LONGEST
         and q.shape[3] == v.shape[3] <= _WIDEST
         and native.load()
     )  # fmt: skip
-
-
-def _plain() -> bool:
-    """Whether calls are what they seem: not traced, transformed or cast."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled("cpu")
-    )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -89,7 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         [B, H, T, d].
     """
-    if _plain() and _suits(q, k, v):
+    if _suits(q, k, v):
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return _Attention.apply(q, k, v, scale)
         return torch.ops.fasttta.attention(q, k, v, scale)[0]

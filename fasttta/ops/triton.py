@@ -47,7 +47,8 @@ def missing() -> str | None:
         return None
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler: gcc, clang or $CC"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     return None if header.exists() else f"Triton needs Python's headers, and {header} is not there"
 
 
