@@ -1,5 +1,6 @@
 // Anisotropic total variation of maps, sum |x[i+1, j] - x[i, j]| + |x[i, j+1] - x[i, j]|, and the
 // ensemble of predictions weighted by softmax(-variation / temperature).
+#include "products.h"
 #include "rows.h"
 
 namespace fasttta {
@@ -10,6 +11,29 @@ constexpr int64_t kPerThread = 32768;  // elements a thread should at least have
 
 inline int64_t units_per_thread(int64_t width) {
   return std::max<int64_t>(1, kPerThread / (kStrip * std::max<int64_t>(width, 1)));
+}
+
+// Sums of |b - a|, a vector of them. What is left at the end is the last whole vector, less what
+// was counted: compilers would take it one by one, for as long as all the others together.
+template <typename A>
+inline Vector<A> distance(const A* a, const A* b, int64_t n) {
+  const auto difference = [](const A* from, const A* to) {
+    const Vector<A> x = load(to) - load(from);
+    return larger<A>(x, -x);
+  };
+  Vector<A> sum{};
+  int64_t j = 0;
+  for (; j + kLanes<A> <= n; j += kLanes<A>) sum += difference(a + j, b + j);
+  if (j == n) return sum;
+  if (n < kLanes<A>) {
+    A few[2][kLanes<A>] = {};
+    std::copy_n(a, n, few[0]);
+    std::copy_n(b, n, few[1]);
+    return difference(few[0], few[1]);
+  }
+  Vector<A> rest = difference(a + n - kLanes<A>, b + n - kLanes<A>);
+  for (int64_t i = 0; i < kLanes<A> - (n - j); ++i) rest[i] = 0;
+  return sum + rest;
 }
 
 template <typename A>
@@ -25,23 +49,18 @@ Tensor forward(const Tensor& maps) {
         std::vector<A> space(2 * width);
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t map = unit / strips * height, first = unit % strips * kStrip;
-          double sum = 0;
+          Vector<A> sum{};
           A *now = space.data(), *next = now + width;
           const A* here = x.read(map + first, now);
           for (int64_t i = first; i < std::min(height, first + kStrip); ++i) {
-            // below the last row: the row itself, no difference
-            const A* below = i + 1 == height ? here : x.read(map + i + 1, next);
-            A down = std::abs(below[0] - here[0]), along = 0;
-#pragma omp simd reduction(+ : down, along)
-            for (int64_t j = 1; j < width; ++j) {
-              down += std::abs(below[j] - here[j]);
-              along += std::abs(here[j] - here[j - 1]);
-            }
-            sum += down + along;
+            sum += distance(here, here + 1, width - 1);
+            if (i + 1 == height) break;
+            const A* below = x.read(map + i + 1, next);
+            sum += distance(here, below, width);
             here = below;
             std::swap(now, next);
           }
-          parts[unit] = sum;
+          for (int j = 0; j < kLanes<A>; ++j) parts[unit] += sum[j];
         }
       });
   for (int64_t i = 0; i < n; ++i) {
@@ -52,13 +71,37 @@ Tensor forward(const Tensor& maps) {
   return tv;
 }
 
-// Signs of to - from, 0 at ties.
+// Whether to > from less whether to < from: the sign of a step, 0 at ties. Of vectors, lanes of
+// integers that are the other way round, as comparisons give -1.
+template <typename T>
+inline auto step(T from, T to) {
+  return (to > from) - (to < from);
+}
+
+// A row's gradient from it and its neighbours, which may be the row itself.
 template <typename A>
-inline void step(const A* from, const A* to, A* signs, int64_t width) {
-#pragma omp simd
-  for (int64_t j = 0; j < width; ++j) {
-    signs[j] = static_cast<A>(to[j] > from[j]) - static_cast<A>(to[j] < from[j]);
+inline void gradient(const A* above, const A* here, const A* below, A scale, A* out,
+                     int64_t width) {
+  const auto vector_at = [&](int64_t j) {
+    const Vector<A> x = load(here + j);
+    const auto falls = step(load(above + j), x) + step(load(below + j), x) +
+                       step(load(here + j - 1), x) + step(load(here + j + 1), x);
+    store(out + j, -scale * __builtin_convertvector(falls, Vector<A>));
+  };
+  const auto at = [&](int64_t j) {
+    const A x = here[j], left = here[std::max<int64_t>(j - 1, 0)],
+            right = here[std::min(j + 1, width - 1)];
+    out[j] = scale * (step(above[j], x) + step(below[j], x) + step(left, x) + step(right, x));
+  };
+  const int64_t inner = width - 2;
+  if (inner < kLanes<A>) {
+    for (int64_t j = 0; j < width; ++j) at(j);
+    return;
   }
+  at(0);
+  for (int64_t j = 1; j + kLanes<A> <= 1 + inner; j += kLanes<A>) vector_at(j);
+  vector_at(1 + inner - kLanes<A>);  // some once more
+  at(width - 1);
 }
 
 template <typename A>
@@ -71,27 +114,21 @@ Tensor backward(const Tensor& grad, const Tensor& maps) {
   const int64_t strips = (height + kStrip - 1) / kStrip;
   torch::stable::parallel_for(
       0, n * strips, units_per_thread(width), [&](int64_t begin, int64_t end) {
-        // signs of the steps down to the next row, from the row above, and along the row
-        std::vector<A> space(3 * width), down(width), from_above(width), along(width + 1);
+        std::vector<A> space(4 * width);
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t map = unit / strips * height, first = unit % strips * kStrip;
-          const A scale = up[unit / strips];
-          A *now = space.data(), *next = now + width, *written = next + width;
+          A *last = space.data(), *now = last + width, *next = now + width, *written = next + width;
           const A* here = x.read(map + first, now);
-          step(first == 0 ? here : x.read(map + first - 1, next), here, from_above.data(), width);
+          const A* above = first == 0 ? here : x.read(map + first - 1, last);
           for (int64_t i = first; i < std::min(height, first + kStrip); ++i) {
             const A* below = i + 1 == height ? here : x.read(map + i + 1, next);
-            step(here, below, down.data(), width);
-            step(here, here + 1, along.data() + 1, width - 1);  // its ends stay 0
             A* target = out.slot(map + i, written);
-#pragma omp simd
-            for (int64_t j = 0; j < width; ++j) {
-              target[j] = scale * ((from_above[j] - down[j]) + (along[j] - along[j + 1]));
-            }
+            gradient(above, here, below, up[unit / strips], target, width);
             out.written(map + i, target);
-            from_above.swap(down);
+            above = here;
             here = below;
-            std::swap(now, next);
+            A* const free = last;
+            last = now, now = next, next = free;
           }
         }
       });
