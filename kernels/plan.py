@@ -267,7 +267,8 @@ def flat_attention(
 
 
 def flat_sums(heads: int) -> Plan:
-    return Plan((heads,), {"BK": 1024, "BE": 2048}, 8)
+    """For half types ptxas would spill 16 bytes to fit more blocks than a launch has."""
+    return Plan((heads,), {"BK": 1024, "BE": 2048}, 8, registers=64)
 
 
 def flat_gradients(architecture: str, half: bool, heads: int, count: int, d: int) -> Plan:
