@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fasttta.ops import autograd, composite
+from fasttta.ops import autograd, composite, native
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -25,6 +25,7 @@ def using(implementation: str, monkeypatch) -> str | None:
     """The ``backend`` with which public functions run an implementation."""
     if implementation == "composite":
         monkeypatch.setattr(autograd, "ops", composite)
+        monkeypatch.setattr(native, "load", lambda: False)
     return "reference" if implementation == "reference" else None
 
 

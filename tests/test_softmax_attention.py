@@ -184,7 +184,7 @@ def test_layouts():
 
 _NARROW = """
 import sys, torch
-from fasttta.ops import native, softmax
+from fasttta.ops import native, reference, softmax
 flags = native._flags
 native._flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
 assert native.attempt().path is not None, native.attempt().reason
@@ -205,6 +205,16 @@ for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
             scores = 0.3 * exact[0] @ exact[1].mT
             right = t * scores.flatten(-2).softmax(-1).view_as(scores) @ exact[2]
         pairs = zip((out, *found), (right, *torch.autograd.grad(right, exact, up.double())))
+        if s == t or dtype == torch.float64:  # moments of each head, of two spans
+            spans, up_mean, up_std = [t - 7, 7], *torch.rand(2, b, h, 2, 2, dtype=dtype)
+            mean, std = torch.ops.fasttta.head_moments(q, k, spans, 0.3)
+            grads = torch.empty(2, *q.shape, dtype=dtype)
+            torch.ops.fasttta.head_moments_backward(
+                up_mean, up_std / std, q, k, spans, 0.3, True, *grads
+            )
+            right = reference.score_moments(*exact[:2], spans, 0.3, True)
+            moved = torch.autograd.grad(right, exact[:2], (up_mean.double(), up_std.double()))
+            pairs = [*pairs, *zip((mean, std, *grads), (*right, *moved))]
         for x, y in pairs:
             worst = (x - y).abs().max() / y.abs().max()
             assert worst <= (1e-12 if dtype == torch.float64 else 1e-5), (shape, dtype, worst)

@@ -1,7 +1,8 @@
 """Attention statistics in PyTorch calls, with an analytic backward. The default implementation.
 
 Memory beyond inputs and outputs is one sample's scores (2 MB at T = 708 in float32), or 1 MiB where
-several samples fit into that; per head also the batch's d x d covariances. Scores are centred on
+several samples fit into that; per head also the batch's d x d covariances, or, where the C++ kernel
+of a head's moments serves, a thread's q and k of one head. Scores are centred on
 their block's mean before squares are summed, so nothing cancels (raw sums of squares lose 1.6e-5 of
 the variance at mean = 10 std in float32).
 """
@@ -13,9 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from . import native
 from .reference import wide
 
 _TILE_ELEMENTS = 2**18  # 1 MiB of float32
+_WIDEST = 256  # channels of a head in C++: covariances that stay in the cache
 
 
 def _bounds(spans: list[int]) -> list[slice]:
@@ -58,9 +61,22 @@ def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
     return x - mean, mean
 
 
+def no_cpp(*tensors: Tensor) -> str | None:
+    """Why the C++ kernel of a head's moments is not made for these [B, H, T, d]; None if it is."""
+    if any(x.device.type != "cpu" for x in tensors):
+        return "it needs tensors on the CPU"
+    if any(x.stride(3) != 1 for x in tensors):
+        return "it needs a token's channels next to each other"
+    if not 0 < tensors[0].shape[3] <= _WIDEST:
+        return f"it needs 1 to {_WIDEST} channels a head, found {tensors[0].shape[3]}"
+    return None if native.load() else "the C++ kernels are not there"
+
+
 def score_moments(
     q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool
 ) -> tuple[Tensor, Tensor]:
+    if per_head and not no_cpp(q, k):
+        return torch.ops.fasttta.head_moments(q, k, spans, scale)
     batch, heads = q.shape[:2]
     m, dtype = len(spans), wide(q[:0]).dtype
     shape = (batch, heads, m, m) if per_head else (batch, m, m)
@@ -156,7 +172,11 @@ def moments_backward(
     grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
     # a constant block has std 0 and no direction: gradient 0, as torch.std has it
     slope = torch.where(std > 0, grad_std / std, 0)
-    if per_head:
+    if per_head and not no_cpp(q, k, grad_q, grad_k):
+        torch.ops.fasttta.head_moments_backward(
+            grad_mean, slope, q, k, spans, scale, self_blocks, grad_q, grad_k
+        )
+    elif per_head:
         _backward_per_head(q, k, spans, scale, grad_mean, slope, self_blocks, grad_q, grad_k)
     else:
         for part in _chunks(q):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, native, reference, triton
+from .attention import no_cpp
 
 BACKENDS = ("reference", "triton", "cpp")
 
@@ -17,6 +18,8 @@ _ELEMENTWISE = {
     name: "PyTorch's own elementwise kernels serve on every device"
     for name in ("gaussian_kl", "reliability_weights")
 }
+# what has a C++ kernel for moments of each head, their fifth argument, alone
+_PER_HEAD = ("score_moments", "attention_bootstrap")
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -26,6 +29,8 @@ def has_kernel(name: str, key: str) -> bool:
 
 def _no_cpp(name: str, args: Sequence) -> str | None:
     outcome = native.attempt()
+    if name in _PER_HEAD and outcome.path is not None and len(args) > 4 and args[4]:
+        return no_cpp(*args[:2])
     if not has_kernel(name, "CPU"):
         if name not in native.NAMES:
             return f"{name} has no cpp kernel: {_PRODUCTS}"

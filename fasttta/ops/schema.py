@@ -46,6 +46,13 @@ SCHEMAS = {
     " Tensor rest, float scale) -> (Tensor, Tensor, Tensor)",
 }
 
+# Parts of composite implementations that C++ has too; the composite ones call them where they suit.
+_PARTS = {
+    "head_moments": "(Tensor q, Tensor k, int[] spans, float scale) -> (Tensor mean, Tensor std)",
+    "head_moments_backward": "(Tensor grad_mean, Tensor slope, Tensor q, Tensor k, int[] spans,"
+    " float scale, bool self_blocks, Tensor(a!) grad_q, Tensor(b!) grad_k) -> ()",
+}
+
 
 def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_empty(shape, dtype=wide(x[:0]).dtype)
@@ -76,6 +83,8 @@ _FAKES = {
     "score_moments_backward": lambda gm, gs, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
     "attention_bootstrap": _bootstrap,
     "attention_bootstrap_backward": lambda g, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+    "head_moments": lambda q, k, spans, scale: _moments(q, k, spans, scale, True),
+    "head_moments_backward": lambda *_: None,
     "entropy": lambda logits: _like(logits, logits.shape[:-1]),
     "entropy_backward": lambda grad, logits: logits.new_empty(logits.shape),
     "principal_entropy": lambda logits, *_: _like(logits, logits.shape[:-1]),
@@ -112,8 +121,9 @@ def _composite(name: str) -> Callable[..., Any]:
 
 
 LIBRARY = torch.library.Library("fasttta", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in (SCHEMAS | _PARTS).items():
     LIBRARY.define(_name + _schema)
-    LIBRARY.impl(_name, _composite(_name), "CompositeExplicitAutograd")
+    if _name in SCHEMAS:
+        LIBRARY.impl(_name, _composite(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fasttta::{_name}", _FAKES[_name], lib=LIBRARY)
 triton.register(LIBRARY)
