@@ -7,33 +7,73 @@ namespace fasttta {
 namespace {
 
 constexpr int64_t kStrip = 32;         // rows of one unit of parallel work
+constexpr int64_t kAhead = 3;          // rows to prefetch
 constexpr int64_t kPerThread = 32768;  // elements a thread should at least have
 
 inline int64_t units_per_thread(int64_t width) {
   return std::max<int64_t>(1, kPerThread / (kStrip * std::max<int64_t>(width, 1)));
 }
 
-// Sums of |b - a|, a vector of them. What is left at the end is the last whole vector, less what
-// was counted: compilers would take it one by one, for as long as all the others together.
+template <typename A, size_t... I>
+inline Vector<A> after_first(Vector<A> x, std::index_sequence<I...>) {  // the first, and all but one
+  return Vector<A>{x[0], x[I]...};
+}
+
+template <typename A, size_t... I>
+inline Vector<A> before_last(Vector<A> x, std::index_sequence<I...>) {
+  return Vector<A>{x[I + 1]..., x[sizeof...(I)]};
+}
+
 template <typename A>
-inline Vector<A> distance(const A* a, const A* b, int64_t n) {
-  const auto difference = [](const A* from, const A* to) {
-    const Vector<A> x = load(to) - load(from);
-    return larger<A>(x, -x);
+constexpr std::make_index_sequence<kLanes<A> - 1> kOthers{};
+
+// A row of fewer numbers than a vector has, zeros after it.
+template <typename A>
+inline Vector<A> narrow(const A* x, int64_t width) {
+  Vector<A> row{};
+  std::memcpy(&row, x, width * sizeof(A));
+  return row;
+}
+
+template <typename A>
+inline Vector<A> magnitude(Vector<A> x) {
+  using Bits = decltype(x < x);
+  return (Vector<A>)((Bits)x & ~(Bits)(-Vector<A>{}));
+}
+
+// Lanes of x from first to end, those of y elsewhere.
+template <typename A, size_t... I>
+inline Vector<A> between(Vector<A> x, Vector<A> y, int64_t first, int64_t end,
+                         std::index_sequence<I...>) {
+  using Bits = decltype(x < x);
+  using Lane = std::remove_reference_t<decltype(Bits{}[0])>;
+  const Bits lane{I...};
+  return (lane >= static_cast<Lane>(first)) & (lane < static_cast<Lane>(end)) ? x : y;
+}
+
+// Steps to the right and, if there is one, to the row below: a vector of sums.
+template <bool kBelow, typename A>
+inline Vector<A> distance(const A* here, const A* below, int64_t width) {
+  Vector<A> across{}, down{};
+  const auto some = [&](Vector<A> x, Vector<A> y, Vector<A> right) {
+    across += magnitude<A>(right - x);
+    if (kBelow) down += magnitude<A>(y - x);
   };
-  Vector<A> sum{};
   int64_t j = 0;
-  for (; j + kLanes<A> <= n; j += kLanes<A>) sum += difference(a + j, b + j);
-  if (j == n) return sum;
-  if (n < kLanes<A>) {
-    A few[2][kLanes<A>] = {};
-    std::copy_n(a, n, few[0]);
-    std::copy_n(b, n, few[1]);
-    return difference(few[0], few[1]);
+  for (; j + kLanes<A> < width; j += kLanes<A>) {
+    some(load(here + j), kBelow ? load(below + j) : Vector<A>{}, load(here + j + 1));
   }
-  Vector<A> rest = difference(a + n - kLanes<A>, b + n - kLanes<A>);
-  for (int64_t i = 0; i < kLanes<A> - (n - j); ++i) rest[i] = 0;
-  return sum + rest;
+  // the rest: the last whole vector, less what was counted
+  const Vector<A> all = across + down;
+  const int64_t last = width - kLanes<A>;
+  const Vector<A> x = last < 0 ? narrow(here, width) : load(here + last);
+  const Vector<A> y = !kBelow ? x : last < 0 ? narrow(below, width) : load(below + last);
+  across = down = Vector<A>{};
+  some(x, y, before_last<A>(x, kOthers<A>));
+  const int64_t first = last < 0 ? 0 : j - last, end = last < 0 ? width : kLanes<A>;
+  constexpr std::make_index_sequence<kLanes<A>> lanes{};
+  return all + (between<A>(across, Vector<A>{}, first, end - 1, lanes) +
+                between<A>(down, Vector<A>{}, first, end, lanes));
 }
 
 template <typename A>
@@ -53,10 +93,13 @@ Tensor forward(const Tensor& maps) {
           A *now = space.data(), *next = now + width;
           const A* here = x.read(map + first, now);
           for (int64_t i = first; i < std::min(height, first + kStrip); ++i) {
-            sum += distance(here, here + 1, width - 1);
-            if (i + 1 == height) break;
+            if (i + 1 == height) {
+              sum += distance<false>(here, here, width);
+              break;
+            }
+            if (i + kAhead < height) x.ahead(map + i + kAhead);
             const A* below = x.read(map + i + 1, next);
-            sum += distance(here, below, width);
+            sum += distance<true>(here, below, width);
             here = below;
             std::swap(now, next);
           }
@@ -71,37 +114,44 @@ Tensor forward(const Tensor& maps) {
   return tv;
 }
 
-// Whether to > from less whether to < from: the sign of a step, 0 at ties. Of vectors, lanes of
-// integers that are the other way round, as comparisons give -1.
-template <typename T>
-inline auto step(T from, T to) {
-  return (to > from) - (to < from);
+// The sign of a step between numbers, 0 at ties and at nan.
+template <typename A>
+inline Vector<A> step(Vector<A> from, Vector<A> to) {
+  using Bits = decltype(from < to);
+  const Vector<A> d = to - from, one = Vector<A>{} + A(1), minus = -Vector<A>{};
+  const Bits signed_one = (Bits)one | ((Bits)d & (Bits)minus);
+  return (d < 0) | (d > 0) ? (Vector<A>)signed_one : Vector<A>{};
 }
 
 // A row's gradient from it and its neighbours, which may be the row itself.
 template <typename A>
-inline void gradient(const A* above, const A* here, const A* below, A scale, A* out,
-                     int64_t width) {
-  const auto vector_at = [&](int64_t j) {
-    const Vector<A> x = load(here + j);
-    const auto falls = step(load(above + j), x) + step(load(below + j), x) +
-                       step(load(here + j - 1), x) + step(load(here + j + 1), x);
-    store(out + j, -scale * __builtin_convertvector(falls, Vector<A>));
+void gradient(const A* above, const A* here, const A* below, A scale, A* out, int64_t width) {
+  const auto falls = [](Vector<A> up, Vector<A> left, Vector<A> x, Vector<A> right,
+                        Vector<A> down) {
+    return (step<A>(up, x) + step<A>(down, x)) + (step<A>(left, x) + step<A>(right, x));
   };
-  const auto at = [&](int64_t j) {
-    const A x = here[j], left = here[std::max<int64_t>(j - 1, 0)],
-            right = here[std::min(j + 1, width - 1)];
-    out[j] = scale * (step(above[j], x) + step(below[j], x) + step(left, x) + step(right, x));
-  };
-  const int64_t inner = width - 2;
-  if (inner < kLanes<A>) {
-    for (int64_t j = 0; j < width; ++j) at(j);
+  if (width < kLanes<A>) {
+    constexpr std::make_index_sequence<kLanes<A>> lanes{};
+    const Vector<A> x = narrow(here, width), next = before_last<A>(x, kOthers<A>);
+    const Vector<A> sum =
+        scale * falls(narrow(above, width), after_first<A>(x, kOthers<A>), x,
+                      between<A>(next, x, 0, width - 1, lanes), narrow(below, width));
+    std::memcpy(out, &sum, width * sizeof(A));
     return;
   }
-  at(0);
-  for (int64_t j = 1; j + kLanes<A> <= 1 + inner; j += kLanes<A>) vector_at(j);
-  vector_at(1 + inner - kLanes<A>);  // some once more
-  at(width - 1);
+  const auto put = [&](int64_t j, Vector<A> left, Vector<A> x, Vector<A> right) {
+    store(out + j, scale * falls(load(above + j), left, x, right, load(below + j)));
+  };
+  const int64_t last = width - kLanes<A>;
+  const Vector<A> x = load(here), y = load(here + last);
+  put(0, after_first<A>(x, kOthers<A>), x,
+      last == 0 ? before_last<A>(x, kOthers<A>) : load(here + 1));
+  for (int64_t j = kLanes<A>; j < last; j += kLanes<A>) {
+    put(j, load(here + j - 1), load(here + j), load(here + j + 1));
+  }
+  if (last > 0) {  // some once more
+    put(last, load(here + last - 1), y, before_last<A>(y, kOthers<A>));
+  }
 }
 
 template <typename A>
@@ -121,6 +171,7 @@ Tensor backward(const Tensor& grad, const Tensor& maps) {
           const A* here = x.read(map + first, now);
           const A* above = first == 0 ? here : x.read(map + first - 1, last);
           for (int64_t i = first; i < std::min(height, first + kStrip); ++i) {
+            if (i + kAhead < height) x.ahead(map + i + kAhead);
             const A* below = i + 1 == height ? here : x.read(map + i + 1, next);
             A* target = out.slot(map + i, written);
             gradient(above, here, below, up[unit / strips], target, width);
