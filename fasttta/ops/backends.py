@@ -33,7 +33,8 @@ def _no_cpp(name: str, args: Sequence) -> str | None:
         return no_cpp(*args[:2])
     if not has_kernel(name, "CPU"):
         if name not in native.NAMES:
-            return f"{name} has no cpp kernel: {_PRODUCTS}"
+            but = ' but for heads="each"' if name in _PER_HEAD else ""
+            return f"{name} has no cpp kernel{but}: {_PRODUCTS}"
         return f"the C++ kernels are not there: {outcome.reason}"
     elsewhere = [x.device for x in args if isinstance(x, Tensor) and x.device.type != "cpu"]
     return f"it needs tensors on the CPU, found {elsewhere[0]}" if elsewhere else None
