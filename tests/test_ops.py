@@ -153,8 +153,8 @@ def test_a_named_backend_runs_that_or_says_why_not():
     z, maps = torch.randn(3, 5, device="cpu"), torch.rand(3, 4, 4, device="cpu")
     q = torch.randn(1, 1, 4, 2, device="cpu")
     for call, match in (
-        (lambda: F.score_moments(q, q, (2, 2), backend="cpp"), "score_moments has no cpp kernel but "
-         'for heads="each": its work is matrix products'),
+        (lambda: F.score_moments(q, q, (2, 2), backend="cpp"), "score_moments has no cpp kernel "
+         'but for heads="each": its work is matrix products'),
         (lambda: F.attention_bootstrap(q, q, (2, 2), backend="cpp"), "matrix products"),
         (lambda: F.gaussian_kl(z, z, z, z, backend="triton"), "gaussian_kl has no triton kernel"),
         (lambda: F.reliability_weights(z[0], backend="cpp"), "PyTorch's own elementwise kernels"),

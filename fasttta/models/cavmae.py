@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..protocols import Slot
 from ..trace import span
+from . import workers
 from .checkpoint import infer_sizes, read_state_dict
 from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
 
@@ -32,19 +33,36 @@ def portion(tokens: Tensor) -> int:
     return max(1, 2**20 // tokens[0].numel())
 
 
-def _through(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
-    """Tokens [B, T, D] through an encoder; without gradients a portion at a time, in place of
-    each other."""
-    if torch.is_grad_enabled() or len(tokens) <= portion(tokens):
-        for block in blocks:
-            tokens, _ = block(tokens)
-        return tokens
-    for part in tokens.split(portion(tokens)):
-        x = part
-        for block in blocks:
-            x, _ = block(x)
-        part.copy_(x)
-    return tokens
+def _replace(blocks: Sequence[Block], tokens: Tensor) -> None:
+    """Tokens [B, T, D] become what blocks make of them."""
+    x = tokens
+    for block in blocks:
+        x, _ = block(x)
+    tokens.copy_(x)
+
+
+def _through(*pairs: tuple[nn.ModuleList, Tensor]) -> list[Tensor]:
+    """Of each pair (blocks, tokens [B, T, D]) the tokens behind the blocks; without gradients in
+    place, samples side by side or a portion at a time."""
+    if torch.is_grad_enabled():
+        found = []
+        for blocks, x in pairs:
+            for block in blocks:
+                x, _ = block(x)
+            found.append(x)
+        return found
+    apart = workers.suit(pairs[0][1], [block for blocks, _ in pairs for block in blocks])
+    tasks = [
+        functools.partial(_replace, blocks, part)
+        for blocks, tokens in pairs
+        for part in tokens.split(1 if apart else portion(tokens))
+    ]
+    if apart:
+        workers.run(tasks)
+    else:
+        for task in tasks:
+            task()
+    return [tokens for _, tokens in pairs]
 
 
 class Block(nn.Module):
@@ -313,18 +331,19 @@ class CAVMAE(nn.Module):
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
-        return _through(self.blocks_a, self.embed_audio(audio))
+        return _through((self.blocks_a, self.embed_audio(audio)))[0]
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
-        return _through(self.blocks_v, self.embed_video(video))
+        return _through((self.blocks_v, self.embed_video(video)))[0]
 
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first."""
         with span("encode"):
             side = _side_stream(audio.device) if audio.is_cuda else None
             if side is None or not torch.cuda.is_current_stream_capturing():
-                return torch.cat((self.encode_audio(audio), self.encode_video(video)), dim=1)
+                a, v = self.embed_audio(audio), self.embed_video(video)
+                return torch.cat(_through((self.blocks_a, a), (self.blocks_v, v)), dim=1)
             # the encoders are independent branches of the captured graph
             here = torch.cuda.current_stream(audio.device)
             side.wait_stream(here)
@@ -359,7 +378,12 @@ class CAVMAE(nn.Module):
 
     def fuse(self, tokens: Tensor) -> Tensor:
         """Tokens [B, Ta + Tv, D] -> logits [B, C]."""
-        return self.fuse_attention(tokens)[0]
+        used = (*self.blocks_u, self.norm, self.mlp_head)
+        if torch.is_grad_enabled() or not workers.suit(tokens, used):
+            return self.fuse_attention(tokens)[0]
+        with span("fuse"):
+            pooled = workers.run([functools.partial(self.pool, x) for x in tokens.split(1)])
+            return self.mlp_head(torch.cat([x for x, _ in pooled]))
 
     def forward(
         self, audio: Tensor | None, video: Tensor | None, mode: str = "multimodal"

@@ -1,0 +1,86 @@
+"""Samples side by side on a CPU: each thread computes some of its own, in single-threaded calls.
+
+Threads that share every call wait for each other at its end, several hundred times a batch, for
+the slower one each time. With samples of their own they meet once, whoever is ahead takes the next
+sample, and what waits for memory in one (GELU, LayerNorm) runs beside what computes in another.
+ViT-B's encoders on 4 samples with 2 threads, median of 8 rounds on a shared machine: 1.15 times as
+fast; in its quietest round as fast.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global
+
+_LEAST = 2**17  # numbers in a sample's tokens; below, starting threads costs more than it saves
+
+
+def suit(tokens: Tensor, modules: Iterable[nn.Module] = ()) -> bool:
+    """Whether samples of [B, T, D] are to go through modules side by side: enough of them on a CPU,
+    and nothing about that belongs to the calling thread or to an order of calls."""
+    return (
+        type(tokens) is Tensor
+        and tokens.device.type == "cpu"
+        and len(tokens) >= torch.get_num_threads() > 1
+        and tokens[0].numel() >= _LEAST
+        and not torch.compiler.is_compiling()
+        and not torch.autograd._profiler_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not (_global._global_forward_hooks or _global._global_forward_pre_hooks)
+        and not any(
+            layer._forward_hooks or layer._forward_pre_hooks
+            for module in modules
+            for layer in module.modules()
+        )
+    )
+
+
+def run(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Results of tasks, run on as many threads as PyTorch has, the caller's among them.
+
+    The first ones begin first. Gradients are recorded as in the caller. After an error no task
+    begins; it is raised when those that run have ended.
+    """
+    threads, grad, inference = (
+        torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    )  # fmt: skip
+    results: list[Any] = [None] * len(tasks)
+    left, errors = deque(enumerate(tasks)), []
+
+    def work() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that begin until it is set back
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            while not errors:
+                try:
+                    i, task = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    results[i] = task()
+                except BaseException as error:
+                    errors.append(error)
+
+    others = [threading.Thread(target=work) for _ in range(min(threads, len(tasks)) - 1)]
+    try:
+        for thread in others:
+            thread.start()
+        work()
+    finally:
+        left.clear()
+        for thread in others:
+            if thread.ident is not None:
+                thread.join()
+        torch.set_num_threads(threads)
+    if errors:
+        raise errors[0]
+    return results
