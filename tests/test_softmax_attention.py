@@ -215,6 +215,20 @@ for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
             right = reference.score_moments(*exact[:2], spans, 0.3, True)
             moved = torch.autograd.grad(right, exact[:2], (up_mean.double(), up_std.double()))
             pairs = [*pairs, *zip((mean, std, *grads), (*right, *moved))]
+            scores = q[:, 0] @ k[:, 0].mT  # moments of their blocks
+            exact = scores.to(torch.float64, copy=True).requires_grad_()
+            up_mean, up_std = up_mean[:, 0], up_std[:, 0]
+            mean, std = torch.ops.fasttta.block_moments(scores, spans, spans, 0.3)
+            torch.ops.fasttta.block_moments_backward(
+                up_mean, up_std / std, spans, spans, 0.3, scores
+            )
+            rows = [x.split(spans, 2) for x in (0.3 * exact).split(spans, 1)]
+            right = [
+                torch.stack([f(x.flatten(1), 1) for row in rows for x in row], 1).view(b, 2, 2)
+                for f in (torch.mean, torch.std)
+            ]
+            moved = torch.autograd.grad(right, exact, (up_mean.double(), up_std.double()))
+            pairs += zip((mean, std, scores), (*right, *moved))
         for x, y in pairs:
             worst = (x - y).abs().max() / y.abs().max()
             assert worst <= (1e-12 if dtype == torch.float64 else 1e-5), (shape, dtype, worst)

@@ -2,13 +2,15 @@
 
 Memory beyond inputs and outputs is one sample's scores (2 MB at T = 708 in float32), or 1 MiB where
 several samples fit into that; per head also the batch's d x d covariances, or, where the C++ kernel
-of a head's moments serves, a thread's q and k of one head. Scores are centred on
-their block's mean before squares are summed, so nothing cancels (raw sums of squares lose 1.6e-5 of
-the variance at mean = 10 std in float32).
+of a head's moments serves, a thread's q and k of one head. Scores are centred before squares are
+summed, so nothing cancels (raw sums of squares lose 1.6e-5 of the variance at mean = 10 std in
+float32); on a CPU C++ does it, which goes over memory once, or twice for gradients, where PyTorch's
+calls do four times.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -90,6 +92,50 @@ def score_moments(
     return mean, std
 
 
+def _in_cpp(x: Tensor) -> bool:
+    """Whether the C++ kernels of score blocks serve."""
+    return x.device.type == "cpu" and native.load()
+
+
+def _blocks(
+    scores: Tensor, rows: list[int], columns: list[int]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(i, j, block) of scores [b, R, C] in spans."""
+    for i, some in enumerate(_bounds(rows)):
+        for j, part in enumerate(_bounds(columns)):
+            yield i, j, scores[:, some, part]
+
+
+def _block_moments(
+    scores: Tensor, rows: list[int], columns: list[int], c: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and std [b, M, N] of c times the blocks of scores [b, R, C], which are written over."""
+    if _in_cpp(scores):
+        return torch.ops.fasttta.block_moments(scores, rows, columns, c)
+    mean = scores.new_empty(scores.shape[0], len(rows), len(columns))
+    std = torch.empty_like(mean)
+    for i, j, block in _blocks(scores, rows, columns):
+        block_mean = block.mean((1, 2), keepdim=True)
+        block -= block_mean
+        variance = block.square_().sum((1, 2)) / (rows[i] * columns[j] - 1)
+        mean[:, i, j] = c * block_mean[:, 0, 0]
+        std[:, i, j] = abs(c) * variance.sqrt()
+    return mean, std
+
+
+def _block_gradients(
+    grad_mean: Tensor, slope: Tensor, rows: list[int], columns: list[int], c: float, scores: Tensor
+) -> None:
+    """Writes the gradient of scores [b, R, C] over them, from those of their blocks' moments."""
+    if _in_cpp(scores):
+        torch.ops.fasttta.block_moments_backward(grad_mean, slope, rows, columns, c, scores)
+        return
+    for i, j, block in _blocks(scores, rows, columns):
+        alpha, beta = _coefficients(grad_mean, slope, rows[i] * columns[j], c, i, j)
+        block -= block.mean((1, 2), keepdim=True)
+        block.mul_(beta).add_(alpha)
+
+
 def _moments_head_mean(
     q: Tensor, k: Tensor, spans: list[int], c: float, mean: Tensor, std: Tensor
 ) -> None:
@@ -98,12 +144,11 @@ def _moments_head_mean(
     q, k = _merged(q), _merged(k)  # [b, T, D]
     for i, rows in enumerate(bounds):
         for j, columns in enumerate(bounds):
-            block = (q[:, rows] @ k[:, columns].transpose(1, 2)).flatten(1)  # [b, N], scores / c
-            block_mean = block.mean(dim=1)
-            block -= block_mean.unsqueeze(1)
-            variance = block.square_().sum(dim=1) / (block.shape[1] - 1)
-            mean[:, i, j] = c * block_mean
-            std[:, i, j] = abs(c) * variance.sqrt()
+            scores = q[:, rows] @ k[:, columns].transpose(1, 2)  # [b, n_i, n_j], / c
+            found = _block_moments(scores, spans[i : i + 1], spans[j : j + 1], c)
+            for x, value in zip((mean, std), found, strict=True):
+                x[:, i : i + 1, j : j + 1] = value
+            del scores  # before the next are made
 
 
 def _covariances(x: Tensor, bounds: list[slice]) -> list[tuple[Tensor, Tensor]]:
@@ -188,10 +233,9 @@ def moments_backward(
 
 
 def _coefficients(
-    grad_mean: Tensor, slope: Tensor, spans: list[int], c: float, i: int, j: int
+    grad_mean: Tensor, slope: Tensor, count: int, c: float, i: int, j: int
 ) -> tuple[Tensor, Tensor]:
-    """c alpha and c^2 beta of block (i, j), to be broadcast over its two token axes."""
-    count = spans[i] * spans[j]
+    """c alpha and c^2 beta of the scores of block (i, j), to be broadcast over its token axes."""
     alpha = grad_mean[..., i, j] * (c / count)
     beta = slope[..., i, j] * (c * c / (count - 1))
     return alpha[..., None, None], beta[..., None, None]
@@ -224,12 +268,13 @@ def _backward_head_mean(
         for j, columns in enumerate(bounds):
             if i == j and not self_blocks:
                 continue
-            grad = q[:, rows] @ k[:, columns].transpose(1, 2)  # scores / c
-            grad -= grad.mean((1, 2), keepdim=True)
-            alpha, beta = _coefficients(grad_mean, slope, spans, c, i, j)
-            grad.mul_(beta).add_(alpha)
-            add("q", i, dq[:, rows], grad, k[:, columns])
-            add("k", j, dk[:, columns], grad.transpose(1, 2), q[:, rows])
+            block = slice(None), slice(i, i + 1), slice(j, j + 1)
+            scores = q[:, rows] @ k[:, columns].transpose(1, 2)  # / c
+            ups = grad_mean[block], slope[block]
+            _block_gradients(*ups, spans[i : i + 1], spans[j : j + 1], c, scores)
+            add("q", i, dq[:, rows], scores, k[:, columns])
+            add("k", j, dk[:, columns], scores.transpose(1, 2), q[:, rows])
+            del scores  # before the next are made
     for out, merged in ((grad_q, dq), (grad_k, dk)):
         if not begun:  # one modality alone has no cross block
             merged.zero_()
@@ -260,7 +305,7 @@ def _backward_per_head(
             if a == o and not self_blocks:
                 continue
             block = (o, a) if transpose else (a, o)
-            alpha, beta = _coefficients(grad_mean, slope, spans, c, *block)
+            alpha, beta = _coefficients(grad_mean, slope, spans[a] * spans[o], c, *block)
             mean, cov = other[o]
             # C q_i = C (q_i - q) + C q: the centred part is a product, the rest a constant row
             constant = constant + spans[o] * (alpha * mean + beta * (centre @ cov))

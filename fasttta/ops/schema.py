@@ -51,6 +51,10 @@ _PARTS = {
     "head_moments": "(Tensor q, Tensor k, int[] spans, float scale) -> (Tensor mean, Tensor std)",
     "head_moments_backward": "(Tensor grad_mean, Tensor slope, Tensor q, Tensor k, int[] spans,"
     " float scale, bool self_blocks, Tensor(a!) grad_q, Tensor(b!) grad_k) -> ()",
+    "block_moments": "(Tensor scores, int[] rows, int[] columns, float scale)"
+    " -> (Tensor mean, Tensor std)",
+    "block_moments_backward": "(Tensor grad_mean, Tensor slope, int[] rows, int[] columns,"
+    " float scale, Tensor(a!) scores) -> ()",
 }
 
 
@@ -61,6 +65,11 @@ def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _moments(q, k, spans, scale, per_head, *rest):
     shape = (*q.shape[: 2 if per_head else 1], len(spans), len(spans))
     return _like(q, shape), _like(q, shape)
+
+
+def _block_moments(scores, rows, columns, scale):
+    shape = (scores.shape[0], len(rows), len(columns))
+    return _like(scores, shape), _like(scores, shape)
 
 
 def _bootstrap(q, k, spans, scale, per_head, *rest):
@@ -85,6 +94,8 @@ _FAKES = {
     "attention_bootstrap_backward": lambda g, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
     "head_moments": lambda q, k, spans, scale: _moments(q, k, spans, scale, True),
     "head_moments_backward": lambda *_: None,
+    "block_moments": _block_moments,
+    "block_moments_backward": lambda *_: None,
     "entropy": lambda logits: _like(logits, logits.shape[:-1]),
     "entropy_backward": lambda grad, logits: logits.new_empty(logits.shape),
     "principal_entropy": lambda logits, *_: _like(logits, logits.shape[:-1]),
