@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from cases import METHODS, same
+from cases import METHODS
 
 import fasttta
 from fasttta.models import workers
@@ -154,24 +154,3 @@ def test_steps(tiny_model, tiny_batch, method, runs, monkeypatch):
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a.logits, b.logits, atol=1e-5)
         assert torch.allclose(a.logits_before, b.logits_before, atol=1e-5)
-
-
-def test_streams(tiny_model, tiny_batch, runs, monkeypatch):
-    """BriMPR's streams, forward and backward, a sample a task."""
-    model = tiny_model()
-    batches = [tiny_batch(seed=s) for s in range(2)]
-    stats = fasttta.collect_stats(model, batches)
-    runs.clear()
-    results = []
-    for apart in (True, False):
-        if not apart:
-            _without(monkeypatch)
-        adapted = fasttta.adapt(model, "brimpr", source_stats=stats)
-        results.append([adapted.step(*x) for x in batches])
-        # forward of 5 samples of both modalities, joint, masked ones; backward of the first
-        assert sorted(runs) == (6 * [5] + 4 * [10] if apart else [])
-        runs.clear()
-    for a, b in zip(*results, strict=True):
-        assert same(a, b) or torch.allclose(a.logits, b.logits, atol=1e-6)
-        for name, x in a.losses.items():
-            assert torch.allclose(x, b.losses[name], atol=1e-5), name

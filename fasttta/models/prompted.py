@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from ..ops.softmax import attend
 from ..protocols import Slot, Streams
 from ..trace import span
-from . import workers
 from .cavmae import CAVMAE, Block, portion
 from .layers import Linear, SelfAttention
 from .prompt_attention import prompt_attention
-from .staged import apart, staged
+from .staged import staged
 
 
 class _Stream(NamedTuple):
@@ -119,9 +117,8 @@ class PromptedCAVMAE(nn.Module):
         Every distinct token is encoded once, and projected to the fusion block's q, k, v once: the
         official code projects 2478 token rows a sample where 1062 are distinct (512 + 196 tokens,
         half of them masked). LayerNorms behind a block serve its feature and the next block.
-        Masked streams are run when their loss is asked for, on a CPU one or two samples at a time,
-        with their gradients taken at once: only whole streams are kept for the backward pass.
-        Where it pays (``workers``), each thread of a CPU has samples of its own, backward too.
+        Masked streams are run when their loss is asked for, on a CPU about a sample at a time, with
+        their gradients taken at once: only whole streams are kept for the backward pass.
 
         Args:
             inputs: one a modality, then, or not, the ids [B, K] (int64) of the tokens that each
@@ -131,18 +128,19 @@ class PromptedCAVMAE(nn.Module):
         inputs, keep = inputs[: len(names)], inputs[len(names) :]
         embedded = [self._embed(name, x) for name, x in zip(names, inputs, strict=True)]
         keys = [self._prompt_keys(name) for name in names]
-        head, qkv = self.model.mlp_head, self.model.blocks_u[0].attn.qkv
-        batch, spread = len(embedded[0]), workers.suit(embedded[0], (self.model,))
-        size = 1 if spread else portion(embedded[0])
-        whole, features = self._whole(embedded, keys, spread)
-        with span("fuse"), torch.no_grad():
-            pairs = [[(x.detach(), y.detach()) for x, y in whole]]
-            if spread:
-                pairs = [[(x[i : i + 1], y[i : i + 1]) for x, y in pairs[0]] for i in range(batch)]
-                joint = torch.cat(workers.run([partial(self._fused, x) for x in pairs]))
-            else:
-                joint = self._fused(pairs[0])
-            logits = head(joint)
+        whole, features, head = [], [], self.model.mlp_head
+        for name, x, own in zip(names, embedded, keys, strict=True):
+            with span(f"streams {name}"):
+                stream, pooled = self._encode(name, x, own)
+                whole.append(stream)
+                features.append(pooled)
+        qkv = self.model.blocks_u[0].attn.qkv
+        with span("fuse"):
+            whole = [(x.tokens, qkv(x.normed)) for x in whole]
+            with torch.no_grad():
+                joint = self._fused([(x.detach(), y.detach()) for x, y in whole])
+                logits = head(joint)
+        batch, size = len(joint), portion(whole[0][0])
 
         def masked(i: int, loss: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
             def part(rows: slice, own: list[Tensor], others: list[Tensor]):
@@ -158,7 +156,7 @@ class PromptedCAVMAE(nn.Module):
                 return loss(found, rows), (found,)
 
             others = [x for j, pair in enumerate(whole) if j != i or not keep for x in pair]
-            value, (found,) = staged(part, keys[i] if keep else (), others, batch, size, spread)
+            value, (found,) = staged(part, keys[i] if keep else (), others, batch, size)
             return value, found
 
         def alone(
@@ -176,32 +174,6 @@ class PromptedCAVMAE(nn.Module):
             return staged(part, (), [x for pair in whole for x in pair], batch, batch)
 
         return Streams(logits, joint, tuple(features), masked, alone)
-
-    def _whole(
-        self, embedded: Sequence[Tensor], keys: Sequence[Sequence[Tensor]], spread: bool
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """Of each modality tokens [B, T, D] behind its encoder with their q, k, v [B, T, 3 D] in
-        the first fusion block, and features [B, blocks, D]."""
-        names, qkv = self.input_names, self.model.blocks_u[0].attn.qkv
-
-        def part(name: str, x: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-            with span(f"streams {name}"):
-                stream, pooled = self._encode(name, x, own)
-                return stream.tokens, qkv(stream.normed), pooled
-
-        parts = [partial(part, name) for name in names]
-        inputs = [(x, *own) for x, own in zip(embedded, keys, strict=True)]
-        if spread:
-            batch = len(embedded[0])
-            each = apart(
-                [f for f in parts for _ in range(batch)],
-                [(row, *own) for x, *own in inputs for row in x.split(1)],
-            )
-            samples = [each[i : i + batch] for i in range(0, len(each), batch)]
-            found = [[torch.cat(x) for x in zip(*own, strict=True)] for own in samples]
-        else:
-            found = [f(*own) for f, own in zip(parts, inputs, strict=True)]
-        return [(x, y) for x, y, _ in found], [pooled for _, _, pooled in found]
 
     def _embed(self, name: str, x: Tensor) -> Tensor:
         return (self.model.embed_audio if name == "audio" else self.model.embed_video)(x)
