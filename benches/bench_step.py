@@ -206,7 +206,7 @@ def bench_step(setting, precision, engine, model, device, full, measure):
         lambda: official(*inputs),
         tolerance=TOLERANCES[precision],
         checks=window + 1,  # the last has a full window, and sees the updates of the others
-        rounds=200 if CUDA and setting == "latency" else 20 if CUDA or setting == "latency" else 3,
+        rounds=200 if CUDA and setting == "latency" else 20 if CUDA or setting == "latency" else 5,
         warmup=3 if CUDA else 0,  # the checks have run both
         queued=False,
         memory=True,
