@@ -195,7 +195,8 @@ void gradient(const Shape& s, const Side<A>& own, const Side<A>& other, bool sel
     std::fill_n(constant, s.width, A(0));
     for (int64_t j = 0; j < s.count(); ++j) {
       if (i == j && !self_blocks) continue;
-      const auto [alpha, beta] = coefficients(i, j);
+      const std::pair<A, A> found = coefficients(i, j);  // by name: Clang's OpenMP wants it
+      const A alpha = found.first, beta = found.second;
       const A *mean = other.mean(s, j), *covariance = other.covariance(s, j);
       for (int64_t c = 0; c < s.d; ++c) {
         const A* row = covariance + c * s.width;
@@ -205,6 +206,10 @@ void gradient(const Shape& s, const Side<A>& own, const Side<A>& other, bool sel
         for (int64_t e = 0; e < s.width; ++e) to[e] += beta * row[e] + factor * mean[e];
         constant[c] += static_cast<A>(alpha * mean[c] + beta * dot(centre, row, s.d));
       }
+    }
+    if (s.count() == 1 && !self_blocks) {  // without gradient, whatever the tokens are
+      for (int64_t t = 0; t < s.spans[i]; ++t) out.write(b, h, first + t, constant);
+      continue;
     }
     for (int64_t t = 0; t < s.spans[i]; t += kRows) {
       const int64_t n = std::min(kRows, s.spans[i] - t);

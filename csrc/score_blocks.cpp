@@ -21,7 +21,7 @@ struct Moments {
   void merge(const Moments& other) {
     const double all = n + other.n, step = other.mean - mean, share = other.n / all;
     squares += other.squares + step * step * n * share;
-    mean += step * share;
+    mean += std::isfinite(step) ? step * share : other.mean;  // infinity stays infinity
     n = all;
   }
 };
@@ -45,7 +45,8 @@ inline Moments moments(const A* x, int64_t n) {
     squares += d * d;
   }
   // the centre is rounded: what that left in the sums is taken out of them
-  const double left = static_cast<double>(rest) / n, exact = squares - left * rest;
+  const double left = std::isfinite(centre) ? static_cast<double>(rest) / n : 0;
+  const double exact = squares - left * rest;
   return {static_cast<double>(n), centre + left, exact < 0 ? 0 : exact};
 }
 

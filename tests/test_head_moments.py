@@ -81,6 +81,16 @@ def test_nothing_cancels():
         assert ((x - y).abs() <= 1e-5 * y).all()
 
 
+def test_one_modality_alone_has_no_gradient():
+    """Not even where its tokens are not finite."""
+    q, k = (x.detach() for x in qk(1, 2, (9,), 8, torch.float32))
+    q[0, 0, 3, 2] = torch.nan
+    found = attention.moments_backward(
+        *torch.ones(2, 1, 2, 1, 1), q, k, torch.ones(1, 2, 1, 1), [9], 0.3, True, False
+    )
+    assert not any(x.any() for x in found)
+
+
 def test_the_same_with_any_number_of_threads():
     q, k = (x.detach() for x in qk(3, 3, (70, 30), 24, torch.float32))
     before = torch.get_num_threads()
@@ -119,10 +129,11 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
     why = {
         "wide": "1 to 15 channels a head, found 16",
         "channels apart": "channels next to each other",
-        "off": "not there",
+        "off": "not there: no compiler",
     }[case]
     if case == "off":
-        monkeypatch.setattr(native, "load", lambda: False)
+        monkeypatch.setattr(native, "_outcome", native.Outcome(None, "no compiler"))
+        monkeypatch.setattr(native, "_tell", lambda _: None)
     monkeypatch.setattr(torch.ops.fasttta, "head_moments", None)
     q, k = q.requires_grad_(), k.requires_grad_()
     ups = torch.rand(2, 2, 3, 2, 2, dtype=torch.float64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import warnings
 
 import pytest
 import torch
@@ -12,6 +14,14 @@ import fasttta
 from fasttta.models import workers
 
 
+def _in_a_new_thread(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 @pytest.fixture(autouse=True)
 def _two_threads(monkeypatch):
     monkeypatch.setattr(workers, "_LEAST", 1)
@@ -19,6 +29,7 @@ def _two_threads(monkeypatch):
     torch.set_num_threads(2)
     yield
     assert torch.get_num_threads() == 2
+    assert _in_a_new_thread(torch.get_num_threads) == 2
     torch.set_num_threads(before)
 
 
@@ -64,12 +75,46 @@ def test_an_error_is_raised_and_nothing_more_begins():
         begun.append(i)
         if i == 1:
             raise KeyError("one")
+        time.sleep(0.01)  # long enough for the other thread to see it
 
     with pytest.raises(KeyError, match="one"):
         workers.run([lambda i=i: task(i) for i in range(50)])
     assert len(begun) < 50
     begun.clear()
     assert workers.run([lambda: 5] * 3) == [5] * 3
+
+
+def test_threads_that_begin_meanwhile_have_their_number():
+    """A thread takes up the process's number of threads once, for good."""
+    inside, seen = threading.Event(), threading.Event()
+
+    def task():
+        inside.set()
+        assert seen.wait(60)
+
+    caller = threading.Thread(target=workers.run, args=([task, task],))
+    caller.start()
+    assert inside.wait(60)
+    try:
+        deadline = time.monotonic() + 60  # each worker sets it for a moment
+        while _in_a_new_thread(torch.get_num_threads) != 2:
+            assert time.monotonic() < deadline
+    finally:
+        seen.set()
+        caller.join()
+
+
+def test_without_another_thread_the_caller_does_it_all(monkeypatch):
+    start = threading.Thread.start
+
+    def refused(thread):
+        if thread._target is not torch.set_num_threads:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        assert workers.run([lambda i=i: i for i in range(5)]) == [0, 1, 2, 3, 4]
 
 
 def test_within_each_other_and_from_several_threads():
@@ -87,11 +132,19 @@ def test_within_each_other_and_from_several_threads():
     assert found == [[[(i, 1) for i in range(3)]] * 4] * 4
 
 
-def test_what_belongs_to_the_calling_thread_stays_there(tiny_model):
+def test_what_belongs_to_the_calling_thread_stays_there(tiny_model, monkeypatch):
     model, tokens = tiny_model(), torch.zeros(4, 10, 12)
     suit = lambda x=tokens: workers.suit(x, (model,))  # noqa: E731
     assert suit()
     assert not suit(tokens[:1])
+    assert not suit(tokens[:3])  # two rounds, one of them half empty
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_cores", lambda: 1)
+        assert not suit()
+    traced = []
+    with warnings.catch_warnings(action="ignore"):  # on tracing as such
+        torch.jit.trace(lambda x: traced.append(suit()) or x + 1, tokens, check_trace=False)
+    assert traced == [False]
     assert not suit(tokens.to("meta"))
     assert not suit(torch.nn.Parameter(tokens))
     with torch.autocast("cpu"):

@@ -42,27 +42,27 @@ def _replace(blocks: Sequence[Block], tokens: Tensor) -> None:
 
 
 def _through(*pairs: tuple[nn.ModuleList, Tensor]) -> list[Tensor]:
-    """Of each pair (blocks, tokens [B, T, D]) the tokens behind the blocks; without gradients in
-    place, samples side by side or a portion at a time."""
-    if torch.is_grad_enabled():
-        found = []
-        for blocks, x in pairs:
+    """Of each pair (blocks, tokens [B, T, D]) the tokens behind the blocks; without gradients
+    samples side by side, or where they are many a portion at a time, in place."""
+    grad = torch.is_grad_enabled()
+    modules = [block for blocks, _ in pairs for block in blocks]
+    if not grad and workers.suit(pairs[0][1], modules):
+        workers.run([
+            functools.partial(_replace, blocks, part)
+            for blocks, tokens in pairs
+            for part in tokens.split(1)
+        ])  # fmt: skip
+        return [tokens for _, tokens in pairs]
+    found = []
+    for blocks, tokens in pairs:
+        if grad or len(tokens) <= portion(tokens):
             for block in blocks:
-                x, _ = block(x)
-            found.append(x)
-        return found
-    apart = workers.suit(pairs[0][1], [block for blocks, _ in pairs for block in blocks])
-    tasks = [
-        functools.partial(_replace, blocks, part)
-        for blocks, tokens in pairs
-        for part in tokens.split(1 if apart else portion(tokens))
-    ]
-    if apart:
-        workers.run(tasks)
-    else:
-        for task in tasks:
-            task()
-    return [tokens for _, tokens in pairs]
+                tokens, _ = block(tokens)
+        else:
+            for part in tokens.split(portion(tokens)):
+                _replace(blocks, part)
+        found.append(tokens)
+    return found
 
 
 class Block(nn.Module):
@@ -382,8 +382,8 @@ class CAVMAE(nn.Module):
         if torch.is_grad_enabled() or not workers.suit(tokens, used):
             return self.fuse_attention(tokens)[0]
         with span("fuse"):
-            pooled = workers.run([functools.partial(self.pool, x) for x in tokens.split(1)])
-            return self.mlp_head(torch.cat([x for x, _ in pooled]))
+            pooled = workers.run([lambda x=x: self.pool(x)[0] for x in tokens.split(1)])
+            return self.mlp_head(torch.cat(pooled))
 
     def forward(
         self, audio: Tensor | None, video: Tensor | None, mode: str = "multimodal"

@@ -9,6 +9,8 @@ fast; in its quietest round as fast.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -22,13 +24,18 @@ _LEAST = 2**17  # numbers in a sample's tokens; below, starting threads costs mo
 
 
 def suit(tokens: Tensor, modules: Iterable[nn.Module] = ()) -> bool:
-    """Whether samples of [B, T, D] are to go through modules side by side: enough of them on a CPU,
-    and nothing about that belongs to the calling thread or to an order of calls."""
+    """Whether samples of [B, T, D] are to go through modules side by side: enough of them on a CPU
+    for all threads alike, and nothing about that belongs to the calling thread or to an order of
+    calls. Buffers are then those of a sample a thread."""
+    threads = torch.get_num_threads()
     return (
-        type(tokens) is Tensor
+        not torch.jit.is_tracing()
+        and type(tokens) is Tensor
         and tokens.device.type == "cpu"
-        and len(tokens) >= torch.get_num_threads() > 1
+        and len(tokens) >= threads > 1
+        and (len(tokens) % threads == 0 or len(tokens) > 2 * threads)
         and tokens[0].numel() >= _LEAST
+        and _cores() >= threads
         and not torch.compiler.is_compiling()
         and not torch.autograd._profiler_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -45,6 +52,23 @@ def suit(tokens: Tensor, modules: Iterable[nn.Module] = ()) -> bool:
     )
 
 
+def _cores() -> int:
+    """Cores that this thread, and those that it starts, may use; OMP_PROC_BIND leaves it one."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _single(threads: int) -> None:
+    """Calls of this thread are single-threaded; those of threads to come have ``threads``."""
+    torch.get_num_threads()  # the first call takes up the process's number, later than a set one
+    torch.set_num_threads(1)  # also sets that number, which another thread can set back
+    other = threading.Thread(target=torch.set_num_threads, args=(threads,))
+    with contextlib.suppress(RuntimeError):  # the system has no more threads
+        other.start()
+        other.join()
+
+
 def run(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     """Results of tasks, run on as many threads as PyTorch has, the caller's among them.
 
@@ -54,11 +78,13 @@ def run(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     threads, grad, inference = (
         torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     )  # fmt: skip
+    if threads == 1:
+        return [task() for task in tasks]
     results: list[Any] = [None] * len(tasks)
     left, errors = deque(enumerate(tasks)), []
 
     def work() -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that begin until it is set back
+        _single(threads)
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             while not errors:
                 try:
@@ -73,14 +99,22 @@ def run(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     others = [threading.Thread(target=work) for _ in range(min(threads, len(tasks)) - 1)]
     try:
         for thread in others:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more
+                break
         work()
     finally:
-        left.clear()
-        for thread in others:
-            if thread.ident is not None:
-                thread.join()
-        torch.set_num_threads(threads)
-    if errors:
-        raise errors[0]
-    return results
+        try:
+            left.clear()
+            for thread in others:
+                if thread.ident is not None:
+                    thread.join()
+        finally:
+            torch.set_num_threads(threads)
+    try:
+        if errors:
+            raise errors[0]
+        return results
+    finally:
+        errors.clear()  # whose tracebacks hold tensors, in a cycle with this list

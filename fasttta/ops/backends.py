@@ -29,8 +29,9 @@ def has_kernel(name: str, key: str) -> bool:
 
 def _no_cpp(name: str, args: Sequence) -> str | None:
     outcome = native.attempt()
-    if name in _PER_HEAD and outcome.path is not None and len(args) > 4 and args[4]:
-        return no_cpp(*args[:2])
+    if name in _PER_HEAD and len(args) > 4 and args[4]:
+        missing = f"the C++ kernels are not there: {outcome.reason}"
+        return no_cpp(*args[:2]) if outcome.path else missing
     if not has_kernel(name, "CPU"):
         if name not in native.NAMES:
             but = ' but for heads="each"' if name in _PER_HEAD else ""
