@@ -276,6 +276,11 @@ def flat_gradients(architecture: str, half: bool, heads: int, count: int, d: int
     return Plan((2 * cdiv(count, constants["BM"]), heads), constants, **options)
 
 
+# --------------------------------------------------------------------------- shared prefix
+
+TILE_TOKENS = 64  # of packed sequences, whole ones, that kernels take at once
+
+
 # --------------------------------------------------------------------------- adaptation head
 
 ROW_CLASSES = 4096  # a row of at most so many logits stays in registers

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from fasttta import functional as F
-from fasttta.ops import autograd, composite, native, reference, schema
+from fasttta.ops import autograd, composite, native, prefix, reference, schema
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,13 @@ def _made():
         out, top, rest = composite.flat_attention(shared, k, k, 0.5)
         yield "flat_attention", (shared, k, k, 0.5)
         yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
+    packed, kv = torch.randn(2, 6, 12).chunk(3, -1), torch.randn(2, 2, 3, 4)
+    layout = *prefix.layout([1, 3, 2]), 2, 0.5
+    for queries in (packed[0], packed[0][:, :3]):  # all, and every sequence's last
+        tensors = queries, *packed[1:], *kv
+        out, lse = composite.shared_prefix_attention(*tensors, *layout)
+        yield "shared_prefix_attention", (*tensors, *layout)
+        yield "shared_prefix_attention_backward", (queries, *tensors, out, lse, *layout)
 
 
 def test_opcheck_covers_every_op():

@@ -151,6 +151,22 @@ class _FlatAttention(torch.autograd.Function):
         return None, _sum(dk), _sum(dv), *found
 
 
+class _SharedPrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, *layout):
+        tensors = q, k, v, prefix_k, prefix_v
+        out, lse = ops.shared_prefix_attention(*tensors, *layout)
+        starts, tiles, *ctx.options = layout
+        ctx.save_for_backward(*tensors, out, lse, starts, tiles)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grads = ops.shared_prefix_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+        return *grads, *(None for _ in range(5))
+
+
 def _sum(tensors):
     first, *others = tensors
     for x in others:
@@ -204,3 +220,9 @@ def flat_attention(q, k, v, scale):
 def flat_attentions(queries, k, v, scale):
     """The sum of ``flat_attention`` over several kinds of queries."""
     return _FlatAttention.apply(scale, k, v, *queries)
+
+
+def shared_prefix_attention(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale):
+    """Of a ``prefix.Layout``, heads and a scale."""
+    tensors = q, k, v, prefix_k, prefix_v
+    return _SharedPrefixAttention.apply(*tensors, starts, tiles, longest, heads, scale)

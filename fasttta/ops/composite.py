@@ -12,6 +12,7 @@ from .logits import (
     principal_entropy_backward,
 )
 from .maps import reliability_ensemble, total_variation, total_variation_backward
+from .prefix import shared_prefix_attention, shared_prefix_attention_backward
 
 __all__ = [
     "adaptation_head",
@@ -27,6 +28,8 @@ __all__ = [
     "reliability_ensemble",
     "score_moments",
     "score_moments_backward",
+    "shared_prefix_attention",
+    "shared_prefix_attention_backward",
     "total_variation",
     "total_variation_backward",
 ]

@@ -6,6 +6,8 @@ heads, slices of it. Half-precision inputs are computed in float32.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,28 @@ def flat_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scores = scale * (wide(q) @ wide(k).transpose(-2, -1))
     share = scores.flatten(-2).softmax(dim=-1).view_as(scores)
     return (k.shape[-2] * (share @ wide(v))).to(v.dtype)
+
+
+def shared_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor,
+    tiles: Tensor, longest: int, heads: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """One sequence after the other, each with the prefix in front of it."""
+    dtype, last = q.dtype, q.shape[1] != k.shape[1]
+    q, k, v, prefix_k, prefix_v = (
+        wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v, prefix_k, prefix_v)
+    )
+    found, starts = [], starts.tolist()
+    for n, (start, stop) in enumerate(pairwise(starts)):
+        keys = torch.cat((prefix_k, k[:, :, start:stop]), dim=2)
+        values = torch.cat((prefix_v, v[:, :, start:stop]), dim=2)
+        queries = q[:, :, n : n + 1] if last else q[:, :, start:stop]
+        scores = scale * (queries @ keys.transpose(-2, -1))
+        later = torch.ones_like(scores, dtype=torch.bool).triu(
+            1 + scores.shape[-1] - scores.shape[-2]
+        )
+        found.append(scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ values)
+    return torch.cat(found, dim=2).transpose(1, 2).flatten(2).to(dtype)
 
 
 def score_moments(

@@ -18,6 +18,9 @@ from .reference import wide
 
 _ANCHORS = "Tensor? anchor_mean=None, Tensor? anchor_std=None"
 
+_PACKED = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
+_LAYOUT = "Tensor starts, Tensor tiles, int longest, int heads, float scale"
+
 SCHEMAS = {
     "score_moments": "(Tensor q, Tensor k, int[] spans, float scale, bool per_head)"
     " -> (Tensor mean, Tensor std)",
@@ -44,6 +47,9 @@ SCHEMAS = {
     " -> (Tensor out, Tensor top, Tensor rest)",
     "flat_attention_backward": "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor top,"
     " Tensor rest, float scale) -> (Tensor, Tensor, Tensor)",
+    "shared_prefix_attention": f"({_PACKED}, {_LAYOUT}) -> (Tensor out, Tensor lse)",
+    "shared_prefix_attention_backward": f"(Tensor grad, {_PACKED}, Tensor out, Tensor lse,"
+    f" {_LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 # Parts of composite implementations that C++ has too; the composite ones call them where they suit.
@@ -86,6 +92,10 @@ def _ensemble(maps: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor,
     return _like(logits, logits.shape[1:]), *per_map
 
 
+def _prefix_attention(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale):
+    return q.new_empty(q.shape), _like(q, (q.shape[0], heads, q.shape[1]))
+
+
 # What torch.compile traces in place of the work: shapes, types and strides of the results.
 _FAKES = {
     "score_moments": _moments,
@@ -112,6 +122,10 @@ _FAKES = {
     ),
     "flat_attention_backward": lambda grad, q, k, v, *_: tuple(
         x.new_empty(x.shape) for x in (q, k, v)
+    ),
+    "shared_prefix_attention": _prefix_attention,
+    "shared_prefix_attention_backward": lambda grad, *tensors: tuple(
+        x.new_empty(x.shape) for x in tensors[:5]
     ),
 }
 
