@@ -251,7 +251,8 @@ template <typename A>
 Tensor readable(const Tensor& x) {
   const Tensor y = x.scalar_type() == type_of<A>
                        ? x : torch::stable::to(x, std::make_optional(type_of<A>));
-  return y.stride(3) == 1 || y.size(3) == 1 ? y : torch::stable::contiguous(y);
+  const int64_t last = y.dim() - 1;
+  return y.stride(last) == 1 || y.size(last) == 1 ? y : torch::stable::contiguous(y);
 }
 
 }  // namespace fasttta

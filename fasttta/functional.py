@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .ops import checks, reference
+from .ops import checks, prefix, reference
 from .ops.backends import call
 
 
@@ -313,3 +313,44 @@ def flat_attention(
         scale = max(1, k.shape[-1]) ** -0.5
     scale = checks.flat(q, k, v, 1.0 if scale is None else scale)
     return call("flat_attention", backend, q, k, v, scale)
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: Sequence[int],
+    heads: int,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention of sequences that all begin with the same tokens.
+
+    The sequences' own tokens lie packed, one sequence after the other; what they begin with is
+    there once, as keys and values. Every token sees these, and its own sequence up to itself. No
+    sequence is filled up to the longest, nor given a copy of the prefix, and no mask is held. A
+    second derivative is not defined.
+
+    Args:
+        q: [B, S, H d], packed tokens' queries, or [B, C, H d], those of every sequence's last token
+            alone.
+        k, v: [B, S, H d].
+        prefix_k, prefix_v: [B, P, H d], of the P tokens that all begin with; P may be 0.
+        lengths: tokens of each of the C sequences, S in all.
+        heads: H.
+        scale: factor of q·k, d ** -0.5 unless given.
+
+    Returns:
+        [B, S, H d] or [B, C, H d], in the type of q.
+
+    Raises:
+        ValueError, TypeError: shapes, types or devices do not fit.
+    """
+    lengths = [int(n) for n in checks.integers("lengths", lengths)]
+    scale = checks.shared_prefix(q, k, v, prefix_k, prefix_v, lengths, heads, scale)
+    layout = prefix.layout(lengths, k.device)
+    tensors = q, k, v, prefix_k, prefix_v
+    return call("shared_prefix_attention", backend, *tensors, *layout, heads, scale)

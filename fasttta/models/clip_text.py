@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autograd import shared_prefix_attention
+from ..ops.prefix import Layout
+from ..ops.prefix import layout as layout_of
+
 # Tokens in one pass. CPU: the fastest of 512, 1024, 2048 at 1000 classes (2 cores, width 512) and
 # 371 MiB at its peak; GPU: one pass up to ImageNet's size.
 _TOKENS = {"cpu": 512, "cuda": 8192}
@@ -36,22 +40,14 @@ class Chunk:
     Attributes:
         classes: [c] class indices.
         tokens: [S, D] embeddings with positions, class after class.
-        gather: [c * L] packed row of every place of the padded [c, L]; None: nothing to pad.
-        scatter: [S] place of every packed row.
         last: [c] packed row of the end token.
-        causal: [L, P + L], 0 where a token sees: the prefix, and its class up to itself; else -inf.
-        own: [c, 1, 1, P + L], the same of the end tokens; None: they see all.
-        length: L.
+        layout: of the packed rows.
     """
 
     classes: Tensor
     tokens: Tensor
-    gather: Tensor | None
-    scatter: Tensor | None
     last: Tensor
-    causal: Tensor
-    own: Tensor | None
-    length: int
+    layout: Layout
 
 
 class Prompts:
@@ -99,81 +95,49 @@ class Prompts:
             start = stop
 
     def _chunk(self, suffixes: list[list[int]], classes: list[int], device) -> Chunk:
-        p, lengths = self.prefix, [len(row) for row in suffixes]
-        most = max(lengths)
+        lengths = [len(row) for row in suffixes]
         flat = torch.tensor([token for row in suffixes for token in row], device=device)
-        places = torch.tensor([p + j for n in lengths for j in range(n)], device=device)
-        starts = torch.tensor([0, *lengths], device=device).cumsum(0)
-        gather = scatter = own = None
-        if min(lengths) < most:
-            column = torch.arange(most, device=device)
-            real = column < (starts[1:] - starts[:-1])[:, None]  # [c, L]
-            gather = torch.where(real, starts[:-1, None] + column, 0).flatten()
-            scatter = real.flatten().nonzero()[:, 0]
-            own = self._bias(F.pad(real, (p, 0), value=True)[:, None, None])
-        causal = self._bias(torch.ones(most, p + most, dtype=torch.bool, device=device).tril(p))
+        places = torch.tensor([self.prefix + j for n in lengths for j in range(n)], device=device)
         tokens = self._embedded(flat) + self.model.positional_embedding[places]
-        return Chunk(
-            torch.tensor(classes, device=device), tokens, gather, scatter, starts[1:] - 1,
-            causal, own, most,
-        )  # fmt: skip
-
-    def _bias(self, seen: Tensor) -> Tensor:
-        weight = self.model.positional_embedding
-        return weight.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        layout = layout_of(lengths, device)
+        last = layout.starts[1:].long() - 1
+        return Chunk(torch.tensor(classes, device=device), tokens, last, layout)
 
     # ------------------------------------------------------------------ the tower
 
     def _prefix(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Prompts [B, n, D] -> keys and values [B, H, P, d] of the shared tokens by block."""
+        """Prompts [B, n, D] -> keys and values [B, P, D] of the shared tokens by block."""
         model, n = self.model, self.length
         fixed = self._embedded(self.ids).expand(len(prompt), -1, -1)
         x = torch.cat((fixed[:, :1], prompt, fixed[:, 1 + n :]), 1) if n else fixed
         x, cached = x + model.positional_embedding[: self.prefix], []
-        seen = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=x.device).tril()
-        shared = self._bias(seen)
         *blocks, last = model.transformer.resblocks
         for block in blocks:
-            q, k, v = map(block.attn.split, block.attn.project(block.ln_1(x)))
-            cached.append((k, v))
-            x = x + block.attn.combine(_attend(q, k, v, shared, block.attn.scale))
+            qkv = block.attn.project(block.ln_1(x))
+            cached.append((qkv[1], qkv[2]))
+            x = x + block.attn.combine(_causal(*map(block.attn.split, qkv), block.attn.scale))
             x = x + block.mlp(block.ln_2(x))
-        cached.append(tuple(map(last.attn.split, last.attn.project(last.ln_1(x), "kv"))))
+        cached.append(tuple(last.attn.project(last.ln_1(x), "kv")))
         return cached
 
     def _suffix(self, chunk: Chunk, cached: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Features [B, c, E] of a chunk's classes after the shared tokens' keys and values."""
-        model, b, c = self.model, len(cached[0][0]), len(chunk.classes)
+        model = self.model
         *blocks, last = model.transformer.resblocks
-        x = chunk.tokens.expand(b, -1, -1)
+        x = chunk.tokens.expand(len(cached[0][0]), -1, -1)
 
-        def padded(x: Tensor, heads: int) -> Tensor:
-            """[B, S, D] -> [B * c, H, L, d]."""
-            if chunk.gather is not None:
-                x = x.index_select(1, chunk.gather)
-            return x.reshape(b * c, chunk.length, heads, -1).transpose(1, 2)
+        def attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, prefix: tuple) -> Tensor:
+            y = shared_prefix_attention(q, k, v, *prefix, *chunk.layout, attn.heads, attn.scale)
+            return attn.out_proj(y)
 
-        def joined(shared: Tensor, own: Tensor) -> Tensor:
-            """[B, H, P, d] in front of every class's [B * c, H, L, d]."""
-            return torch.cat((shared.repeat_interleave(c, 0), own), 2)
-
-        for block, (k0, v0) in zip(blocks, cached, strict=False):
-            attn = block.attn
-            q, k, v = (padded(y, attn.heads) for y in attn.project(block.ln_1(x)))
-            y = _attend(q, joined(k0, k), joined(v0, v), chunk.causal, attn.scale)
-            y = y.transpose(1, 2).reshape(b, c * chunk.length, -1)
-            x = x + attn.out_proj(y if chunk.scatter is None else y.index_select(1, chunk.scatter))
+        for block, prefix in zip(blocks, cached, strict=False):
+            x = x + attend(block.attn, *block.attn.project(block.ln_1(x)), prefix)
             x = x + block.mlp(block.ln_2(x))
 
         # the last block only where a feature is read
-        attn, n, (k0, v0) = last.attn, last.ln_1(x), cached[-1]
-        x = x.index_select(1, chunk.last)
-        q = attn.project(n.index_select(1, chunk.last), "q")[0]
-        k, v = (padded(y, attn.heads) for y in attn.project(n, "kv"))
-        q = q.reshape(b * c, 1, attn.heads, -1).transpose(1, 2)
-        own = None if chunk.own is None else chunk.own.repeat(b, 1, 1, 1)
-        y = _attend(q, joined(k0, k), joined(v0, v), own, attn.scale)
-        x = x + attn.out_proj(y.transpose(1, 2).reshape(b, c, -1))
+        n, x = last.ln_1(x), x.index_select(1, chunk.last)
+        (q,) = last.attn.project(n.index_select(1, chunk.last), "q")
+        x = x + attend(last.attn, q, *last.attn.project(n, "kv"), cached[-1])
         x = x + last.mlp(last.ln_2(x))
         return model.ln_final(x) @ model.text_projection
 
@@ -259,14 +223,14 @@ class Prompts:
             return torch.autograd.grad(cached, leaf, total)[0]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention of a few tokens. On the CPU written out: forward and backward of 37 sequences of 6
-    tokens take 9 ms, those of the flash kernel 14 (2 cores, 8 heads)."""
-    bias = None if bias is None else bias.to(q.dtype)
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Of a few tokens [B, H, P, d]. On a CPU written out: for so few the flash kernel takes one and
+    a half times as long."""
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     scores = q @ (k * scale).transpose(-1, -2)
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -torch.inf).softmax(-1) @ v
 
 
 def _common(rows: list[list[int]]) -> int:

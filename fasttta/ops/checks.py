@@ -43,9 +43,7 @@ def scores(
     same(ValueError, "device", q, k, "q and k")
     if q.shape[1] < 1 or q.shape[3] < 1:
         raise ValueError(f"q needs at least one head and one channel, found {tuple(q.shape)}")
-    if not all(isinstance(count, Integral) for count in spans):
-        raise TypeError(f"spans must be integers, found {list(spans)}")
-    spans = [int(count) for count in spans]
+    spans = [int(count) for count in integers("spans", spans)]
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     if sum(spans) != q.shape[2] or not spans:
@@ -75,6 +73,47 @@ def flat(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
             f"q must be {list(k.shape)} like k, or [1, ...] where the batch shares it, found "
             f"{list(q.shape)}"
         )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    return float(scale)
+
+
+def integers(name: str, values: Sequence[int]) -> Sequence[int]:
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in values):
+        raise TypeError(f"{name} must be integers, found {list(values)}")
+    return values
+
+
+def shared_prefix(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: list[int],
+    heads: int, scale: float | None,
+) -> float:  # fmt: skip
+    tensors = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    for name, x in tensors.items():
+        floating(name, x, 3, "[batch, tokens, heads * head dim]")
+    for name, x in tensors.items():
+        same(TypeError, "dtype", x, k, f"{name} and k")
+        same(ValueError, "device", x, k, f"{name} and k")
+        if (len(x), x.shape[2]) != (len(k), k.shape[2]):
+            raise ValueError(
+                f"{name} must be [{len(k)}, tokens, {k.shape[2]}] like k, found {list(x.shape)}"
+            )
+    same(ValueError, "shape", v, k, "v and k")
+    same(ValueError, "shape", prefix_v, prefix_k, "prefix_v and prefix_k")
+    if isinstance(heads, bool) or not isinstance(heads, Integral) or heads < 1:
+        raise ValueError(f"heads={heads!r} must be a positive integer")
+    if not k.shape[2] or k.shape[2] % heads:
+        raise ValueError(f"heads={heads} must divide the {k.shape[2]} channels of k")
+    if not lengths or min(lengths) < 1 or sum(lengths) != k.shape[1]:
+        raise ValueError(
+            f"lengths must be positive and sum to the {k.shape[1]} tokens of k, found {lengths}"
+        )
+    if q.shape[1] not in (k.shape[1], len(lengths)):
+        raise ValueError(
+            f"q must be of all {k.shape[1]} tokens or of the {len(lengths)} sequences' last ones, "
+            f"found {q.shape[1]}"
+        )
+    scale = (k.shape[2] // heads) ** -0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     return float(scale)

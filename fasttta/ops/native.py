@@ -37,8 +37,8 @@ from .. import csrc
 NAMES = (
     "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "flat_attention",
     "flat_attention_backward", "principal_entropy",
-    "principal_entropy_backward", "reliability_ensemble", "total_variation",
-    "total_variation_backward",
+    "principal_entropy_backward", "reliability_ensemble", "shared_prefix_attention",
+    "shared_prefix_attention_backward", "total_variation", "total_variation_backward",
 )  # fmt: skip
 
 _MODES = ("auto", "off", "require")

@@ -100,8 +100,7 @@ def shared_prefix_attention(
     p = (scale * pad.queries(q)) @ pad.keys(prefix_k, k).transpose(-2, -1)
     p.masked_fill_(pad.hidden(prefix_k.shape[1]), -torch.inf)
     lse = p.logsumexp(dim=-1)  # [B, C, H, L or 1]
-    p.sub_(lse.unsqueeze(-1)).exp_()
-    out = pad.packed_queries(p @ pad.keys(prefix_v, v))
+    out = pad.packed_queries(p.softmax(dim=-1) @ pad.keys(prefix_v, v))
     lse = pad.packed_queries(lse.unsqueeze(-1)).transpose(1, 2)
     return out.to(dtype).contiguous(), lse.contiguous()
 

@@ -1,0 +1,300 @@
+// Causal attention of packed sequences that begin alike, and its gradients.
+//
+// Sequences are a few tokens long (class names of a vision-language model), so scores are dot
+// products rather than blocks of a product: a unit of work is a head of a tile of sequences, whose
+// rows stay in the first cache, and a query meets no key that it does not see.
+#include "attention.h"
+
+namespace fasttta {
+namespace {
+
+// [B, T, H d] of any strides but the last, which is 1.
+template <typename A>
+struct Rows3 {
+  A* data;
+  int64_t sample, token;
+
+  explicit Rows3(const Tensor& x)
+      : data(static_cast<A*>(x.data_ptr())), sample(x.stride(0)), token(x.stride(1)) {}
+
+  A* at(int64_t b, int64_t t) const { return data + b * sample + t * token; }
+};
+
+template <typename A>
+inline A dot(const A* x, const A* y, int64_t d) {
+  Vector<A> sums{};
+  int64_t c = 0;
+  for (; c + kLanes<A> <= d; c += kLanes<A>) sums += load(x + c) * load(y + c);
+  A sum = reduce<A>(sums, [](auto a, auto b) { return a + b; });
+  for (; c < d; ++c) sum += x[c] * y[c];
+  return sum;
+}
+
+template <typename A>
+inline void add(A factor, const A* x, int64_t d, A* y) {
+  int64_t c = 0;
+  for (; c + kLanes<A> <= d; c += kLanes<A>) store(y + c, load(y + c) + factor * load(x + c));
+  for (; c < d; ++c) y[c] += factor * x[c];
+}
+
+// f(d), where that is a compiler's constant for the heads that CLIP has.
+template <typename F>
+inline void by_width(int64_t d, F&& f) {
+  if (d == 64) {
+    f(std::integral_constant<int64_t, 64>());
+  } else {
+    f(d);
+  }
+}
+
+template <typename A>
+inline A faint(A x) {  // exp, and 0 where products of it with small numbers might be denormal
+  return x < kLeast<A> ? A(0) : exp_(x);
+}
+
+// What forward and backward are called with.
+template <typename A>
+struct Packed {
+  Tensor q, k, v, prefix_k, prefix_v;
+  int64_t batch, queries, tokens, prefix, heads, d, sequences, tiles, longest;
+  const int32_t *starts, *firsts;
+  bool last;  // queries are the sequences' last tokens
+
+  Packed(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& prefix_k_,
+         const Tensor& prefix_v_, const Tensor& starts_, const Tensor& tiles_, int64_t heads_)
+      : q(wide(q_, "q")), k(wide(k_, "k")), v(wide(v_, "v")),
+        prefix_k(wide(prefix_k_, "prefix_k")), prefix_v(wide(prefix_v_, "prefix_v")),
+        batch(k.size(0)), queries(q.size(1)), tokens(k.size(1)), prefix(prefix_k.size(1)),
+        heads(heads_), longest(0) {
+    const int64_t width = k.size(2);
+    STD_TORCH_CHECK(heads > 0 && width > 0 && width % heads == 0, "k must be [B, S, heads * d]");
+    d = width / heads;
+    for (const Tensor* x : {&q, &v, &prefix_k, &prefix_v}) {
+      STD_TORCH_CHECK(x->size(0) == batch && x->size(2) == width,
+                      "q, k, v and prefixes must have one batch and one width");
+    }
+    STD_TORCH_CHECK(v.size(1) == tokens && prefix_v.size(1) == prefix,
+                    "values must be as many as keys");
+    for (const Tensor* x : {&starts_, &tiles_}) {
+      STD_TORCH_CHECK(x->dim() == 1 && x->numel() > 1 && x->is_contiguous() &&
+                          x->scalar_type() == ScalarType::Int,
+                      "starts and tiles must be int32 [n + 1]");
+    }
+    starts = starts_.const_data_ptr<int32_t>();
+    firsts = tiles_.const_data_ptr<int32_t>();
+    sequences = starts_.numel() - 1;
+    tiles = tiles_.numel() - 1;
+    ascending(starts, sequences, tokens, "starts");
+    ascending(firsts, tiles, sequences, "tiles");
+    for (int64_t n = 0; n < sequences; ++n) {
+      longest = std::max<int64_t>(longest, starts[n + 1] - starts[n]);
+    }
+    last = queries != tokens;
+    STD_TORCH_CHECK(!last || queries == sequences,
+                    "q must be of all tokens or of every sequence's last");
+  }
+
+  // Numbers of a row of scores, whole vectors: what is left of one takes as long as several.
+  int64_t pitch() const { return vectors_of<A>(prefix + longest); }
+
+  // Calls f(b, tile, h, space) for every unit of work, in parallel; space for rows of scores.
+  template <typename F>
+  void over_units(int64_t rows, F&& f) const {
+    const int64_t units = batch * tiles * heads;
+    torch::stable::parallel_for(0, units, 2, [&](int64_t begin, int64_t end) {
+      std::vector<A> space(rows * pitch());
+      for (int64_t i = begin; i < end; ++i) {
+        f(i / heads / tiles, i / heads % tiles, i % heads, space.data());
+      }
+    });
+  }
+
+  // Calls f(query, first own key, number of own keys) for the queries of a tile.
+  template <typename F>
+  void over_queries(int64_t tile, F&& f) const {
+    for (int64_t n = firsts[tile]; n < firsts[tile + 1]; ++n) {
+      const int64_t begin = starts[n], end = starts[n + 1];
+      if (last) {
+        f(n, begin, end - begin);
+      } else {
+        for (int64_t i = begin; i < end; ++i) f(i, begin, i + 1 - begin);
+      }
+    }
+  }
+
+ private:
+  static Tensor wide(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 3, name, " must be [B, tokens, heads * d]");
+    by_type(x, name, [&](auto a) {
+      STD_TORCH_CHECK((std::is_same_v<decltype(a), A>), name, " must be of k's precision");
+    });
+    return readable<A>(x);
+  }
+
+  static void ascending(const int32_t* x, int64_t n, int64_t end, const char* name) {
+    bool good = x[0] == 0 && x[n] == end;
+    for (int64_t i = 0; i < n; ++i) good = good && x[i] < x[i + 1];
+    STD_TORCH_CHECK(good, name, " must ascend from 0 to ", end);
+  }
+};
+
+Tensor narrow(const Tensor& x, const Tensor& like) {
+  return torch::stable::to(x, std::make_optional(like.scalar_type()));
+}
+
+std::tuple<Tensor, Tensor> shared_prefix_attention(
+    const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& prefix_k_,
+    const Tensor& prefix_v_, const Tensor& starts, const Tensor& tiles, int64_t, int64_t heads,
+    double scale_) {
+  return by_type(k_, "k", [&](auto a) {
+    using A = decltype(a);
+    const Packed<A> x(q_, k_, v_, prefix_k_, prefix_v_, starts, tiles, heads);
+    const Rows3<A> q(x.q), k(x.k), v(x.v), prefix_k(x.prefix_k), prefix_v(x.prefix_v);
+    const A scale = static_cast<A>(scale_);
+    const Tensor out = empty_wide<A>(x.k, {x.batch, x.queries, x.heads * x.d});
+    const Tensor lse = empty_wide<A>(x.k, {x.batch, x.heads, x.queries});
+    const Rows3<A> outs(out);
+    A* const log_sums = lse.template mutable_data_ptr<A>();
+    by_width(x.d, [&](auto d) {
+      x.over_units(1, [&](int64_t b, int64_t tile, int64_t h, A* s) {
+        const int64_t at = h * d;
+        x.over_queries(tile, [&](int64_t i, int64_t first, int64_t own) {
+          const A* const query = q.at(b, i) + at;
+          const int64_t n = x.prefix + own;
+          A* const p = s + x.prefix;
+          for (int64_t j = 0; j < x.prefix; ++j) {
+            s[j] = scale * dot<A>(query, prefix_k.at(b, j) + at, d);
+          }
+          for (int64_t j = 0; j < own; ++j) p[j] = scale * dot<A>(query, k.at(b, first + j) + at, d);
+          A top = -std::numeric_limits<A>::infinity(), sum = 0;
+          std::fill(s + n, s + vectors_of<A>(n), top);
+#pragma omp simd reduction(max : top)
+          for (int64_t j = 0; j < vectors_of<A>(n); ++j) top = s[j] > top ? s[j] : top;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t j = 0; j < vectors_of<A>(n); ++j) {
+            s[j] = faint(s[j] - top);
+            sum += s[j];
+          }
+          const A share = 1 / sum;
+          A* const to = outs.at(b, i) + at;
+          std::fill(to, to + d, A(0));
+          for (int64_t j = 0; j < x.prefix; ++j) {
+            add<A>(share * s[j], prefix_v.at(b, j) + at, d, to);
+          }
+          for (int64_t j = 0; j < own; ++j) add<A>(share * p[j], v.at(b, first + j) + at, d, to);
+          log_sums[(b * x.heads + h) * x.queries + i] = top + log_(sum);
+        });
+      });
+    });
+    return std::tuple<Tensor, Tensor>(narrow(out, q_), lse);
+  });
+}
+
+// The sum over tiles of [B, tiles, P, width], in their order.
+template <typename A>
+Tensor summed(const Tensor& parts, int64_t batch, int64_t tiles, int64_t prefix, int64_t width) {
+  const Tensor total = empty_wide<A>(parts, {batch, prefix, width});
+  const int64_t n = prefix * width;
+  const A* const from = parts.const_data_ptr<A>();
+  A* const to = total.mutable_data_ptr<A>();
+  torch::stable::parallel_for(0, batch * prefix, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / prefix, at = row % prefix * width;
+      A* const y = to + row * width;
+      std::fill(y, y + width, A(0));
+      for (int64_t t = 0; t < tiles; ++t) {
+        const A* const x = from + (b * tiles + t) * n + at;
+#pragma omp simd
+        for (int64_t c = 0; c < width; ++c) y[c] += x[c];
+      }
+    }
+  });
+  return total;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_prefix_attention_backward(
+    const Tensor& grad_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+    const Tensor& prefix_k_, const Tensor& prefix_v_, const Tensor& out_, const Tensor& lse_,
+    const Tensor& starts, const Tensor& tiles, int64_t, int64_t heads, double scale_) {
+  return by_type(k_, "k", [&](auto a) {
+    using A = decltype(a);
+    const Packed<A> x(q_, k_, v_, prefix_k_, prefix_v_, starts, tiles, heads);
+    STD_TORCH_CHECK(grad_.dim() == 3 && out_.dim() == 3 && lse_.dim() == 3,
+                    "grad, out and lse must have three dimensions");
+    const Tensor grad = readable<A>(grad_), out = readable<A>(out_), lse = dense<A>(lse_);
+    for (int64_t i = 0; i < 3; ++i) {
+      STD_TORCH_CHECK(grad.size(i) == x.q.size(i) && out.size(i) == x.q.size(i),
+                      "grad and out must be as q");
+    }
+    STD_TORCH_CHECK(lse.numel() == x.batch * heads * x.queries, "lse must be [B, H, Q]");
+    const int64_t width = heads * x.d;
+    const Tensor dq = empty_wide<A>(x.k, {x.batch, x.queries, width});
+    const Tensor dk = empty_wide<A>(x.k, {x.batch, x.tokens, width});
+    const Tensor dv = empty_wide<A>(x.k, {x.batch, x.tokens, width});
+    const Tensor parts_k = empty_wide<A>(x.k, {x.batch * x.tiles, x.prefix, width});
+    const Tensor parts_v = empty_wide<A>(x.k, {x.batch * x.tiles, x.prefix, width});
+    const Rows3<A> q(x.q), k(x.k), v(x.v), prefix_k(x.prefix_k), prefix_v(x.prefix_v), ups(grad),
+        outs(out), to_q(dq), to_k(dk), to_v(dv), sum_k(parts_k), sum_v(parts_v);
+    const A* const log_sums = lse.template const_data_ptr<A>();
+    const A scale = static_cast<A>(scale_);
+    by_width(x.d, [&](auto d) {
+      x.over_units(2, [&](int64_t b, int64_t tile, int64_t h, A* s) {
+        const int64_t at = h * d, part = b * x.tiles + tile;
+        A* const ds = s + x.pitch();
+        const auto clear = [&](A* y) { std::fill(y + at, y + at + d, A(0)); };
+        for (int64_t j = 0; j < x.prefix; ++j) clear(sum_k.at(part, j)), clear(sum_v.at(part, j));
+        for (int64_t j = x.starts[x.firsts[tile]]; j < x.starts[x.firsts[tile + 1]]; ++j) {
+          clear(to_k.at(b, j)), clear(to_v.at(b, j));
+        }
+        x.over_queries(tile, [&](int64_t i, int64_t first, int64_t own) {
+          const A *const query = q.at(b, i) + at, *const up = ups.at(b, i) + at;
+          // key j of those that the query sees
+          const auto over_keys = [&](auto&& f) {
+            for (int64_t j = 0; j < x.prefix; ++j) {
+              f(j, prefix_k.at(b, j), prefix_v.at(b, j), sum_k.at(part, j), sum_v.at(part, j));
+            }
+            for (int64_t j = 0, t = first; j < own; ++j, ++t) {
+              f(x.prefix + j, k.at(b, t), v.at(b, t), to_k.at(b, t), to_v.at(b, t));
+            }
+          };
+          over_keys([&](int64_t j, const A* key, const A* value, A*, A*) {
+            s[j] = scale * dot<A>(query, key + at, d);
+            ds[j] = dot<A>(up, value + at, d);
+          });
+          const A mean = dot<A>(up, outs.at(b, i) + at, d);
+          const A log_sum = log_sums[(b * heads + h) * x.queries + i];
+          const int64_t n = x.prefix + own;
+          std::fill(s + n, s + vectors_of<A>(n), -std::numeric_limits<A>::infinity());
+          std::fill(ds + n, ds + vectors_of<A>(n), A(0));
+#pragma omp simd
+          for (int64_t j = 0; j < vectors_of<A>(n); ++j) {
+            s[j] = faint(s[j] - log_sum);
+            ds[j] = scale * s[j] * (ds[j] - mean);
+          }
+          A* const to = to_q.at(b, i) + at;
+          std::fill(to, to + d, A(0));
+          over_keys([&](int64_t j, const A* key, const A*, A* key_sum, A* value_sum) {
+            add<A>(ds[j], key + at, d, to);
+            add<A>(ds[j], query, d, key_sum + at);
+            add<A>(s[j], up, d, value_sum + at);
+          });
+        });
+      });
+    });
+    const auto total = [&](const Tensor& parts, const Tensor& like) {
+      return narrow(summed<A>(parts, x.batch, x.tiles, x.prefix, width), like);
+    };
+    return std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+        narrow(dq, q_), narrow(dk, k_), narrow(dv, v_), total(parts_k, prefix_k_),
+        total(parts_v, prefix_v_));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fasttta, CPU, m) {
+  m.impl("shared_prefix_attention", TORCH_BOX(&shared_prefix_attention));
+  m.impl("shared_prefix_attention_backward", TORCH_BOX(&shared_prefix_attention_backward));
+}
+
+}  // namespace fasttta
