@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 import fasttta
 from fasttta.data import Views
@@ -38,6 +38,22 @@ def class_ids(classes: int, full: bool) -> Tensor:
     return ids
 
 
+def plain_block(block: nn.Module, x: Tensor, causal: bool = False) -> Tensor:
+    """A transformer block in PyTorch's own calls: nn.MultiheadAttention's, QuickGELU's formula."""
+    attn, mlp = block.attn, block.mlp
+    qkv = nnf.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    y = nnf.scaled_dot_product_attention(
+        *map(attn.split, qkv), is_causal=causal, scale=attn.scale
+    ).transpose(1, 2).flatten(2)  # fmt: skip
+    x = x + nnf.linear(y, attn.out_proj.weight, attn.out_proj.bias)
+    return x + plain_mlp(mlp, block.ln_2(x))
+
+
+def plain_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    x = nnf.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)
+    return nnf.linear(x * torch.sigmoid(1.702 * x), mlp.c_proj.weight, mlp.c_proj.bias)
+
+
 class OfficialLoop:
     """A-TPT (or TPT) as its code computes it: the text tower on all classes, on 40 (77) tokens
     each, again for every view's attention; views one at a time there, and encoded three times.
@@ -62,7 +78,7 @@ class OfficialLoop:
         x = torch.cat((x[:, :1], context, x[:, 1 + PROMPT :]), 1)
         x = x + model.positional_embedding[: ids.shape[1]]
         for block in model.transformer.resblocks:
-            x = block(x, causal=True)
+            x = plain_block(block, x, causal=True)
         x = model.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)] @ model.text_projection
         return nnf.normalize(x, dim=-1)
 
@@ -80,7 +96,7 @@ class OfficialLoop:
         visual = self.model.visual
         x = visual.embed(self.model._normalised(pixels))
         for block in visual.transformer.resblocks:
-            x = block(x)
+            x = plain_block(block, x)
         return nnf.normalize(visual.finish(x[:, 0]), dim=-1)
 
     def attention(self, pixels: Tensor, text: Tensor) -> Tensor:
@@ -94,7 +110,7 @@ class OfficialLoop:
                 p = (q @ k.transpose(-1, -2) * block.attn.scale).softmax(-1)
                 taken = [*taken[-1:], (x, n, p)]
                 x = x + block.attn.combine(p @ v)
-                x = x + block.mlp(block.ln_2(x))
+                x = x + plain_mlp(block.mlp, block.ln_2(x))
             features = nnf.normalize(visual.finish(x[:, 0]), dim=-1)
             score = (self.scale * features @ text.T).amax()
             (x0, _, p0), (x1, n1, p1) = taken

@@ -8,14 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.activation import quick_gelu
 from ..ops.softmax import attend
 from .layers import Linear
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), what OpenAI trained with."""
-    return x * torch.sigmoid(1.702 * x)
-
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
@@ -45,20 +40,17 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, H, T, d], a view."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def combine(self, x: Tensor) -> Tensor:
-        """[B, H, T, d] -> [B, T, D], projected."""
-        return self.out_proj(x.transpose(1, 2).flatten(2))
+    def combine(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """[B, H, T, d] -> [B, T, D], projected, plus ``add``."""
+        return self.out_proj(x.transpose(1, 2).flatten(2), add=add)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, T, D], already normalised -> [B, T, D]."""
+    def forward(self, x: Tensor, causal: bool = False, add: Tensor | None = None) -> Tensor:
+        """x [B, T, D], already normalised -> [B, T, D], plus ``add``."""
         q, k, v = map(self.split, self.project(x))
-        if mask is None and not causal:
-            return self.combine(attend(q, k, v, self.scale))
-        return self.combine(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale
-            )
-        )
+        if not causal:
+            return self.combine(attend(q, k, v, self.scale), add)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.combine(out, add)
 
 
 class MLP(nn.Module):
@@ -67,8 +59,8 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj = Linear(dim, hidden), Linear(hidden, dim)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)), add=add)
 
 
 class Block(nn.Module):
@@ -81,8 +73,8 @@ class Block(nn.Module):
         self.mlp = MLP(dim, hidden, activation)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal=causal)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), causal=causal, add=x)
+        return self.mlp(self.ln_2(x), add=x)
 
 
 class Transformer(nn.Module):

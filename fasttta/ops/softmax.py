@@ -43,7 +43,7 @@ def _like_heads(x: Tensor) -> Tensor:
     return x.new_empty(b, t, h, d).transpose(1, 2)
 
 
-def _plain() -> bool:
+def plain() -> bool:
     """Whether calls are what they seem: not traced, transformed, differentiated forward or cast."""
     return not (
         torch.compiler.is_compiling()
@@ -56,7 +56,7 @@ def _plain() -> bool:
 def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the C++ kernel is made for these, and there."""
     return (
-        _plain()
+        plain()
         and all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
             for x in (q, k, v))
         and q.shape[2] >= _FEWEST
