@@ -53,9 +53,28 @@ def adapted(golden, model, method, precision, device, task="", **options):
     return fasttta.adapt(model.to(device), method, classes=ids, precision=precision, **options)
 
 
-def check_tuning(golden, precision, prefix, result, limit=None):
+def check_prompt(found, found_grad, expected, grad, limit, what):
+    """A prompt after AdamW's first step, lr g / (|g| + eps): a sign, unless g is next to nothing.
+
+    Where a gradient is below its own tolerance it leaves the place open: golden task2 has an entry
+    of 1.5e-6 (the largest is 0.1) that the official code moves to places 7e-6 apart in float32 and
+    float64. Such entries are compared less the step that their gradient asks for.
+    """
+    found, found_grad = (x.double().cpu() for x in (found, found_grad))
+    expected, grad = expected.double(), grad.double()
+    sure = grad.abs() > limit["grad"]
+    assert sure.double().mean() > 0.98
+    near(found[sure], expected[sure], limit["prompt"], what)
+
+    def step(g):
+        return -5e-3 * g / (g.abs() + 1e-8)
+
+    near(found - step(found_grad), expected - step(grad), limit["prompt"], what)
+
+
+def check_tuning(golden, precision, prefix, result):
     """All that a case recorded of one tuning step."""
-    expected, limit = golden.expected[precision], limit or TOLERANCES[precision]
+    expected, limit = golden.expected[precision], TOLERANCES[precision]
     n = len(result.stats["selected"])
     found = {
         "image_features": (result.trace["features"], "features"),
@@ -79,10 +98,11 @@ def check_tuning(golden, precision, prefix, result, limit=None):
         tolerance = limit[kind]
         if kind == "loss":
             tolerance *= max(1.0, expected[prefix + name].abs().item())
-        if kind == "prompt" and precision == "fp32":
-            # sign descent where the gradient is next to nothing: what float32 leaves open
-            tolerance = max(tolerance, 5 * golden.differences.get(prefix + name, (0, 0))[0])
-        near(value, expected[prefix + name], tolerance, prefix + name)
+        if kind == "prompt":
+            grads = result.grads["prompt"], expected[prefix + "grad_ctx"]
+            check_prompt(value, grads[0], expected[prefix + name], grads[1], limit, prefix + name)
+        else:
+            near(value, expected[prefix + name], tolerance, prefix + name)
         compared += 1
     assert compared >= 3
     if f"{prefix}selected_idx" in expected:
@@ -217,7 +237,10 @@ def test_mean_ensemble(vit, vit_model, device, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_paper_pipeline(vit, vit_model, device, precision):
     expected = vit.expected[precision]
-    preset = fasttta.methods.ATPT.PRESETS["paper"]
+    # shares of the other pixels, 0.2 and 0.8, are float32's there, in the float64 run too
+    low, high = torch.tensor([0.2, 0.8], dtype=torch.float32).tolist()
+    shares = {"mix_high": 1 - low, "mix_low": 1 - high}
+    preset = {**fasttta.methods.ATPT.PRESETS["paper"], **shares}
     model = adapted(vit, vit_model, "a-tpt", precision, device, **preset)
     stats = model.step(views=vit.views(device=device)).stats
     float64 = vit.expected["fp64"]["paper_pipeline.region_u8"]
@@ -229,8 +252,7 @@ def test_paper_pipeline(vit, vit_model, device, precision):
     only_near_thresholds(stats["region"], float64, stats["attention"], least, precision)
     assert torch.equal((stats["region"].cpu() == 2).sum((1, 2)), (float64 == 2).sum((1, 2)))
     result = model.step(views=vit.views(expected["paper_pipeline.region_u8"], device), trace=True)
-    # their mixing weights 0.2 and 0.8 are float32 in the float64 run too: 1e-6 of the logits
-    check_tuning(vit, precision, "paper_pipeline.", result, TOLERANCES["fp32"])
+    check_tuning(vit, precision, "paper_pipeline.", result)
     for ensemble, tv_map, name in (
         ("tv", "pixel", "paper_px"),
         ("tv", "grid", "paper_grid"),
@@ -266,10 +288,7 @@ def test_two_steps(vit, vit_model, device, precision):
     expected, limit = vit.expected[precision], TOLERANCES[precision]
     near(result.grads["prompt"], expected["rtpt.grad_ctx"], limit["grad"])
     near(result.trace["grad_last"], expected["rtpt_2steps.grad_ctx"], limit["grad"])
-    tolerance = limit["prompt"] if precision == "fp64" else max(
-        limit["prompt"], 5 * vit.differences["rtpt_2steps.ctx_after"][0]
-    )  # fmt: skip
-    near(result.stats["prompt"], expected["rtpt_2steps.ctx_after"], tolerance)
+    near(result.stats["prompt"], expected["rtpt_2steps.ctx_after"], limit["prompt"])
     near(result.trace["logits_after"], expected["rtpt_2steps.tuned_logits"], limit["logits"])
 
 
