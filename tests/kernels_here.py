@@ -20,14 +20,15 @@ if not NATIVE:
 
 # ruff: noqa: E402
 import triton
+
 from fasttta.kernels import (
     adaptation_head,
     attention_bootstrap,
     attention_bootstrap_per_head,
     flat_attention,
+    shared_prefix_attention,
     total_variation,
 )
-
 from fasttta.ops import composite
 from fasttta.ops.triton import KERNELS
 
@@ -108,7 +109,7 @@ def poisoned(monkeypatch):
 
     for module in (
         adaptation_head, adaptation_head.large, attention_bootstrap, attention_bootstrap_per_head,
-        flat_attention, total_variation,
+        flat_attention, shared_prefix_attention, total_variation,
     ):  # fmt: skip
         monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
     yield
