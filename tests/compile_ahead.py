@@ -34,6 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TENSOR_MEMORY = 512  # columns, of sm_100
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 AUDIO_VIDEO = [512, 196]  # tokens of a ViT-B's two modalities; 12 heads of 64
 
@@ -202,7 +203,8 @@ def usage(kernel) -> dict[str, int]:
         found = _cubin_usage(kernel.asm["cubin"])
     else:
         found = _amd_usage(kernel.asm["amdgcn"])
-    return found | {"shared": kernel.metadata.shared}
+    columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    return found | {"shared": kernel.metadata.shared, "tensor_memory": columns}
 
 
 def compile_all(target: str, cases: dict) -> list[dict]:
@@ -241,6 +243,9 @@ def problems(target: str, rows: list[dict]) -> list[str]:
             found.append(f"{name}: {row['spilled']} bytes of registers spilled")
         if row["shared"] > limit:
             found.append(f"{name}: {row['shared']} bytes of shared memory, a block has {limit}")
+        if row["tensor_memory"] > TENSOR_MEMORY:  # such a kernel is compiled to nothing
+            columns = row["tensor_memory"]
+            found.append(f"{name}: {columns} columns of tensor memory, an SM has {TENSOR_MEMORY}")
         # registers of an SM of NVIDIA's, and of each of the four SIMDs of a CU of AMD's
         nvidia = target.startswith("sm")
         threads = row["warps"] * lanes // (1 if nvidia else 4)
