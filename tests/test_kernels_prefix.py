@@ -102,7 +102,7 @@ def test_half_precision(dtype, last):
 
 
 def test_large_scores():
-    """Keys of other sequences, which a query does not see, may score hundreds more."""
+    """Hundreds, also with keys that a query does not see; blocks of keys of which it sees none."""
     _check(_arguments(SEVERAL[:4], 0, 1, size=200.0), slack=50.0)
 
 
