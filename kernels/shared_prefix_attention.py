@@ -232,7 +232,7 @@ def _key_gradients(
     tl.store(p_dv + o_out, dv.to(p_dv.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=_SIZES + ("S", "tiles"))
+@triton.jit(do_not_specialize=(*_SIZES, "S", "tiles"))
 def _prefix_gradients_kernel(
     p_q, p_k, p_v, p_prefix_k, p_prefix_v, p_grad, p_out, p_lse, p_starts, p_tiles,
     p_dq, p_dk, p_dv, p_partial,
