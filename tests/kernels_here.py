@@ -20,7 +20,6 @@ if not NATIVE:
 
 # ruff: noqa: E402
 import triton
-
 from fasttta.kernels import (
     adaptation_head,
     attention_bootstrap,
@@ -29,6 +28,7 @@ from fasttta.kernels import (
     shared_prefix_attention,
     total_variation,
 )
+
 from fasttta.ops import composite
 from fasttta.ops.triton import KERNELS
 
