@@ -281,6 +281,48 @@ def flat_gradients(architecture: str, half: bool, heads: int, count: int, d: int
 TILE_TOKENS = 64  # of packed sequences, whole ones, that kernels take at once
 
 
+def widest_prefix_head(half: bool) -> int:
+    """Channels of which tiles stay in registers: a float32 product is three, or keeps operands."""
+    return 128 if half else 64
+
+
+def _prefix(
+    architecture: str, half: bool, prefix: int, d: int, last: bool
+) -> tuple[dict[str, object], dict[str, int]]:
+    """Constants, and warps and registers; BP: keys of the prefix at a time. Last tokens are few:
+    a tile has 16 if sequences have four. float16 is computed in float32, as in flat attention."""
+    rows, columns = (64 if d <= 64 else 16, 32) if half else (64, 16)
+    if not half and architecture in ("sm_80", "gfx942"):
+        rows = 16 if architecture == "sm_80" else 32
+    constants = {
+        "BM": min(rows, 16) if last else rows, "BN": columns,
+        "BP": min(columns, power_of_2(max(16, prefix))), "BD": power_of_2(max(16, d)),
+        "BS": TILE_TOKENS, "LAST": last, "WIDE": not half,
+        "PRECISION": precision(architecture, half),
+    }  # fmt: skip
+    return constants, {"warps": 8, "registers": 255}
+
+
+def prefix_attention(
+    architecture: str, half: bool, heads: int, tiles: int, prefix: int, d: int, last: bool
+) -> Plan:
+    """Heads of the whole batch; last: queries are the sequences' last tokens alone."""
+    constants, options = _prefix(architecture, half, prefix, d, last)
+    return Plan((tiles * (TILE_TOKENS // constants["BM"]), heads), constants, **options)
+
+
+def prefix_gradients(
+    architecture: str, half: bool, heads: int, tiles: int, prefix: int, d: int, last: bool
+) -> Plan:
+    constants, options = _prefix(architecture, half, prefix, d, last)
+    parts = 2 * (TILE_TOKENS // constants["BM"]) + cdiv(prefix, constants["BP"])
+    return Plan((tiles * parts, heads), constants, **options)
+
+
+def prefix_sum(batch: int, size: int) -> Plan:
+    return Plan((cdiv(2 * size, 128), batch), {"BT": 16, "BE": 128}, 4)
+
+
 # --------------------------------------------------------------------------- adaptation head
 
 ROW_CLASSES = 4096  # a row of at most so many logits stays in registers

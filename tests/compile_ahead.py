@@ -34,6 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TENSOR_MEMORY = 512  # columns, of sm_100
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 AUDIO_VIDEO = [512, 196]  # tokens of a ViT-B's two modalities; 12 heads of 64
 
@@ -92,6 +93,21 @@ def flat(batch, classes, d, dtype=FP32, shared=True):
     ops.flat_attention_backward(v, q, k, v, *saved, 1.0)
 
 
+def prefix(batch, sequences, prefix, d, dtype=FP32, last=False):
+    """Sequences of four tokens, 16 a tile, packed views, and 8 heads."""
+    ops = _kernels("shared_prefix_attention")
+    rows, tokens = 3 * 8 * d, 4 * sequences
+    q, k, v = torch.empty(batch, tokens, rows, dtype=dtype, device="meta").chunk(3, dim=-1)
+    shared = torch.empty(batch, prefix, rows, dtype=dtype, device="meta").chunk(3, dim=-1)[1:]
+    q = torch.empty(batch, sequences, 8 * d, dtype=dtype, device="meta") if last else q
+    starts, tiles = (
+        torch.empty(n + 1, dtype=torch.int32, device="meta") for n in (sequences, sequences // 16)
+    )
+    layout = starts, tiles, 4, 8, d**-0.5
+    out, lse = ops.shared_prefix_attention(q, k, v, *shared, *layout)
+    ops.shared_prefix_attention_backward(out, q, k, v, *shared, out, lse, *layout)
+
+
 CORE = {
     "attention-bf16-32": (attention, 32, 12, AUDIO_VIDEO, 64, BF16),
     "attention-fp32-32": (attention, 32, 12, AUDIO_VIDEO, 64, FP32),
@@ -101,6 +117,7 @@ CORE = {
     "maps-grid": (maps, 64, 14, 14, 100),
     "maps-pixel": (maps, 64, 224, 224, 1000),
     "flat-fp32": (flat, 6, 1000, 64),
+    "prefix-fp32": (prefix, 6, 1024, 5, 64),
 }
 CLASSES = ((8, 50), (128, 309), (64, 1000), (64, 4096), (64, 100_000))
 ALL = {
@@ -125,6 +142,17 @@ ALL = {
     **{f"flat-fp32-{d}": (flat, 6, 1000, d, FP32, False) for d in (16, 80, 128)},
     **{f"flat-bf16-{d}": (flat, 6, 1000, d, BF16) for d in (64, 128)},
     "flat-fp16": (flat, 6, 1000, 64, HALF),
+    **{f"prefix-fp32-{d}": (prefix, 6, 1024, 5, d) for d in (16, 20)},
+    **{f"prefix-fp32-{p}-before": (prefix, 6, 1024, p, 64) for p in (0, 1, 20, 40)},
+    "prefix-fp32-last": (prefix, 6, 1024, 20, 64, FP32, True),
+    **{f"prefix-bf16-{d}": (prefix, 6, 1024, 5, d, BF16) for d in (20, 64, 80, 128)},
+    **{f"prefix-bf16-{p}-before": (prefix, 6, 1024, p, 64, BF16) for p in (20, 40)},
+    "prefix-bf16-128-40-before": (prefix, 6, 1024, 40, 128, BF16),
+    "prefix-bf16-last": (prefix, 6, 1024, 20, 64, BF16, True),
+    "prefix-bf16-128-last": (prefix, 6, 1024, 40, 128, BF16, True),
+    "prefix-fp16": (prefix, 6, 1024, 5, 64, HALF),
+    "prefix-fp16-20-before": (prefix, 6, 1024, 20, 64, HALF),
+    "prefix-fp16-last": (prefix, 6, 1024, 5, 64, HALF, True),
 }
 
 
@@ -175,7 +203,8 @@ def usage(kernel) -> dict[str, int]:
         found = _cubin_usage(kernel.asm["cubin"])
     else:
         found = _amd_usage(kernel.asm["amdgcn"])
-    return found | {"shared": kernel.metadata.shared}
+    columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    return found | {"shared": kernel.metadata.shared, "tensor_memory": columns}
 
 
 def compile_all(target: str, cases: dict) -> list[dict]:
@@ -214,6 +243,9 @@ def problems(target: str, rows: list[dict]) -> list[str]:
             found.append(f"{name}: {row['spilled']} bytes of registers spilled")
         if row["shared"] > limit:
             found.append(f"{name}: {row['shared']} bytes of shared memory, a block has {limit}")
+        if row["tensor_memory"] > TENSOR_MEMORY:  # such a kernel is compiled to nothing
+            columns = row["tensor_memory"]
+            found.append(f"{name}: {columns} columns of tensor memory, an SM has {TENSOR_MEMORY}")
         # registers of an SM of NVIDIA's, and of each of the four SIMDs of a CU of AMD's
         nvidia = target.startswith("sm")
         threads = row["warps"] * lanes // (1 if nvidia else 4)

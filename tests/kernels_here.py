@@ -25,6 +25,7 @@ from fasttta.kernels import (
     attention_bootstrap,
     attention_bootstrap_per_head,
     flat_attention,
+    shared_prefix_attention,
     total_variation,
 )
 
@@ -108,7 +109,7 @@ def poisoned(monkeypatch):
 
     for module in (
         adaptation_head, adaptation_head.large, attention_bootstrap, attention_bootstrap_per_head,
-        flat_attention, total_variation,
+        flat_attention, shared_prefix_attention, total_variation,
     ):  # fmt: skip
         monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
     yield

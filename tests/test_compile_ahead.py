@@ -41,5 +41,6 @@ def test_core(compiling, target):
         "_moments_kernel", "_gradient_kernel", "_rows_kernel", "_batch_kernel", "_samples_kernel",
         "_columns_kernel", "_strips_kernel", "_ensemble_kernel", "_small_kernel",
         "_row_attention_kernel", "_weigh_rows_kernel", "_sums_kernel",
-        "_attention_gradients_kernel",
+        "_attention_gradients_kernel", "_prefix_attention_kernel", "_prefix_gradients_kernel",
+        "_add_tiles_kernel",
     }  # fmt: skip

@@ -12,6 +12,21 @@ from kernels_here import DEVICE, KERNELS, NATIVE
 
 from fasttta import functional
 from fasttta.ops import backends, composite, schema, triton
+from fasttta.ops.prefix import layout as prefix_layout
+
+
+def _prefix_args(
+    dtype=torch.float32, lengths=(2, 1, 3), d=4, batch=2, prefix=3, last=False, device=DEVICE
+):
+    """Of shared_prefix_attention, with two heads."""
+    packed = prefix_layout(lengths, device)
+
+    def projection(count):
+        return torch.randn(batch, count, 3 * 2 * d, device=device).to(dtype).chunk(3, dim=-1)
+
+    (q, k, v), (_, *shared) = projection(sum(lengths)), projection(prefix)
+    q = q[:, : len(lengths)].contiguous() if last else q
+    return q, k, v, *shared, *packed, 2, 0.5
 
 
 def _samples(dtype):
@@ -39,6 +54,10 @@ def _samples(dtype):
         out, top, rest = composite.flat_attention(shared, k, k, 0.5)
         yield "flat_attention", (shared, k, k, 0.5)
         yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
+    for args in (_prefix_args(dtype), _prefix_args(dtype, last=True)):
+        out, lse = composite.shared_prefix_attention(*args)
+        yield "shared_prefix_attention", args
+        yield "shared_prefix_attention_backward", (out, *args[:5], out, lse, *args[5:])
 
 
 def test_every_operation_is_registered():
@@ -69,7 +88,9 @@ def test_results_are_as_declared(name, args):
     args = [
         x.mT.contiguous().mT if t and x.ndim > 1 else x for t, x in zip(tensors, args, strict=True)
     ]
-    single = [x.float() if t else x for t, x in zip(tensors, args, strict=True)]
+    single = [
+        x.float() if t and x.is_floating_point() else x for t, x in zip(tensors, args, strict=True)
+    ]
     operation = getattr(torch.ops.fasttta, name)
     for serve, given in ((KERNELS[name], args), (operation, args), (operation, single)):
         results = serve(*given), operation(*map(_meta, given))
@@ -165,6 +186,36 @@ def _scores(d=4, dtype=torch.float32, batch=2):
             "at most 128 channels, found 129",
         ),
         ("flat_attention", (*_scores(), _scores(dtype=torch.float16)[0], 1.0), "of one dtype"),
+        (
+            "shared_prefix_attention",
+            _prefix_args(lengths=(65, 2), device="meta"),
+            "sequences of at most 64 tokens, found 65",
+        ),
+        (
+            "shared_prefix_attention",
+            _prefix_args(d=65, device="meta"),
+            "at most 64 channels in torch.float32, found 65",
+        ),
+        (
+            "shared_prefix_attention",
+            _prefix_args(torch.bfloat16, d=129, device="meta"),
+            "at most 128 channels in torch.bfloat16, found 129",
+        ),
+        (
+            "shared_prefix_attention",
+            _prefix_args(batch=32768, device="meta"),
+            "at most 65535 heads, found 32768 samples of 2",
+        ),
+        (
+            "shared_prefix_attention",
+            (_prefix_args(torch.bfloat16)[0], *_prefix_args()[1:]),
+            "of one dtype",
+        ),
+        (
+            "shared_prefix_attention",
+            (*_prefix_args()[:5], *(x.long() for x in _prefix_args()[5:7]), *_prefix_args()[7:]),
+            "int64",
+        ),
         ("total_variation", (torch.empty(65536, 2, 2, device="meta"),), "at most 65535"),
         ("total_variation", (torch.empty(2, 2**16, 2**16, device="meta"),), "2\\^31 elements"),
     ],

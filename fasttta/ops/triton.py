@@ -2,7 +2,7 @@
 
 Triton and the kernels are imported on the first call. What a kernel is not made for is computed by
 the composite implementation: float64, scale 0, single heads of more than 64 channels, tensors whose
-samples span 2^31 elements or whose batch exceeds 65535.
+samples span 2^31 elements or whose batch exceeds 65535, packed sequences of more than 64 tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _LOGITS = (
     "principal_entropy_backward",
 )  # fmt: skip
 _FLAT = ("flat_attention", "flat_attention_backward")
+_PREFIX = {"shared_prefix_attention": 0, "shared_prefix_attention_backward": 1}  # places of q
 _MAPS = ("reliability_ensemble", "total_variation", "total_variation_backward")
 
 
@@ -71,6 +72,11 @@ def _far(x: Tensor) -> bool:
     return sum((size - 1) * stride for size, stride in within) >= 2**31
 
 
+def _dense(x: Tensor) -> bool:
+    """Whether the last dimension is contiguous."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
 def _not_for_scores(q: Tensor, k: Tensor, spans, scale, per_head, *anchors) -> str | None:
     if q.dtype != k.dtype:
         return f"it needs q and k of one dtype, found {q.dtype} and {k.dtype}"
@@ -94,12 +100,29 @@ def _not_for_flat(*tensors: Tensor) -> str | None:
     return None
 
 
+def _not_for_prefix(q: Tensor, longest: int, heads: int, *tensors: Tensor) -> str | None:
+    *tensors, starts, tiles = tensors
+    types = [x.dtype for x in tensors[:7]]  # an eighth is the log-sum-exp
+    if len(set(types)) > 1:
+        return f"it needs tensors of one dtype, found {types}"
+    if starts.dtype != torch.int32 or tiles.dtype != torch.int32:
+        return f"it needs starts and tiles in int32, found {starts.dtype} and {tiles.dtype}"
+    if longest > plan.TILE_TOKENS:
+        return f"it needs sequences of at most {plan.TILE_TOKENS} tokens, found {longest}"
+    d, widest = q.shape[2] // heads, plan.widest_prefix_head(q.dtype == torch.bfloat16)
+    if d > widest:
+        return f"it needs heads of at most {widest} channels in {q.dtype}, found {d}"
+    if len(q) * heads > 65535:
+        return f"it needs at most 65535 heads, found {len(q)} samples of {heads}"
+    return None
+
+
 def unsuitable(name: str, *args) -> str | None:
     """What in its arguments an operation's kernels are not made for; None if nothing."""
     for x in args:
         if not isinstance(x, Tensor):
             continue
-        if x.dtype not in _TYPES:
+        if x.dtype not in _TYPES and not (name in _PREFIX and x.dtype == torch.int32):
             return f"it needs float16, bfloat16 or float32, found {x.dtype}"
         if x.ndim > 2 and x.shape[0] > 65535:
             return f"it needs at most 65535 samples, found {x.shape[0]}"
@@ -107,6 +130,9 @@ def unsuitable(name: str, *args) -> str | None:
             return f"it needs samples within 2^31 elements, found strides {x.stride()}"
     if name in _FLAT:
         return _not_for_flat(*(x for x in args if isinstance(x, Tensor)))
+    if name in _PREFIX:
+        tensors = (x for x in args if isinstance(x, Tensor))
+        return _not_for_prefix(args[_PREFIX[name]], *args[-3:-1], *tensors)
     if name not in _SCORES:
         return None
     at, spans, _ = _SCORES[name]
@@ -134,6 +160,18 @@ def _on_heads(name: str, *args):
     return getattr(_kernels("flat_attention"), name)(*args)
 
 
+def _on_packed(name: str, *args):
+    at = _PREFIX[name]
+    empty = not (args[at].numel() and args[at + 1].numel())
+    if empty or not _installed() or unsuitable(name, *args):
+        return getattr(composite, name)(*args)
+    args = [
+        x.contiguous() if isinstance(x, Tensor) and not (at <= n < at + 5 and _dense(x)) else x
+        for n, x in enumerate(args)
+    ]
+    return getattr(_kernels("shared_prefix_attention"), name)(*args)
+
+
 def _on_rows(module: str, name: str, *args):
     """An operation on logits or maps: rows or maps are its tensors of the highest rank."""
     empty = any(isinstance(x, Tensor) and x.ndim > 1 and not x.numel() for x in args)
@@ -144,6 +182,7 @@ def _on_rows(module: str, name: str, *args):
 KERNELS: dict[str, Callable] = {
     **{name: functools.partial(_on_scores, name) for name in _SCORES},
     **{name: functools.partial(_on_heads, name) for name in _FLAT},
+    **{name: functools.partial(_on_packed, name) for name in _PREFIX},
     **{name: functools.partial(_on_rows, "adaptation_head", name) for name in _LOGITS},
     **{name: functools.partial(_on_rows, "total_variation", name) for name in _MAPS},
 }
