@@ -165,6 +165,21 @@ def test_nothing_is_written_to_and_strides_do_not_matter():
     assert all(torch.equal(x, y) for x, y in zip(kept, tensors, strict=True))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_of_the_first_row_stays_there_and_no_sample_is_none(implementation, monkeypatch):
+    """What fills up shorter sequences is no row of another one."""
+    using(implementation, monkeypatch)
+    tensors, options = _tensors("ragged")
+    tensors[2].data[:, 0] = torch.nan
+    found = _with_gradients(tensors, options)
+    for x in found[:4]:
+        assert x[:, 1:].isfinite().all()
+    assert found[0][:, 0].isnan().any()
+    empty = [x.detach()[:0].requires_grad_() for x in tensors]
+    for x, y in zip(_with_gradients(empty, options), (empty[0], *empty), strict=True):
+        assert x.shape == y.shape
+
+
 def test_layout():
     found = layout([30, 30, 4, 60, 1, 3, 1])
     assert found.starts.tolist() == [0, 30, 60, 64, 124, 125, 128, 129]

@@ -57,15 +57,16 @@ class _Padded:
         )
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[B, S, H d] -> [B, C, H, L, d]; what fills up is some row."""
-        x = x if self.full else x.index_select(1, self.rows)
-        return x.reshape(len(x), self.count, self.longest, self.heads, -1).transpose(2, 3)
+        """[B, S, H d] -> [B, C, H, L, d], filled up with 0."""
+        if not self.full:
+            x = x.index_select(1, self.rows).masked_fill_(~self.real.view(-1, 1), 0)
+        return x.unflatten(1, (self.count, -1)).unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
     def queries(self, x: Tensor) -> Tensor:
         """[B, Q, H d] -> [B, C, H, L or 1, d]"""
         if not self.last:
             return self.tokens(x)
-        return x.reshape(len(x), self.count, 1, self.heads, -1).transpose(2, 3)
+        return x.unsqueeze(2).unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
     def keys(self, prefix: Tensor, x: Tensor) -> Tensor:
         """[B, P, H d] and [B, S, H d] -> [B, C, H, P + L, d]"""
@@ -118,8 +119,6 @@ def shared_prefix_attention_backward(
     p = q @ k.transpose(-2, -1)
     p.masked_fill_(pad.hidden(shared), -torch.inf)
     p.sub_(pad.queries(lse.transpose(1, 2))).exp_()
-    if not (pad.last or pad.full):
-        p.masked_fill_(~pad.real[:, None, :, None], 0)  # of rows that fill up
     ds = p * (up @ pad.keys(prefix_v, v).transpose(-2, -1) - mean)
     dq = pad.packed_queries(scale * (ds @ k))
     found = [dq]
