@@ -75,6 +75,13 @@ def test_what_does_not_fit_the_model(options, words):
     assert all(not m._forward_hooks and "forward" not in vars(m) for m in model.modules())
 
 
+def test_equal_specs_are_one_key():
+    spec = ModelSpec("fusion", {"audio": (0, 2), "video": (2, 5)}, scale=0.5)
+    other = ModelSpec(["fusion"], {"video": (2, 5), "audio": (0, 2)}, scale=0.5)
+    assert {spec: 1}[other] == 1
+    assert len({spec, ModelSpec("fusion", {"audio": (0, 2), "video": (2, 6)}, scale=0.5)}) == 2
+
+
 def test_not_a_spec():
     with pytest.raises(TypeError, match="spec must be a fasttta.ModelSpec, found dict"):
         fasttta.adapt(build("three"), "read", spec={"fusion": "attn"})

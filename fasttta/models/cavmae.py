@@ -15,6 +15,7 @@ from ..trace import span
 from . import workers
 from .checkpoint import infer_sizes, read_state_dict
 from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
+from .passing import portion, through
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
 _PARTS = ("weight", "bias")
@@ -23,46 +24,6 @@ _PARTS = ("weight", "bias")
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def portion(tokens: Tensor) -> int:
-    """Samples to compute at a time: on a CPU about 4 MiB of float32 tokens, which keeps the MLP's
-    buffers (four times as wide) in reach of the caches; elsewhere all."""
-    if tokens.device.type != "cpu":
-        return len(tokens)
-    return max(1, 2**20 // tokens[0].numel())
-
-
-def _replace(blocks: Sequence[Block], tokens: Tensor) -> None:
-    """Tokens [B, T, D] become what blocks make of them."""
-    x = tokens
-    for block in blocks:
-        x, _ = block(x)
-    tokens.copy_(x)
-
-
-def _through(*pairs: tuple[nn.ModuleList, Tensor]) -> list[Tensor]:
-    """Of each pair (blocks, tokens [B, T, D]) the tokens behind the blocks; without gradients
-    samples side by side, or where they are many a portion at a time, in place."""
-    grad = torch.is_grad_enabled()
-    modules = [block for blocks, _ in pairs for block in blocks]
-    if not grad and workers.suit(pairs[0][1], modules):
-        workers.run([
-            functools.partial(_replace, blocks, part)
-            for blocks, tokens in pairs
-            for part in tokens.split(1)
-        ])  # fmt: skip
-        return [tokens for _, tokens in pairs]
-    found = []
-    for blocks, tokens in pairs:
-        if grad or len(tokens) <= portion(tokens):
-            for block in blocks:
-                tokens, _ = block(tokens)
-        else:
-            for part in tokens.split(portion(tokens)):
-                _replace(blocks, part)
-        found.append(tokens)
-    return found
 
 
 class Block(nn.Module):
@@ -331,11 +292,11 @@ class CAVMAE(nn.Module):
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
-        return _through((self.blocks_a, self.embed_audio(audio)))[0]
+        return through((self.blocks_a, self.embed_audio(audio)))[0]
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
-        return _through((self.blocks_v, self.embed_video(video)))[0]
+        return through((self.blocks_v, self.embed_video(video)))[0]
 
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first."""
@@ -343,7 +304,7 @@ class CAVMAE(nn.Module):
             side = _side_stream(audio.device) if audio.is_cuda else None
             if side is None or not torch.cuda.is_current_stream_capturing():
                 a, v = self.embed_audio(audio), self.embed_video(video)
-                return torch.cat(_through((self.blocks_a, a), (self.blocks_v, v)), dim=1)
+                return torch.cat(through((self.blocks_a, a), (self.blocks_v, v)), dim=1)
             # the encoders are independent branches of the captured graph
             here = torch.cuda.current_stream(audio.device)
             side.wait_stream(here)

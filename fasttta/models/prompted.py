@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..ops.softmax import attend
 from ..protocols import Slot, Streams
 from ..trace import span
-from .cavmae import CAVMAE, Block, portion
+from .cavmae import CAVMAE, Block
 from .layers import Linear, SelfAttention
+from .passing import portion
 from .prompt_attention import prompt_attention
 from .staged import staged
 

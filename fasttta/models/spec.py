@@ -50,6 +50,11 @@ class ModelSpec:
     num_heads: int | None = field(default=None, kw_only=True)
     scale: float | None = field(default=None, kw_only=True)
 
+    def __hash__(self) -> int:
+        spans = frozenset(self.spans.items())  # as ==, in any order
+        return hash((self.fusion, spans, self.qkv, self.logits, self.encode, self.num_heads,
+                     self.scale))  # fmt: skip
+
     def __post_init__(self) -> None:
         fusion = self.fusion if isinstance(self.fusion, (list, tuple)) else (self.fusion,)
         if not fusion or not all(isinstance(x, (str, nn.Module)) for x in fusion):
