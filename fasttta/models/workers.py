@@ -3,8 +3,8 @@
 Threads that share every call wait for each other at its end, several hundred times a batch, for
 the slower one each time. With samples of their own they meet once, whoever is ahead takes the next
 sample, and what waits for memory in one (GELU, LayerNorm) runs beside what computes in another.
-A step of ABPEM on 4 samples of ViT-B's size with 2 threads takes 2 to 5 % less, and up to 30 % where
-other work takes part of a core.
+A step of ABPEM on 4 samples of ViT-B's size with 2 threads takes 2 to 5 % less, and up to 30 % less
+where other work takes part of a core.
 """
 
 from __future__ import annotations
