@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from op_cases import DEVICE, close, using
 
 from fasttta import functional as F
-from fasttta.ops import native
+from fasttta.ops import autograd, native
 from fasttta.ops.prefix import layout
 
 IMPLEMENTATIONS = ("default", "composite")
@@ -78,6 +80,30 @@ def test_reference_is_causal_attention_of_whole_sequences(last):
         mine = found[:, n : n + 1] if last else found[:, start:stop]
         close(mine, out[:, -1:] if last else out, torch.float64, f"sequence {n}")
         start = stop
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[1]])
+def test_prefix_in_front_of_the_packed_tokens(case, implementation, monkeypatch):
+    """One call for both is the attention of each, gradients of the prefix from either added."""
+    lengths, p, heads, d = CASES[case]
+    generator = torch.Generator().manual_seed(p)
+    shape = 2, p + sum(lengths), 3 * heads * d
+    qkv = torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    qkv = [x.detach().requires_grad_() for x in qkv.chunk(3, -1)]
+    (q0, q1), (k0, k1), (v0, v1) = ((x[:, :p], x[:, p:]) for x in qkv)
+    call = functools.partial(F.shared_prefix_attention, heads=heads, backend="reference")
+    front = call(q0, k0, v0, k0[:, :0], v0[:, :0], [p])
+    expected = torch.cat((front, call(q1, k1, v1, k0, v0, lengths)), 1)
+    using(implementation, monkeypatch)
+    layouts = layout([p], DEVICE), layout(lengths, DEVICE)
+    found = autograd.causal_with_prefix(*qkv, *layouts, heads, d**-0.5)
+    along = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    close(found, expected, torch.float64, "out")
+    for name, x, y in zip(
+        "qkv", *(torch.autograd.grad(z, qkv, along) for z in (found, expected)), strict=True
+    ):
+        close(x, y, torch.float64, name)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

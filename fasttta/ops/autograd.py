@@ -167,6 +167,35 @@ class _SharedPrefixAttention(torch.autograd.Function):
         return *grads, *(None for _ in range(5))
 
 
+class _CausalWithPrefix(torch.autograd.Function):
+    """Of the prefix's tokens too, which lie in front of the packed ones."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, prefix, packed, *options):
+        n, none = prefix.longest, k[:, :0]
+        (q0, q1), (k0, k1), (v0, v1) = ((x[:, :n], x[:, n:]) for x in (q, k, v))
+        out0, lse0 = ops.shared_prefix_attention(q0, k0, v0, none, none, *prefix, *options)
+        out1, lse1 = ops.shared_prefix_attention(q1, k1, v1, k0, v0, *packed, *options)
+        out = torch.cat((out0, out1), dim=1)
+        ctx.save_for_backward(q, k, v, out, lse0, lse1)
+        ctx.prefix, ctx.packed, ctx.options = prefix, packed, options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *tensors, lse0, lse1 = ctx.saved_tensors
+        n = ctx.prefix.longest
+        front, back = ([x[:, :n] for x in (grad, *tensors)], [x[:, n:] for x in (grad, *tensors)])
+        (up0, q0, k0, v0, out0), (up1, q1, k1, v1, out1) = front, back
+        of_front, of_back = (*ctx.prefix, *ctx.options), (*ctx.packed, *ctx.options)
+        none, backward = k0[:, :0], ops.shared_prefix_attention_backward
+        dq1, dk1, dv1, dk, dv = backward(up1, q1, k1, v1, k0, v0, out1, lse1, *of_back)
+        dq0, dk0, dv0, _, _ = backward(up0, q0, k0, v0, none, none, out0, lse0, *of_front)
+        pairs = ((dq0, dq1), (dk0.add_(dk), dk1), (dv0.add_(dv), dv1))
+        return *(torch.cat(pair, dim=1) for pair in pairs), None, None, None, None
+
+
 def _sum(tensors):
     first, *others = tensors
     for x in others:
@@ -226,3 +255,13 @@ def shared_prefix_attention(q, k, v, prefix_k, prefix_v, starts, tiles, longest,
     """Of a ``prefix.Layout``, heads and a scale."""
     tensors = q, k, v, prefix_k, prefix_v
     return _SharedPrefixAttention.apply(*tensors, starts, tiles, longest, heads, scale)
+
+
+def causal_with_prefix(q, k, v, prefix, packed, heads, scale):
+    """``shared_prefix_attention`` of [B, P + S, H d], the prefix's tokens and then packed ones, and
+    the prefix's own causal attention: [B, P + S, H d].
+
+    Args:
+        prefix, packed: ``prefix.Layout`` of a single sequence of P tokens, and of the packed ones.
+    """
+    return _CausalWithPrefix.apply(q, k, v, prefix, packed, heads, scale)
