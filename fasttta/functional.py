@@ -9,7 +9,7 @@ Every function runs on any device and in float64, and takes ``backend``:
 
 A named backend runs exactly that, as differentiable as the default, or is a ValueError that says
 why it cannot. Half-precision inputs are computed, and statistics and losses returned, in float32;
-gradients have the input's type.
+gradients have the input's type. Second derivatives are those of the reference.
 """
 
 from __future__ import annotations
@@ -292,8 +292,7 @@ def flat_attention(
 ) -> Tensor:
     """K * softmax over all K x K scores of a head at once, times v: RAda's attention over classes.
 
-    Rows do not sum to 1 each, all together do to K. No K x K matrix is held. A second derivative is
-    not defined.
+    Rows do not sum to 1 each, all together do to K. No K x K matrix is held.
 
     Args:
         q: [B, H, K, d], or [1, H, K, d] where the batch shares its queries.
@@ -330,9 +329,12 @@ def shared_prefix_attention(
     """Causal attention of sequences that all begin with the same tokens.
 
     The sequences' own tokens lie packed, one sequence after the other; what they begin with is
-    there once, as keys and values. Every token sees these, and its own sequence up to itself. No
-    sequence is filled up to the longest, nor given a copy of the prefix, and no mask is held. A
-    second derivative is not defined.
+    there once, as keys and values. Every token sees these, and its own sequence up to itself.
+
+    The kernels are made for short sequences: they fill none up to the longest, and hold no mask nor
+    copies of the prefix. A thread of a CPU has the scores of one head of the longest sequence, two
+    of them in the backward pass. PyTorch calls, which serve where no kernel does, fill sequences
+    up. Where they lie is made on the host from ``lengths`` with every call.
 
     Args:
         q: [B, S, H d], packed tokens' queries, or [B, C, H d], those of every sequence's last token
@@ -349,7 +351,7 @@ def shared_prefix_attention(
     Raises:
         ValueError, TypeError: shapes, types or devices do not fit.
     """
-    lengths = [int(n) for n in checks.integers("lengths", lengths)]
+    lengths = checks.integers("lengths", lengths)
     scale = checks.shared_prefix(q, k, v, prefix_k, prefix_v, lengths, heads, scale)
     layout = prefix.layout(lengths, k.device)
     tensors = q, k, v, prefix_k, prefix_v

@@ -66,7 +66,6 @@ def test_strides_and_gradients_of_strides():
 
 def test_makes_way_where_calls_are_traced_or_transformed():
     x = torch.randn(5)
-    assert torch.allclose(torch.func.vmap(quick_gelu)(x[:, None])[:, 0], _formula(x))
     assert torch.allclose(
         torch.func.grad(lambda y: quick_gelu(y).sum())(x),
         torch.func.grad(lambda y: _formula(y).sum())(x),

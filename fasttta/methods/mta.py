@@ -98,11 +98,14 @@ class MTA(Episodic):
         affinity = p @ p.transpose(1, 2)  # [B, N, N]
         mode = features[:, 0]
         y = torch.full_like(bandwidth, 1 / features.shape[1])
-        # equal views have bandwidth 0 and lie at distance 0 of each other
-        width = 2 * bandwidth.clamp_min(torch.finfo(bandwidth.dtype).tiny)
+        # equal views lie at distances of rounding from each other and from their mean
+        width = 2 * bandwidth.clamp_min((16 * torch.finfo(bandwidth.dtype).eps) ** 2)
+
+        def exponent(mode: Tensor) -> Tensor:
+            return -(features - mode[:, None]).square().sum(-1) / width
 
         def kernel(mode: Tensor) -> Tensor:
-            return (-(features - mode[:, None]).square().sum(-1) / width).exp()
+            return exponent(mode).exp()
 
         def fixed_point(start: Tensor, update) -> Tensor:
             """Iterates until nothing moves, per image; decided on the device."""
@@ -120,7 +123,8 @@ class MTA(Episodic):
 
         def shifted(y: Tensor):
             def update(mode: Tensor) -> Tensor:
-                w = kernel(mode) * y
+                e = exponent(mode)  # of the nearest view 0: what all have in common cancels
+                w = (e - e.amax(1, keepdim=True)).exp() * y
                 return unit((w[..., None] * features).sum(1) / w.sum(1, keepdim=True))
 
             return update

@@ -68,14 +68,14 @@ class Prompts:
         device, ends = model.positional_embedding.device, (ends + 1).tolist()
         rows = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
         self.prefix = min(_common(rows), min(ends) - 1)  # every class keeps a token of its own
-        self.ids = torch.tensor(rows[0][: self.prefix], device=device)
         order = sorted(range(len(rows)), key=lambda i: ends[i])
         self.count = len(rows)
-        self.position = torch.tensor(order, device=device).argsort()
         with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.tensor(rows[0][: self.prefix], device=device)
+            self.position = torch.tensor(order, device=device).argsort()
+            self.shared = layout_of([self.prefix], device) if self.prefix else None
             self.initial = self._embedded(self.ids[1 : 1 + length]).clone()  # [n, D]
             self.chunks = list(self._chunks(rows, order, device))
-        self.shared = layout_of([self.prefix], device) if self.prefix else None
         self._first: Linearised | None = None
 
     def start_at(self, prompt: Tensor) -> None:
@@ -193,7 +193,7 @@ class Prompts:
     def _together(self) -> int:
         """Prompts in one pass."""
         limit = _TOKENS[self.position.device.type if self.position.is_cuda else "cpu"]
-        return max(1, limit // max(len(chunk.tokens) for chunk in self.chunks))
+        return max(1, limit // (self.prefix + max(len(chunk.tokens) for chunk in self.chunks)))
 
     def linearise(self, prompt: Tensor | None = None) -> Linearised:
         """Features and pullback at prompts [B, n, D]; None: the initial prompt, for any number of
@@ -213,7 +213,7 @@ class Prompts:
         # values that a token, channel and block save for the backward pass: more where QuickGELU is
         # several operations
         saved = 10 if self.initial.device.type == "cpu" and native.load() else 15
-        tokens = prompts * sum(len(chunk.tokens) for chunk in self.chunks)
+        tokens = prompts * (self.prefix + sum(len(chunk.tokens) for chunk in self.chunks))
         x, blocks = self.initial, len(self.model.transformer.resblocks)
         return saved * tokens * blocks * x.shape[-1] * x.element_size() <= _KEEP_BYTES
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import native, schema
+from . import again, native, schema
 from .softmax import plain
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +23,10 @@ torch.library.register_fake(
 )
 
 
+def _formula(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -31,14 +34,15 @@ class _QuickGELU(torch.autograd.Function):
         return torch.ops.fasttta.quick_gelu(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
+        if again.asked():
+            return again.gradients(_formula, (x,), (grad,))[0]
         return torch.ops.fasttta.quick_gelu_backward(grad.contiguous(), x)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), what OpenAI trained with."""
+    """x sigmoid(1.702 x) of x of any shape, what OpenAI trained with."""
     if (
         plain()
         and type(x) is Tensor
@@ -50,4 +54,4 @@ def quick_gelu(x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return _QuickGELU.apply(x)
         return torch.ops.fasttta.quick_gelu(x)
-    return x * torch.sigmoid(1.702 * x)
+    return _formula(x)

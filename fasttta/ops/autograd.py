@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..trace import span
-from . import schema
+from . import again, reference, schema
 
 assert schema.LIBRARY is not None  # importing schema is what defines torch.ops.fasttta
 
@@ -45,8 +44,10 @@ class _ScoreMoments(torch.autograd.Function):
         return mean, std
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_mean, grad_std):
+        if again.asked():
+            inputs = *ctx.saved_tensors[:2], *ctx.options
+            return again.gradients(reference.score_moments, inputs, (grad_mean, grad_std))
         grads = ops.score_moments_backward(grad_mean, grad_std, *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None
 
@@ -62,9 +63,11 @@ class _AttentionBootstrap(torch.autograd.Function):
         return loss, mean, std
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _mean, _std):
         q, k, mean, std, *anchors = ctx.saved_tensors
+        if again.asked():
+            inputs = q, k, *ctx.options, *anchors
+            return again.gradients(reference.attention_bootstrap, inputs, (grad, None, None))
         grads = ops.attention_bootstrap_backward(grad, q, k, mean, std, *ctx.options, *anchors)
         return *grads, None, None, None, None, None, None
 
@@ -79,9 +82,11 @@ class _PerSample(torch.autograd.Function):
         return getattr(ops, name)(x, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
+        if again.asked():
+            formula = getattr(reference, ctx.name)
+            return None, *again.gradients(formula, (x, *ctx.options), (grad,))
         grad = getattr(ops, f"{ctx.name}_backward")(grad, x, *ctx.options)
         return None, grad, *(None for _ in ctx.options)
 
@@ -90,14 +95,17 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, softmax_sum, weight):
         balance, grad = ops.balance_entropy(logits, softmax_sum, weight)
-        ctx.save_for_backward(grad)
-        ctx.dtype = logits.dtype
+        ctx.save_for_backward(grad, logits, weight)
+        ctx.softmax_sum = softmax_sum
         return balance
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None
+        known, logits, weight = ctx.saved_tensors
+        if again.asked():
+            inputs = logits, ctx.softmax_sum, weight
+            return again.gradients(reference.balance_entropy, inputs, (grad,))
+        return (grad * known).to(logits.dtype), None, None
 
 
 class _AdaptationHead(torch.autograd.Function):
@@ -110,13 +118,16 @@ class _AdaptationHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, weight, grad)
         ctx.options = k, softmax_sum, eps
+        ctx.weights = entropy_weight, balance_weight
         return tuple(losses)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
         logits, weight, grad = ctx.saved_tensors
         k, *options = ctx.options
+        if again.asked():
+            inputs = logits, k, *ctx.weights, *options, weight
+            return again.gradients(reference.adaptation_head, inputs, upstream)
         found = None
         # entropy is the total of weights (1, 0), balance that of (0, -1)
         for up, weights in zip(upstream, (None, (1.0, 0.0), (0.0, -1.0)), strict=True):
@@ -126,6 +137,10 @@ class _AdaptationHead(torch.autograd.Function):
                 *_, grad = ops.adaptation_head(logits, k, *weights, *options, weight)
             found = up * grad if found is None else found + up * grad
         return None if found is None else found.to(logits.dtype), *(None for _ in range(6))
+
+
+def _flat_attentions(scale, k, v, *queries):
+    return sum(reference.flat_attention(q, k, v, scale) for q in queries)
 
 
 class _FlatAttention(torch.autograd.Function):
@@ -142,10 +157,12 @@ class _FlatAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         k, v, *saved = ctx.saved_tensors
         kinds = [saved[i : i + 4] for i in range(0, len(saved), 4)]
+        if again.asked():
+            inputs = ctx.scale, k, v, *(q for q, *_ in kinds)
+            return again.gradients(_flat_attentions, inputs, (grad,))
         grads = [ops.flat_attention_backward(grad, q, k, v, *rest, ctx.scale) for q, *rest in kinds]
         found, dk, dv = zip(*grads, strict=True)
         return None, _sum(dk), _sum(dv), *found
@@ -161,8 +178,11 @@ class _SharedPrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if again.asked():
+            *tensors, _, _, starts, tiles = ctx.saved_tensors
+            inputs = *tensors, starts, tiles, *ctx.options
+            return again.gradients(reference.shared_prefix_attention, inputs, (grad,))
         grads = ops.shared_prefix_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
         return *grads, *(None for _ in range(5))
 
@@ -182,9 +202,11 @@ class _CausalWithPrefix(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         *tensors, lse0, lse1 = ctx.saved_tensors
+        if again.asked():
+            inputs = *tensors[:3], ctx.prefix, ctx.packed, *ctx.options
+            return again.gradients(reference.causal_with_prefix, inputs, (grad,))
         n = ctx.prefix.longest
         front, back = ([x[:, :n] for x in (grad, *tensors)], [x[:, n:] for x in (grad, *tensors)])
         (up0, q0, k0, v0, out0), (up1, q1, k1, v1, out1) = front, back
@@ -253,8 +275,10 @@ def flat_attentions(queries, k, v, scale):
 
 def shared_prefix_attention(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale):
     """Of a ``prefix.Layout``, heads and a scale."""
-    tensors = q, k, v, prefix_k, prefix_v
-    return _SharedPrefixAttention.apply(*tensors, starts, tiles, longest, heads, scale)
+    args = q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale
+    if again.transformed():
+        return reference.shared_prefix_attention(*args)
+    return _SharedPrefixAttention.apply(*args)
 
 
 def causal_with_prefix(q, k, v, prefix, packed, heads, scale):
@@ -264,4 +288,7 @@ def causal_with_prefix(q, k, v, prefix, packed, heads, scale):
     Args:
         prefix, packed: ``prefix.Layout`` of a single sequence of P tokens, and of the packed ones.
     """
-    return _CausalWithPrefix.apply(q, k, v, prefix, packed, heads, scale)
+    args = q, k, v, prefix, packed, heads, scale
+    if again.transformed():
+        return reference.causal_with_prefix(*args)
+    return _CausalWithPrefix.apply(*args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 from torch import Tensor
@@ -43,7 +43,7 @@ def scores(
     same(ValueError, "device", q, k, "q and k")
     if q.shape[1] < 1 or q.shape[3] < 1:
         raise ValueError(f"q needs at least one head and one channel, found {tuple(q.shape)}")
-    spans = [int(count) for count in integers("spans", spans)]
+    spans = integers("spans", spans)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     if sum(spans) != q.shape[2] or not spans:
@@ -78,10 +78,13 @@ def flat(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
     return float(scale)
 
 
-def integers(name: str, values: Sequence[int]) -> Sequence[int]:
+def integers(name: str, values: Sequence[int]) -> list[int]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, found {values!r}")
+    values = list(values)
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in values):
-        raise TypeError(f"{name} must be integers, found {list(values)}")
-    return values
+        raise TypeError(f"{name} must be integers, found {values}")
+    return [int(n) for n in values]
 
 
 def shared_prefix(

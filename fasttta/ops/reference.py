@@ -56,6 +56,16 @@ def shared_prefix_attention(
     return torch.cat(found, dim=2).transpose(1, 2).flatten(2).to(dtype)
 
 
+def causal_with_prefix(q, k, v, prefix, packed, heads: int, scale: float) -> Tensor:
+    """Of the prefix's tokens, which lie in front, and of the packed ones after them."""
+    n, none = prefix.longest, k[:, :0]
+    (q0, q1), (k0, k1), (v0, v1) = ((x[:, :n], x[:, n:]) for x in (q, k, v))
+    front = shared_prefix_attention(q0, k0, v0, none, none, *prefix, heads, scale)
+    return torch.cat(
+        (front, shared_prefix_attention(q1, k1, v1, k0, v0, *packed, heads, scale)), dim=1
+    )
+
+
 def score_moments(
     q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool
 ) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import native, schema
+from . import again, native, schema
 
 _FEWEST = 16  # queries; below, packing the keys costs more than it saves
 _LONGEST = 4096  # keys; not measured beyond
@@ -46,10 +45,7 @@ def _like_heads(x: Tensor) -> Tensor:
 def plain() -> bool:
     """Whether calls are what they seem: not traced, transformed, differentiated forward or cast."""
     return not (
-        torch.compiler.is_compiling()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled("cpu")
+        torch.compiler.is_compiling() or again.transformed() or torch.is_autocast_enabled("cpu")
     )
 
 
@@ -84,6 +80,10 @@ def backward(
     return flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=None, scale=scale)
 
 
+def _formula(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return (scale * (q @ k.transpose(-2, -1))).softmax(dim=-1) @ v
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
@@ -93,8 +93,9 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if again.asked():
+            return again.gradients(_formula, (*ctx.saved_tensors[:3], ctx.scale), (grad,))
         return *backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 

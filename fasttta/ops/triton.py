@@ -122,7 +122,7 @@ def unsuitable(name: str, *args) -> str | None:
     for x in args:
         if not isinstance(x, Tensor):
             continue
-        if x.dtype not in _TYPES and not (name in _PREFIX and x.dtype == torch.int32):
+        if x.dtype not in _TYPES and not (name in _PREFIX and x.ndim == 1):  # the layout
             return f"it needs float16, bfloat16 or float32, found {x.dtype}"
         if x.ndim > 2 and x.shape[0] > 65535:
             return f"it needs at most 65535 samples, found {x.shape[0]}"
