@@ -47,7 +47,43 @@ def same(a, b):
     return all(torch.allclose(x, y, **exact) for x, y in zip(flat(a), flat(b), strict=True))
 
 
-def state_equal(a, b):
-    """All that two adapted models would save, bit for bit."""
-    x, y = a._state.tensors(), b._state.tensors()
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+def snapshot(adapted) -> dict[str, torch.Tensor]:
+    """A deep copy of everything that a later session of an adapted model needs, by name.
+
+    The only way in which tests take a state: what the model itself hands out may be live memory,
+    which is always equal to itself. Holds tuned tensors, optimiser, method and random state, the
+    values that a guard looks back at, class tokens, and the prompt of image models. Takes all
+    kinds of adapted models, and a snapshot (of which it makes a copy).
+    """
+    if isinstance(adapted, dict):
+        tensors = adapted
+    elif hasattr(adapted, "_state"):
+        tensors = {**adapted._state.tensors()}
+    else:  # images that are episodes: only the prompt that they start from is kept
+        tensors = {f"tuned.{name}": x for name, x in adapted.tuned.items()}
+        tensors["prompt"] = adapted._prompts.initial
+        tensors["source"] = adapted._source_prompt
+    if getattr(adapted, "_ids", None) is not None:
+        tensors["classes"] = adapted._ids
+    if getattr(adapted, "_guard", None) is not None:
+        for name, values in adapted._guard.record()["values"].items():
+            tensors[f"guard.{name}"] = torch.tensor(values, dtype=torch.float64)
+    return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+
+
+def state_equal(a, b) -> bool:
+    """Whether two adapted models, or snapshots of them, hold the same state bit for bit."""
+    return differing(a, b) == []
+
+
+def differing(a, b) -> list[str]:
+    """Names of what differs in two states, each an adapted model or a snapshot."""
+    x, y = snapshot(a), snapshot(b)
+    assert x, "the state is empty: nothing would be compared"
+    return sorted(n for n in x.keys() | y.keys() if not (n in x and n in y and _bits(x[n], y[n])))
+
+
+def _bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    return torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8))

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as nnf
-from cases import METHODS, state_equal, tiny_stats
+from cases import METHODS, differing, snapshot, state_equal, tiny_stats
 from plain_brimpr import some_ids, stats_for, with_prompts
 
 import fasttta
@@ -108,7 +108,7 @@ def test_bad_masks(tiny_model, tiny_batch):
 def test_a_failed_step_draws_nothing(tiny_model, tiny_batch, monkeypatch):
     adapted = fasttta.adapt(tiny_model(), "brimpr", **METHODS["brimpr"], score_at="after")
     adapted.step(*tiny_batch())
-    before = adapted._state.tensors()
+    before = snapshot(adapted)
 
     def dies(*_):
         raise RuntimeError("out of memory")
@@ -116,8 +116,7 @@ def test_a_failed_step_draws_nothing(tiny_model, tiny_batch, monkeypatch):
     monkeypatch.setattr(fasttta.methods.BriMPR, "logits", dies)
     with pytest.raises(RuntimeError, match="out of memory"):
         adapted.step(*tiny_batch())
-    after = adapted._state.tensors()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert differing(before, adapted) == []
 
 
 # ------------------------------------------------------------------------------- odd batches

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as nnf
+from cases import differing, snapshot
 
 import fasttta
 
@@ -89,12 +90,11 @@ def test_eata_selects(tiny_model, tiny_batch):
     assert int(first.n_used) == int((entropy < margin).sum())
     expected = (torch.exp(margin - entropy) * entropy)[entropy < margin].mean()
     assert torch.allclose(first.losses["entropy"], expected)
-    state = adapted._state.tensors()
+    state = snapshot(adapted)
     second = adapted.step(*batch)  # cosines of positive vectors this alike are above 0.5
     assert int(second.n_used) == 0
     assert not second.stats["used"].any()
-    after = adapted._state.tensors()
-    assert all(torch.equal(x, after[name]) for name, x in state.items())
+    assert differing(state, adapted) == []
     adapted.reset()
     assert int(adapted.step(*batch).n_used) == int(first.n_used)  # the average is forgotten
     default = fasttta.adapt(model, "eata")
@@ -107,12 +107,12 @@ def test_sar_recovers_once(tiny_model, tiny_batch):
     batch = tiny_batch()
     calm = fasttta.adapt(tiny_model(), "sar", e_margin=5.0, lr=1e-2, reset_below=0.0)
     sharp = fasttta.adapt(tiny_model(), "sar", e_margin=5.0, lr=1e-2, reset_below=100.0)
-    start = {k: x for k, x in sharp._state.tensors().items() if not k.startswith("method.")}
+    start = {k: x for k, x in snapshot(sharp).items() if not k.startswith("method.")}
     for _ in range(3):
         a, b = calm.step(*batch), sharp.step(*batch)
         assert not a.stats["recovered"]
         assert b.stats["recovered"]
-        now = sharp._state.tensors()
+        now = snapshot(sharp)
         for name, x in start.items():
             assert torch.equal(x, now[name]), name
     assert calm.step(*batch).losses["total"] < b.losses["total"]
@@ -156,7 +156,7 @@ def test_sar_without_reliable_samples_goes_on_by_momentum(tiny_model, tiny_batch
     assert int(result.n_used) == 0
     assert torch.isnan(result.stats["average"])
     assert all(torch.equal(x, before[name]) for name, x in adapted.tuned.items())  # no momentum yet
-    tensors = adapted._state.tensors()
+    tensors = snapshot(adapted)
     assert all(x == 1 for name, x in tensors.items() if name.startswith("adam.step"))
 
 
@@ -171,8 +171,7 @@ def test_steps_carry_state(tiny_model, tiny_batch):
         three = fasttta.adapt(tiny_model(), method, **options, steps=3)
         results = [one.step(*batch) for _ in range(3)]
         together = three.step(*batch)
-        a, b = one._state.tensors(), three._state.tensors()
-        assert all(torch.equal(x, b[name]) for name, x in a.items())
+        assert differing(one, three) == []
         if method == "sar":
             assert together.stats["recovered"] == any(r.stats["recovered"] for r in results)
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from cases import snapshot
 from conftest import golden_root
 from safetensors.torch import load_file
 
@@ -111,7 +112,7 @@ def test_steps(vectors, precision):
         assert int(result.n_used) == vectors.config["B"]
     final = adapted.predict(*vectors.batch(at))
     check(final, "final.logits_after_last_step_on_last_batch", "logits")
-    moments = adapted._state.tensors()
+    moments = snapshot(adapted)
     for name, letter in LETTERS.items():
         grad = limits[f"grad.prompts_{letter}"]
         largest = max(

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, same, state_equal
+from cases import METHODS, same, snapshot, state_equal
 
 import fasttta
 from fasttta.engine.graph import GraphStep
@@ -92,7 +92,7 @@ def test_state_is_that_of_eager_steps(tiny_model, tiny_batch, tmp_path, method):
     for batch in batches[:4]:
         eager.step(*batch)
         graph.step(*batch)
-    a, b = eager._state.tensors(), graph._state.tensors()
+    a, b = snapshot(eager), snapshot(graph)
     assert a.keys() == b.keys() - {"method.place"}
     for name, x in a.items():
         assert x.shape == b[name].shape, name

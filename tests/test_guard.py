@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-from cases import METHODS, same, tiny_stats
+from cases import METHODS, differing, same, snapshot, tiny_stats
 from clips import tiny_clip, tiny_ids
 
 import fasttta
@@ -71,12 +70,10 @@ def test_what_is_watched_can_be_named(tiny_model, tiny_batch):
         assert not guard.values  # its settings are used, not itself
     guard = fasttta.ShiftDetector(watch="gap")
     adapted = fasttta.adapt(tiny_model(), "abpem", guard=guard, **options)
-    before = adapted._state.tensors()
+    before = snapshot(adapted)
     with pytest.raises(ValueError, match="watch='gap' is nothing .* it reports entropy, "):
         adapted.step(*tiny_batch())
-    after = adapted._state.tensors()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert differing(before, adapted) == []
 
 
 def test_saved_with_the_state(tiny_model, tiny_batch, tmp_path):

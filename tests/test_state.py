@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from cases import METHODS, same, state_equal
+from cases import METHODS, differing, same, snapshot, state_equal
 from safetensors.torch import load_file
 
 import fasttta
@@ -24,6 +24,24 @@ def test_reset_is_bitwise(tiny_model, tiny_batch, method):
     assert state_equal(adapted, fresh)
     again = [adapted.step(*tiny_batch(seed=s)) for s in range(3)]
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("take", [lambda adapted: adapted._state.tensors(), snapshot])
+def test_a_state_that_was_taken_is_a_copy(tiny_model, tiny_batch, take):
+    """On a CPU `.cpu()` and `.contiguous()` give the live memory, which a later step writes to."""
+    adapted = fasttta.adapt(tiny_model(), "abpem", **METHODS["abpem"])
+    adapted.step(*tiny_batch(seed=0))
+    taken = take(adapted)
+    kept = copy.deepcopy(taken)
+    adapted.step(*tiny_batch(seed=1))
+    assert differing(kept, taken) == []
+    changed = set(differing(kept, adapted))
+    assert {name for name in kept if name.startswith(("tuned.", "adam."))} <= changed
+    live = [*adapted._state.leaves.values(), *adapted._state.method.values()]
+    for slots in adapted._state.optimizer.state.values():
+        live += slots.values()
+    memory = {x.untyped_storage().data_ptr() for x in live}
+    assert not memory & {x.untyped_storage().data_ptr() for x in take(adapted).values()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16"])
@@ -124,7 +142,7 @@ def test_source_block(tiny_model, tiny_batch, method):
     for s in range(2):
         adapted(*tiny_batch(seed=s))
     batch = tiny_batch(seed=7)
-    expected, now, state = model(*batch), adapted.predict(*batch), adapted._state.tensors()
+    expected, now, state = model(*batch), adapted.predict(*batch), snapshot(adapted)
     with adapted.source() as inner:
         assert inner is adapted
         for logits in (adapted(*batch), adapted.predict(*batch), adapted.step(*batch).logits):
@@ -134,7 +152,7 @@ def test_source_block(tiny_model, tiny_batch, method):
         assert torch.equal(adapted(*batch), expected)
         assert int(adapted.step(*batch).n_used) == 0
         assert [torch.equal(r.logits, expected) for r in adapted.stream([batch])] == [True]
-    assert all(torch.equal(x, state[name]) for name, x in adapted._state.tensors().items())
+    assert differing(state, adapted) == []
     assert torch.equal(adapted.predict(*batch), now)
     with pytest.raises(KeyError, match="inside"), adapted.source():
         raise KeyError("inside")
@@ -216,7 +234,7 @@ def test_failure_after_the_update_rolls_back(tiny_model, tiny_batch, monkeypatch
     """A step whose second forward dies leaves the state as it was."""
     adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
     adapted(*tiny_batch())
-    before = adapted._state.tensors()
+    before = snapshot(adapted)
 
     def dies(self, *_):
         raise RuntimeError("out of memory")
@@ -226,20 +244,18 @@ def test_failure_after_the_update_rolls_back(tiny_model, tiny_batch, monkeypatch
     with pytest.raises(RuntimeError, match="out of memory"):
         adapted.step(*tiny_batch(seed=2))
     monkeypatch.undo()
-    after = adapted._state.tensors()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert differing(before, adapted) == []
 
 
 def test_deepcopy_is_independent(tiny_model, tiny_batch):
     adapted = fasttta.adapt(tiny_model(), "read", lr=1e-3)
     adapted(*tiny_batch())
     twin = copy.deepcopy(adapted)
-    state = adapted._state.tensors()
+    state = snapshot(adapted)
     assert same(twin.step(*tiny_batch(seed=2)), twin_expected := copy.deepcopy(adapted).step(
         *tiny_batch(seed=2)
     ))  # fmt: skip
-    assert all(torch.equal(x, state[name]) for name, x in adapted._state.tensors().items())
+    assert differing(state, adapted) == []
     assert same(adapted.step(*tiny_batch(seed=2)), twin_expected)
 
 

@@ -224,11 +224,16 @@ class State:
         return tensors
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a later session needs to go on, by name, on the CPU."""
+        """Copies of everything that a later session needs to go on, by name, on the CPU."""
         tensors = self._written() | {"random": self.generator.get_state()}
         tensors |= {f"method.{name}": value for name, value in self.method.items()}
         tensors |= self._fixed()
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # `.cpu()` alone gives the live memory on a CPU, which the next step writes to
+        layout = torch.contiguous_format
+        return {
+            name: tensor.detach().to("cpu", copy=True, memory_format=layout)
+            for name, tensor in tensors.items()
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes what ``tensors`` returned; checks everything before it changes anything.
