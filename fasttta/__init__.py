@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+# what type checkers and editors read; at run time each name is imported on its first use
+if TYPE_CHECKING:
+    from . import data, evaluate, functional, methods, models
+    from .adapted import Adapted
+    from .collect import collect_fisher, collect_stats
+    from .engine.shift import ShiftDetector
+    from .engine.step import StepResult
+    from .entry import adapt, load
+    from .finetuning import FineTuning, finetune
+    from .models.spec import ModelSpec
+    from .protocols import SourceStats
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+# spelled out: type checkers read no computed list
+__all__ = [
+    "Adapted",
+    "FineTuning",
+    "ModelSpec",
+    "ShiftDetector",
+    "SourceStats",
+    "StepResult",
+    "__version__",
+    "adapt",
+    "collect_fisher",
+    "collect_stats",
+    "data",
+    "evaluate",
+    "finetune",
+    "functional",
+    "load",
+    "methods",
+    "models",
+]
+
+_HOMES = {
     "adapt": "entry",
     "load": "entry",
     "Adapted": "adapted",
@@ -21,18 +55,18 @@ _PUBLIC = {
 }
 _MODULES = ("data", "evaluate", "functional", "methods", "models")
 
-__all__ = [*_PUBLIC, *_MODULES, "__version__"]
+# a type checker that saw this function would accept every name
+if not TYPE_CHECKING:
 
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from numbers import Integral
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import methods
 from .adapted import Adapted
@@ -18,13 +20,76 @@ from .engine.shift import Guard, ShiftDetector
 from .families import recognise
 from .families_clip import recognise_clip
 from .methods.base import Method
+from .methods.episodic import Episodic
 from .models import RationalCLIP
 from .models.spec import ModelSpec
 from .protocols import SourceStats
 
 _ENGINES = ("auto", "eager", "graph")
 
+# names that make an AdaptedCLIP of a CLIP; a name that is no literal may also be "rada"
+_OfImages = Literal["auto", "source", "tpt", "c-tpt", "r-tpt", "a-tpt", "mta", "ttc"]
 
+
+@overload
+def adapt(
+    model: RationalCLIP,
+    method: Literal["auto", "rada"] | methods.RAda = "auto",
+    *,
+    precision: str = "auto",
+    engine: str = "auto",
+    guard: ShiftDetector | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> AdaptedHead: ...
+@overload
+def adapt(
+    model: nn.Module,
+    method: Literal["rada"] | methods.RAda,
+    *,
+    classes: Sequence[str] | Tensor,
+    precision: str = "auto",
+    engine: str = "auto",
+    guard: ShiftDetector | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> AdaptedHead: ...
+@overload
+def adapt(
+    model: nn.Module,
+    method: _OfImages | methods.Source | Episodic = "auto",
+    *,
+    classes: Sequence[str] | Tensor,
+    precision: str = "auto",
+    engine: str = "auto",
+    seed: int = 0,
+    **options: Any,
+) -> AdaptedCLIP: ...
+@overload
+def adapt(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    classes: Sequence[str] | Tensor,
+    precision: str = "auto",
+    engine: str = "auto",
+    guard: ShiftDetector | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> AdaptedCLIP | AdaptedHead: ...
+@overload
+def adapt(
+    model: nn.Module,
+    method: str | Method = "auto",
+    *,
+    spec: ModelSpec | None = None,
+    classes: None = None,
+    precision: str = "auto",
+    engine: str = "auto",
+    guard: ShiftDetector | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Adapted: ...
 def adapt(
     model: nn.Module,
     method: str | Method = "auto",

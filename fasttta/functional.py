@@ -15,12 +15,29 @@ gradients have the input's type. Second derivatives are those of the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
 from .ops import checks, prefix, reference
 from .ops.backends import call
+
+__all__ = [
+    "Moments",
+    "adaptation_head",
+    "attention_bootstrap",
+    "balance_entropy",
+    "entropy",
+    "flat_attention",
+    "gaussian_kl",
+    "marginal_entropy",
+    "principal_entropy",
+    "reliability_ensemble",
+    "reliability_weights",
+    "score_moments",
+    "shared_prefix_attention",
+    "total_variation",
+]
 
 
 class Moments(NamedTuple):
@@ -81,6 +98,32 @@ def gaussian_kl(
     return call("gaussian_kl", backend, *found)
 
 
+@overload
+def attention_bootstrap(
+    q: Tensor,
+    k: Tensor,
+    spans: Sequence[int],
+    scale: float | None = None,
+    heads: str = "mean",
+    pair: str = "key",
+    *,
+    anchor: Moments | None = None,
+    return_moments: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def attention_bootstrap(
+    q: Tensor,
+    k: Tensor,
+    spans: Sequence[int],
+    scale: float | None = None,
+    heads: str = "mean",
+    pair: str = "key",
+    *,
+    anchor: Moments | None = None,
+    return_moments: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Moments]: ...
 def attention_bootstrap(
     q: Tensor,
     k: Tensor,
@@ -356,3 +399,7 @@ def shared_prefix_attention(
     layout = prefix.layout(lengths, k.device)
     tensors = q, k, v, prefix_k, prefix_v
     return call("shared_prefix_attention", backend, *tensors, *layout, heads, scale)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
