@@ -87,3 +87,14 @@ def _bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
     return torch.equal(x.flatten().view(torch.uint8), y.flatten().view(torch.uint8))
+
+
+def buffered(adapted):
+    """The adapted model with its steps on static buffers, as a CUDA graph replays them; run
+    without capture, so that no GPU is needed."""
+    from fasttta.engine.graph import GraphStep
+
+    step = adapted._step
+    options = step.model, step.method, step.state, step.precision, step.device
+    adapted._step = GraphStep(*options, False, capture=False)
+    return adapted

@@ -9,18 +9,9 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, same, snapshot, state_equal
+from cases import METHODS, buffered, same, snapshot, state_equal
 
 import fasttta
-from fasttta.engine.graph import GraphStep
-
-
-def buffered(adapted):
-    """The adapted model with its steps on static buffers."""
-    step = adapted._step
-    options = step.model, step.method, step.state, step.precision, step.device
-    adapted._step = GraphStep(*options, False, capture=False)
-    return adapted
 
 
 def make(model, method, **options):
@@ -71,17 +62,29 @@ def test_options(tiny_model, tiny_batch, method, options):
         close(graph.step(*batch), eager.step(*batch))
 
 
+@pytest.mark.parametrize("window", [1, 2, 5])
 @pytest.mark.parametrize(
-    "options", [{"window": 1}, {"window": 2}, {"window": 5}, {"heads": "each"}, {"pair": "query"}]
-)
-def test_windows(tiny_model, tiny_batch, options):
+    "options",
+    [
+        {}, {"heads": "each"}, {"pair": "query"}, {"balance": "softmax-sum"}, {"steps": 2},
+        {"score_at": "before"}, {"attention_weight": 0.0}, {"balance_weight": 0.0},
+        {"entropy_weight": 0.0, "balance_weight": 0.0, "attention_weight": 0.0},
+    ],
+)  # fmt: skip
+def test_windows(tiny_model, tiny_batch, window, options):
+    """Full batches, then partial and smaller ones, then full ones again."""
+    options = {"window": window, **options}
     eager = make(tiny_model(), "abpem", **options)
     graph = buffered(make(tiny_model(), "abpem", **options))
-    for seed in range(7):
-        batch = tiny_batch(seed=seed, dtype=torch.float64)
+    sizes = (5, 5, 3, 2, 1, 5, 4)
+    for seed, size in enumerate(sizes):
+        batch = tiny_batch(size, seed=seed, dtype=torch.float64)
         a, b = graph.step(*batch), eager.step(*batch)
         close(a, b)
-        assert len(a.stats["attention_gap"]) == 5 * min(seed + 1, options.get("window", 3))
+        assert len(a.stats["attention_gap"]) == sum(sizes[max(0, seed + 1 - window) : seed + 1])
+    for name, x in eager.tuned.items():
+        assert torch.allclose(x, graph.tuned[name], rtol=1e-9, atol=1e-11), name
+    assert len(graph._step.plans) == 1
 
 
 def test_state_is_that_of_eager_steps(tiny_model, tiny_batch, tmp_path, method):

@@ -120,7 +120,8 @@ class GraphStep(Step):
             else:
                 with torch.no_grad():
                     objective: Objective = self._objective(features, valid, state)
-                self.state.method = objective.state
+                finite = self._finite(objective, valid)
+                self.state.method = self.method.after_update(objective.state, finite, state)
                 result = self._result(objective, objective.logits, valid, 0, {}, False)
             with torch.no_grad():
                 method = self.state.method
@@ -132,11 +133,12 @@ class GraphStep(Step):
             return result
 
     def _write(self, state: dict[str, Tensor], features: Tensor, counts: Tensor) -> None:
-        """The current batch to its place. A batch that does not count leaves the tokens that are
-        there: what a weight of 0 multiplies must be finite."""
+        """Writes the current batch to its place of the window. A batch that does not count gets
+        the tokens of the place before: what a weight of 0 multiplies must be finite. Its own
+        would not do even where they are finite, as the pass over them may have overflowed."""
         with torch.no_grad():
-            there = state["ring"].index_select(0, state["place"])[0]
-            tokens = torch.where(counts.amax() > 0, features, there)
+            before = state["ring"].index_select(0, (state["place"] - 1) % self._window)[0]
+            tokens = torch.where(counts.amax() > 0, features, before)
             state["ring"].index_copy_(0, state["place"], tokens.unsqueeze(0))
             state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
 
@@ -165,8 +167,11 @@ class GraphStep(Step):
         tokens = self.encode(plan.inputs) if features is None else plan.features
         if self._window:
             places = self._window
-            # empty places hold what any sample looks like: zeros may be nothing a model can take
-            finite = torch.where(torch.isfinite(tokens).all(), tokens, 0)
+            # Empty places repeat a real batch: all-zero tokens give NaN in some models. A batch
+            # that overflows in the fusion cannot serve, as a weight of 0 does not remove a NaN.
+            with environment(self.device, self.precision, grad=False):
+                loss = self._objective(tokens, plan.present, {}).losses["total"]
+            finite = torch.where(torch.isfinite(loss), tokens, 0)
             plan.state = {
                 "ring": finite.expand(places, *tokens.shape).clone(),
                 "counts": plan.present.new_zeros((places, size)),

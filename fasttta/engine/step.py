@@ -144,7 +144,10 @@ class Step:
             if not self.method.updates:
                 with torch.no_grad():
                     objective = self._objective(features, valid, self.state.method)
-                self.state.method = objective.state
+                finite = self._finite(objective, valid)
+                self.state.method = self.method.after_update(
+                    objective.state, finite, self.state.method
+                )
                 return self._result(objective, objective.logits, valid, 0, {}, trace)
             restore = self.state.snapshot()
             try:
@@ -166,11 +169,19 @@ class Step:
                 valid=valid,
             )
 
+    def _finite(self, objective: Objective, valid: Tensor) -> Tensor:
+        """0-d float, 1 if inputs and loss are finite."""
+        finite = valid.amax()
+        if "total" in objective.losses:
+            finite = finite * torch.isfinite(objective.losses["total"].detach())
+        return finite
+
     def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
         method, state = self.method, self.state
         leaves = list(state.leaves.values())
         first: Objective | None = None
         carried, recovered = state.method, None
+        all_finite = torch.ones((), dtype=self.precision.master, device=self.device)
         if method.episodic:
             state.recover(torch.ones((), dtype=torch.bool, device=self.device))
             carried = {}
@@ -179,9 +190,10 @@ class Step:
             grads = self._gradients(objective, leaves)
             if method.rho:
                 objective, grads = self._second_pass(features, objective, grads, leaves, carried)
-            finite = valid.amax() * torch.isfinite(objective.losses["total"].detach())
+            finite = self._finite(objective, valid)
             for grad in grads:
                 finite = finite * torch.isfinite(grad).all()
+            all_finite = all_finite * finite
             with span("update"):
                 self._update(leaves, grads, finite, objective.apply)
                 if objective.recover is not None:
@@ -200,7 +212,8 @@ class Step:
                 with span("predict"):
                     predict = self.ahead.predict if self.ahead else self._logits
                     after = predict(features)
-            state.method = {name: x.detach() for name, x in objective.state.items()}
+            after_state = method.after_update(objective.state, all_finite, state.method)
+            state.method = {name: x.detach() for name, x in after_state.items()}
             if method.episodic:
                 state.method = {}
             if recovered is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, SourceStats
 from .base import Method, Objective, require, require_int, require_number
-from .window import Queue, Ring, joined
+from .window import Queue, Ring, dropped, joined
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,11 @@ class ABPEM(Method):
         attention = torch.where(used > 0, gap * used, 0).sum() / used.sum()
         if self.attention_weight != 0:
             total = total + self.attention_weight * attention
+        # without this a batch that does not count would give the loss of the past ones alone
+        total = torch.where(valid.amax() > 0, total, torch.nan)
         current = window.current(logits)
-        # finite tokens may still overflow: such a batch must not spoil later windows either
-        kept = valid * torch.isfinite(current.detach()).all()
+        # where others stood in for its tokens, these logits are not the batch's
+        current = torch.where(valid.amax() > 0, current, torch.nan)
         return Objective(
             losses={
                 "entropy": entropy, "balance": balance, "attention": attention, "total": total
@@ -159,7 +161,7 @@ class ABPEM(Method):
             logits=current,
             n_used=weight.sum(),
             stats={"score_mean": mean, "score_std": std, "attention_gap": gap},
-            state=window.after(kept),
+            state=window.after(valid),
             passes=len(passes),
             trace={
                 "tokens": features,
@@ -168,3 +170,7 @@ class ABPEM(Method):
                 "k": lambda: joined(k),
             },
         )  # fmt: skip
+
+    def after_update(self, state, finite, before) -> dict[str, Tensor]:
+        # finite tokens may overflow later on the way: such a batch must not spoil later windows
+        return dropped(state, finite, before)

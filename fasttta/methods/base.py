@@ -214,6 +214,19 @@ class Method:
         """
         raise TypeError(f"{type(self).__name__} defines no objective")
 
+    def after_update(
+        self, state: dict[str, Tensor], finite: Tensor, before: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The method's state for the next batch.
+
+        Args:
+            state: what the last objective returned as its ``state``.
+            finite: 0-d float, 0 if the loss or a gradient overflowed, so that the update was
+                skipped; then this batch must not spoil later ones.
+            before: the state before this batch.
+        """
+        return state
+
     #: length of the perturbation of a two-pass (sharpness-aware) update; 0: a plain gradient step
     rho = 0.0
 

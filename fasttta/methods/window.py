@@ -12,8 +12,14 @@ from ..protocols import FusionModel
 
 def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
     """The tokens [B, ...] of a batch that counts; else those of a past batch, or zeros: what a
-    weight of 0 multiplies must be finite, and something that a model can take."""
-    if counts.device.type == "cpu" and counts.all():
+    weight of 0 multiplies must be finite, and something that a model can take.
+
+    Args:
+        counts: 0-d, or [B] where rows only fill a captured batch. Those rows repeat a sample, so
+            that they are finite whenever the batch is: the batch is kept or replaced as a whole.
+    """
+    counts = counts.amax()
+    if counts.device.type == "cpu" and counts:
         return tokens  # on a GPU the question would wait for the device
     fill = next((p[: len(tokens)] for p in past if len(p) >= len(tokens)), torch.zeros_like(tokens))
     return torch.where(counts > 0, tokens, fill)
@@ -74,12 +80,11 @@ class Queue:
         return logits[-len(self.tokens[-1]) :]
 
     def after(self, kept: Tensor) -> dict[str, Tensor]:
-        """The state for the next batch; ``kept``: whether the current one counts then."""
-        *tokens, current = self.tokens
-        tokens.append(finite(current, kept, tokens))
+        """The state for the next batch, to be completed by ``dropped``; ``kept``: whether the
+        current one counts then."""
         counts = [*self.counts[:-1], kept]
-        first = max(0, len(tokens) - (self.size - 1))
-        return {f"queue.{i}": t for i, t in enumerate(tokens[first:])} | {
+        first = max(0, len(counts) - (self.size - 1))
+        return {f"queue.{i}": t for i, t in enumerate(self.tokens[first:])} | {
             f"valid.{i}": c for i, c in enumerate(counts[first:])
         }
 
@@ -109,3 +114,20 @@ class Ring:
 
     def after(self, kept: Tensor) -> dict[str, Tensor]:
         return {"kept": kept}
+
+
+def dropped(
+    state: dict[str, Tensor], counts: Tensor, before: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state that ``after`` returned, without the newest batch where 0-d ``counts`` is 0. That
+    batch keeps its place; its weight becomes 0, and in a queue tokens of the state before stand
+    in for its own (in a ring the step replaces them)."""
+    if "kept" in state:
+        return {"kept": state["kept"] * counts}
+    newest = sum(name.startswith("queue.") for name in state) - 1
+    if newest < 0:  # no queue of past batches
+        return state
+    past = [tokens for name, tokens in before.items() if name.startswith("queue.")]
+    kept = state[f"valid.{newest}"] * counts
+    tokens = finite(state[f"queue.{newest}"], kept, past)
+    return {**state, f"queue.{newest}": tokens, f"valid.{newest}": kept}
