@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -85,30 +87,186 @@ def test_weights_behind_the_encoders_may_differ(read, tiny_model, tiny_batch, tm
     assert adapted.encoded == []
 
 
-@pytest.mark.parametrize("how", ["one value", "all through data"])
+def _storage(weight):
+    """The memory of a weight as floats, by a way that counts no change."""
+    return torch.empty(0).set_(weight.untyped_storage()).view(-1)
+
+
+def _ctypes(weight):
+    address = weight.data_ptr() + 4 * 7
+    value = ctypes.c_float.from_address(address)
+    value.value += 1
+
+
+def _another_process(weight):
+    """Through memory that a fork shares."""
+    weight.untyped_storage().share_memory_()
+    child = os.fork()
+    if child == 0:
+        weight.detach().numpy()[1, 1] += 1
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _swap(weight, i, j):
+    rows = weight.data
+    rows[[i, j]] = rows[[j, i]]
+
+
+# ways to change the weight [48, 12] of an MLP, few of which count up its version
+WRITES = {
+    "an element in place": lambda w: w.detach().view(-1)[4].add_(1),
+    "an element through data": lambda w: w.data[5, 3].add_(1e-3),
+    "the last bit of an element": lambda w: w.data.view(torch.int32)[20, 11].bitwise_xor_(1),
+    "a row through data": lambda w: w.data[31].mul_(2),
+    "a column through data": lambda w: w.data[:, 7].zero_(),
+    "the sign of a column": lambda w: w.data[:, 3].neg_(),
+    "two rows swapped": lambda w: _swap(w, 2, 9),
+    "an element through numpy": lambda w: w.detach().numpy().__setitem__((47, 11), 3.0),
+    "a column through numpy": lambda w: w.detach().numpy()[:, 1].fill(0.5),
+    "a byte of the storage": lambda w: w.untyped_storage().__setitem__(
+        1001, w.untyped_storage()[1001] ^ 1
+    ),
+    "a view of the storage": lambda w: _storage(w)[100:103].fill_(0),
+    "pruning through data": lambda w: w.data.masked_fill_(w.data.abs() < 0.05, 0),
+    "memory by its address": _ctypes,
+    "another process": _another_process,
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
 def test_weights_changed_in_place(read, tiny_model, tiny_batch, tmp_path, how):
     """The user's model goes on training: frozen weights are shared with it."""
     model, batch = tiny_model(), tiny_batch()
     adapted, cache = read(model=model), FeatureCache(tmp_path)
     list(adapted.stream([batch], cache=cache))
     weight = model.blocks_a[0].mlp.fc1.weight
-    with torch.no_grad():
-        if how == "one value":
-            weight.view(-1)[4] += 1  # not one of those that are looked at again
-        else:
-            weight.data.mul_(1.5)  # does not count as a change
+    before = weight.detach().clone()
+    WRITES[how](weight)
+    assert not torch.equal(before, weight)
     adapted.reset()
     changed = list(adapted.stream([batch], cache=cache))
     assert adapted.encoded == [5, 5]
     assert all_same(changed, list(read(model=model).stream([batch])))
+    # the old ones are found again
+    weight.data.copy_(before)
+    list(read(model=model).stream([batch], cache=cache))
+    assert cache.hits == 5
+
+
+@pytest.mark.parametrize("encode_batch", [None, 5])
+def test_weights_changed_in_the_middle_of_a_stream(
+    read, tiny_model, tiny_batch, tmp_path, encode_batch
+):
+    model, batches = tiny_model(), [tiny_batch(seed=i) for i in range(3)]
+    list(read(model=model).stream(batches, cache=FeatureCache(tmp_path)))
+    adapted, cache = read(model=model), FeatureCache(tmp_path)
+    stream = adapted.stream(iter(batches), encode_batch, cache)
+    next(stream)
+    model.blocks_v[1].mlp.fc2.weight.data[0, 0] += 1
+    next(stream)
+    assert adapted.encoded == [5]
+    assert (cache.hits, cache.misses) == (5, 5)
+    # nor are new features kept under the old weights' name
+    model.blocks_v[1].mlp.fc2.weight.data[0, 0] += 1
+    next(stream), stream.close()
+    assert adapted.encoded == [5, 5]
+    fresh = read(model=model)
+    list(fresh.stream(batches, cache=FeatureCache(tmp_path)))
+    assert fresh.encoded == [5, 5]
+
+
+def test_weights_changed_while_they_are_used(read, tiny_model, tiny_batch, tmp_path):
+    """Features of neither the old nor the new weights are not kept."""
+    model, batch = tiny_model(), tiny_batch()
+    adapted = read(model=model)
+    working = adapted._hidden[1]
+    encode = type(working).encode
+
+    def interrupted(*inputs):
+        tokens = encode(*inputs)
+        model.blocks_a[0].mlp.fc1.weight.data[0, 0] += 1
+        return tokens
+
+    type(working).encode = staticmethod(interrupted)
+    list(adapted.stream([batch], cache=FeatureCache(tmp_path)))
+    assert shards(tmp_path) == []
+
+
+def test_every_weight_and_buffer_counts():
+    """Of nested, tied and parametrised modules, whatever the layout; non-persistent buffers."""
+    torch.manual_seed(0)
+    model = Bare()
+    model.inner = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    model.tied = model.inner[2]
+    model.register_buffer("table", torch.randn(5, 3).T, persistent=False)
+    model.register_buffer("flags", torch.tensor([True, False, True]))
+    model.register_buffer("rounded", torch.randn(3, 2).bfloat16())
+    model.register_buffer("number", torch.tensor(3))
+    model.plain, model.helper = [torch.randn(2)], Helper()
+    tensors = [*model.parameters(), *model.buffers(), model.plain[0], model.helper.table]
+    keys = {model_key(model, "fp32", "fp32")}
+    for tensor in tensors:
+        values = tensor.data
+        for place in {(0,) * values.ndim, tuple(n - 1 for n in values.shape)}:
+            before = values[place].clone()
+            values[place] = ~before if before.dtype == torch.bool else before + 1
+            keys.add(model_key(model, "fp32", "fp32"))
+            values[place] = before
+    assert len(tensors) == 18
+    # the counters of batches and of nothing else are single values
+    assert len(keys) == 1 + 2 * 18 - 2
+    assert model_key(model, "fp32", "fp32") in keys
+
+
+def test_layout_does_not_count_but_type_and_shape_do():
+    def key(x):
+        model = Bare()
+        model.register_buffer("x", x)
+        return model_key(model, "fp32", "fp32")
+
+    x = torch.arange(24.0).view(2, 3, 4)
+    same = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0), x.repeat(1, 1, 2)[:, :, :4]]
+    same += [torch.cat((torch.zeros(1), x.flatten()))[1:].view(2, 3, 4)]
+    assert {key(y) for y in same} == {key(x)}
+    others = [x.view(3, 2, 4), x.double(), x.view(torch.int32), x[None], -x, x.flip(0)]
+    assert len({key(y) for y in (x, *others)}) == 7
+
+
+def test_values_that_cannot_be_read(tmp_path):
+    model = Bare()
+    model.register_buffer("x", torch.ones(3, device="meta"))
+    kept = FeatureCache(tmp_path).of(model, "fp32")
+    with pytest.raises(TypeError, match=r"holds no values; name the model.*FeatureCache\(.*key="):
+        kept.features(["0"], (torch.ones(1, 2),), lambda inputs: inputs[0])
+
+
+def test_named_model(read, tiny_model, tiny_batch, tmp_path):
+    """The user's promise: weights are not read, precision and storage still count."""
+    model, batch = tiny_model(), tiny_batch()
+    list(read(model=model).stream([batch], cache=FeatureCache(tmp_path, key="v3")))
+    model.blocks_a[0].mlp.fc1.weight.data.mul_(2)
+    for encoded, key, precision, dtype in (
+        ([], "v3", "fp32", "fp32"), ([5], "v4", "fp32", "fp32"), ([5], None, "fp32", "fp32"),
+        ([5], "v3", "bf16", "fp32"), ([5], "v3", "fp32", "bf16"),
+    ):  # fmt: skip
+        adapted = read(model=model, precision=precision)
+        list(adapted.stream([batch], cache=FeatureCache(tmp_path, dtype, key=key)))
+        assert adapted.encoded == encoded, (key, precision, dtype)
+
+
+@pytest.mark.parametrize(("key", "error"), [("", ValueError), (" ", ValueError), (3, TypeError)])
+def test_names_that_cannot_be(tmp_path, key, error):
+    with pytest.raises(error, match="key"):
+        FeatureCache(tmp_path, key=key)
 
 
 def test_memory_used_again_by_another_model(read, tiny_model, tiny_batch, tmp_path):
-    """A digest is remembered for a tensor, not for its address."""
+    """A key is of contents, not of addresses."""
     for i in range(6):
         model = tiny_model()
         with torch.no_grad():
-            # beyond the values that are looked at when a digest is reused
             model.blocks_v[0].mlp.fc1.weight.view(-1)[4] += i
         adapted = read(model=model)
         list(adapted.stream([tiny_batch()], cache=FeatureCache(tmp_path)))
@@ -135,6 +293,13 @@ class Bare(nn.Module):
 
     def tunable(self, group):
         return {}
+
+
+class Helper:
+    """Holds a table of the model, and is no module."""
+
+    def __init__(self):
+        self.table, self.calls = torch.arange(4.0), 0
 
 
 @dataclass

@@ -6,11 +6,8 @@ import argparse
 import dataclasses
 import enum
 import hashlib
-import os
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from numbers import Integral
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
@@ -19,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import __version__
+from ..ops.byte_sums import byte_sums
 
-FORMAT = 1
-_PIECE = 65536
+FORMAT = 2
 _PROBE = 64  # values of an input that are looked at where the sample has an id
 _MODULE = frozenset(vars(nn.Module()))
 _KNOWN = frozenset(("fasttta", "torch", "numpy")) | sys.stdlib_module_names
@@ -32,22 +28,26 @@ _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, slice, enum.Enum,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+_VALUES = (Tensor, np.ndarray, nn.Module)
 _WRAPPERS = (partial, cached_property, staticmethod, classmethod, property)
 
 
 def model_key(model: nn.Module, precision: str, dtype: str) -> str:
     """32 hex digits of everything that a model's ``encode`` depends on.
 
-    Every weight and buffer in full (but the fusion's q, k, v or RAda's head, behind the encoders,
-    so that all methods with frozen encoders agree), settings such as head counts, the code of
-    classes that are neither PyTorch's nor ours, the spec and the cut found by it.
+    Every byte of every weight and buffer (but the fusion's q, k, v or RAda's head, behind the
+    encoders, so that all methods with frozen encoders agree), settings such as head counts, the
+    code of classes that are neither PyTorch's nor ours, the spec and the cut found by it. All is
+    read at every call, as no counter tells of writes through ``.data``, numpy or another process.
 
     Args:
         model: as the steps run it, in its precision, after its first batch.
         precision: its name.
         dtype: what features are stored in.
+
+    Raises:
+        TypeError: the values of a weight cannot be read.
     """
-    _remember([p for p in model.parameters() if not p.requires_grad])
     behind = set()
     group = "head" if hasattr(model, "head") else "fusion_qkv"
     for slot in model.tunable(group).values():
@@ -56,28 +56,44 @@ def model_key(model: nn.Module, precision: str, dtype: str) -> str:
     contents = _Contents(behind)
     for value in (FORMAT, __version__, precision, dtype, model):
         contents.add(value)
-    return contents.hash.hexdigest()
+    return contents.hexdigest()
+
+
+def named_key(name: str, precision: str, dtype: str) -> str:
+    """32 hex digits of a model that the user names, in a precision and a type of features."""
+    contents = _Contents(set())
+    for value in (FORMAT, __version__, precision, dtype, "named", name):
+        contents.add(value)
+    return contents.hexdigest()
 
 
 class _Contents:
     """A hash over objects, their parts and the code they run; addresses never enter it."""
 
     def __init__(self, behind: set[tuple[int, str]]) -> None:
-        self.hash = hashlib.blake2b(digest_size=16)
+        self._hash = hashlib.blake2b(digest_size=16)
         self._behind = behind
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # an address in _seen stays taken
+        self._tensors: list[Tensor] = []
+
+    def hexdigest(self) -> str:
+        """Of all that was added; the values of tensors are read here, together."""
+        total = self._hash.copy()
+        total.update(byte_sums(self._tensors))
+        return total.hexdigest()
 
     def _text(self, *parts: str) -> None:
         for part in parts:
             data = part.encode()
-            self.hash.update(len(data).to_bytes(8, "little") + data)
+            self._hash.update(len(data).to_bytes(8, "little") + data)
 
     def add(self, value: Any) -> None:
         if isinstance(value, _PLAIN):
             self._text(type(value).__name__, repr(value))
         elif isinstance(value, Tensor):
-            self._text("tensor", _digest(value))
+            self._text("tensor", str(value.dtype), str(list(value.shape)))
+            self._tensors.append(value)
         elif isinstance(value, tuple):
             self._items(value)
         elif isinstance(value, (set, frozenset)):
@@ -116,7 +132,8 @@ class _Contents:
             names = ("func", "args", "keywords", "__func__", "fget", "__wrapped__")
             self.add({n: getattr(value, n) for n in names if hasattr(value, n)})
         elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
-            self._text("array", str(value.dtype), str(value.shape), _hex(value.tobytes()))
+            digest = hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
+            self._text("array", str(value.dtype), str(value.shape), digest)
         else:
             self.add(type(value))
             # others hold caches, locks, loggers: state that changes without changing features
@@ -129,6 +146,9 @@ class _Contents:
                 or type(value).__module__.startswith("fasttta.")
             ):
                 self.add(vars(value))
+            elif not _known(type(value).__module__):  # tables of a helper of the model
+                parts = getattr(value, "__dict__", {})
+                self.add({n: x for n, x in parts.items() if isinstance(x, _VALUES)})
 
     def _module(self, module: nn.Module) -> None:
         self.add(type(module))
@@ -166,7 +186,7 @@ class _Contents:
                 self._text("empty")
         for name in code.co_names:
             value = function.__globals__.get(name)
-            if value is not None and isinstance(value, (FunctionType, *_PLAIN)):
+            if value is not None and isinstance(value, (FunctionType, *_PLAIN, *_VALUES)):
                 self._text(name)
                 self.add(value)
 
@@ -174,61 +194,6 @@ class _Contents:
 def _known(module: str) -> bool:
     """Code that the versions of fasttta and PyTorch stand for."""
     return module.split(".")[0] in _KNOWN
-
-
-# ---------------------------------------------------------------------- tensors
-
-# place of a tensor -> (its storage, what it looked like, digest): the 660 MB of a ViT-B CAV-MAE
-# take 0.5 s on one core of a 2.5 GHz Xeon, once for all methods on a model
-_DIGESTS: dict[tuple, tuple[StorageWeakRef, tuple, str]] = {}
-
-
-def _remember(tensors: Sequence[Tensor]) -> None:
-    """Digests of many tensors at a time, on several cores (hashing releases the lock)."""
-    for place in [place for place, (storage, *_) in _DIGESTS.items() if storage.expired()]:
-        del _DIGESTS[place]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(_digest, tensors))
-
-
-def _digest(x: Tensor) -> str:
-    """Of type, shape and all values. Taken again only if the tensor may have changed: its version
-    counter, or (for writes through ``.data``, which do not count) some of its values."""
-    x = x.detach()
-    storage = StorageWeakRef(x.untyped_storage())  # holds no memory, only the address
-    place = (storage.cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, x.device)
-    look = (None if x.is_inference() else x._version, _bytes(x.reshape(-1)[:: _step(x.numel())]))
-    if place in _DIGESTS and _DIGESTS[place][1] == look:
-        return _DIGESTS[place][2]
-    digest = f"{x.dtype} {list(x.shape)} {_hex(_folded(_bytes(x.reshape(-1))))}"
-    if not x.is_inference():
-        _DIGESTS[place] = storage, look, digest
-    return digest
-
-
-def _step(values: int) -> int:
-    return max(1, values // _PROBE)
-
-
-def _bytes(x: Tensor) -> Any:
-    """The values of a tensor [n] or [n, values], to be hashed without a copy; small ones as
-    ``bytes``, which compare by value."""
-    data = x.cpu().contiguous().view(torch.uint8).numpy()
-    return data.tobytes() if data.nbytes <= 4096 else data
-
-
-def _folded(data: Any) -> bytes:
-    """CRC-32 of every 64 KB: 1.5 GB/s a core where blake2b reads 0.35 (2.5 GHz Xeon). One changed
-    value is always noticed; several changes in one piece with all but a 2^-32 chance."""
-    pieces = range(0, len(data), _PIECE)
-    return b"".join(zlib.crc32(data[i : i + _PIECE]).to_bytes(4, "little") for i in pieces)
-
-
-def _hex(data: Any) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-# ---------------------------------------------------------------------- samples
 
 
 def sample_keys(inputs: tuple[Tensor, ...], ids: object = None) -> list[str]:
@@ -247,7 +212,7 @@ def sample_keys(inputs: tuple[Tensor, ...], ids: object = None) -> list[str]:
     rows = []
     for x in inputs:
         x = x.detach().flatten(1) if x.ndim > 1 else x.detach()[:, None]  # [n, values]
-        x = x if ids is None else x[:, :: _step(x.shape[1])]
+        x = x if ids is None else x[:, :: max(1, x.shape[1] // _PROBE)]
         rows.append(x.cpu().contiguous().view(torch.uint8).numpy())
     keys = []
     for i, name in enumerate(named):
