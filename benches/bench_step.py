@@ -15,8 +15,9 @@ from torch import Tensor
 import fasttta
 import fasttta.trace
 from fasttta.data import FeatureCache
+from fasttta.data.feature_keys import model_key
 from fasttta.models import CAVMAE
-from fasttta.ops import reference
+from fasttta.ops import byte_sums, reference
 
 CUDA = torch.cuda.is_available()
 # bf16 where the processor multiplies in it; elsewhere it is emulated and slower than fp32
@@ -300,6 +301,33 @@ def bench_cached_features(model, device, full, measure, tmp_path):
         queued=False,
         samples=len(inputs[0]),
         shape=f"batch {len(inputs[0])}, keys of the samples' bytes",
+    )
+
+
+def bench_model_key(model, device, full, measure):
+    """What a cache reads of the weights for every group of batches, against encoding 8 samples."""
+    adapted, _, inputs, _ = _case("read", model, device, full, "fp32", "eager")
+    working, weights = adapted._hidden[1], list(adapted._hidden[1].parameters())
+    prepared = adapted._step.prepare(tuple(torch.cat((x, x))[: 8 if full else 2] for x in inputs))
+
+    def plain() -> tuple[Tensor, ...]:
+        groups = byte_sums._groups(map(byte_sums._bytes_of, weights))
+        return (torch.cat([byte_sums._sums(words) for words in groups]),)
+
+    def ours() -> tuple[Tensor, ...]:
+        data = bytearray(byte_sums.byte_sums(weights))
+        return (torch.frombuffer(data, dtype=torch.int64).view(-1, 2),)
+
+    measure(
+        lambda: (model_key(working, adapted.precision, "fp32"),),
+        parts=[(1, lambda: (adapted._step.encode(prepared),))],
+        check=(ours, plain),
+        tolerance=0.0,
+        rounds=5,
+        queued=False,
+        shape=f"all weights, against a batch of {len(prepared[0])}",
+        dtype=torch.float32,
+        bytes=sum(x.nbytes for x in weights),
     )
 
 
