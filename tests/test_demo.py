@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import fasttta
 from fasttta import cli
 from fasttta.demo import digits
 from fasttta.demo import run as demo
+from fasttta.evaluate.table import mean_spread
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -24,6 +26,11 @@ def report():
     assert [done for done, _, _ in calls] == list(range(count + 1))
     assert {total for _, total, _ in calls} == {count}
     return found
+
+
+@pytest.fixture(scope="module")
+def several():
+    return demo.run(["white", "fog"], ["source", "tent", "read", "abpem"], samples=64, seeds=(0, 1))
 
 
 def test_every_method_has_settings():
@@ -95,6 +102,44 @@ def test_table(report):
     assert "±" in spread
 
 
+def test_table_fits_a_terminal(several):
+    """Of two seeds and all methods; methods that do not fit are below, with the source again."""
+    text = demo.table(several)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [line.split()[2:] for line in lines if line.startswith("accuracy, %")]
+    assert len(heads) > 1
+    assert all(names[0] == "source" for names in heads)
+    methods = list(several["streams"]["white"])
+    assert [name for names in heads for name in names[1:]] == methods[1:]
+
+
+def test_mean_has_its_spread(several):
+    """That of the seeds' means over streams, in the prediction that a method scores."""
+    for method, when in {"tent": "before", "read": "after", "source": "before"}.items():
+        of_seeds = []
+        for seed in range(2):
+            runs = [found[method]["series"][seed] for found in several["streams"].values()]
+            shares = [100 * sum(run[f"hits_{when}"]) / sum(run["samples"]) for run in runs]
+            of_seeds.append(statistics.fmean(shares))
+        expected = statistics.stdev(of_seeds)
+        assert mean_spread(several, method) == pytest.approx(expected)
+        if method != "source":
+            mean = statistics.fmean(f[method]["after"] for f in several["streams"].values())
+            assert f"→ {mean:.1f} ±{expected:.1f}" in demo.table(several)
+    assert mean_spread(several, "tent") != several["streams"]["white"]["tent"]["score_std"]
+    alone = demo.run(["white"], ["source", "read"], samples=64)
+    assert mean_spread(alone, "read") == 0
+    assert "±" not in demo.table(alone)
+
+
+def test_nothing_to_run():
+    with pytest.raises(ValueError, match="methods: found none"):
+        demo.run(["white"], [])
+    with pytest.raises(ValueError, match="seeds: found none"):
+        demo.run(["white"], ["read"], seeds=())
+
+
 def test_command(capsys):
     assert cli.main(["demo", "--quick", "--samples", "64", "--methods", "source", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -113,6 +158,8 @@ def test_command(capsys):
     [
         (["--streams", "rain"], "rain unknown; known: clean, gaussian"),
         (["--methods", "magic"], "method='magic' is unknown; known: 'source'"),
+        (["--methods", "read,a-tpt"], "for images: fasttta demo clip --methods a-tpt"),
+        (["--methods", "mta"], "which runs 'source', 'tent', 'eata', 'sar', 'read', 'abpem'"),
         (["--severity", "99"], "severity=99.0 is out of range"),
         (["--samples", "0"], "samples=0"),
         (["--batch", "0"], "batch=0"),

@@ -32,6 +32,7 @@ from fasttta.evaluate.charts import (
 )  # fmt: skip
 from fasttta.evaluate.document import Document, Figure
 from fasttta.evaluate.svg import draw
+from fasttta.evaluate.table import mean_spread
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,35 @@ def test_without_matplotlib(capsys, monkeypatch, report, tmp_path):
     assert cli.main(["demo", "--report", str(tmp_path / "b.html"), "--png"]) == 2
     assert "pip install 'fasttta[report]'" in capsys.readouterr().err
     assert not (tmp_path / "b.html").exists()
+
+
+def test_nan_is_null_in_json_and_nan_again(report, tmp_path):
+    data = copy.deepcopy(report.data)
+    data["streams"]["white"]["tent"]["gap_after"] = math.nan
+    path = Report(data).to_json(tmp_path / "data.json")
+    assert json.loads(path.read_text())["streams"]["white"]["tent"]["gap_after"] is None
+    again = Report.from_json(path)
+    assert math.isnan(again.data["streams"]["white"]["tent"]["gap_after"])
+    assert again.document.html() == Report(data).document.html()
+    assert again.table() == report.table()
+
+
+def test_mean_row_has_its_spread(report):
+    html = report.document.html()
+    mean = html[html.index("<td>mean</td>") : html.index("<td>samples/s</td>")]
+    for method in report.methods:
+        assert f"±{mean_spread(report.data, method):.1f}" in mean
+
+
+def test_protocol_of_own_data(report):
+    """A protocol may name what it likes; the usual settings are written out where it has them."""
+    data = report.data | {"protocol": {"lr": {"tent": 0.1}, "batch": 7, "split": "test"}}
+    own = Report(data)
+    notes = " ".join(own.notes())
+    assert "protocol: batch 7; tent lr 0.1" in notes
+    assert own.table().startswith("accuracy, %")
+    assert "split" in own.document.html()
+    assert not any("protocol" in note for note in Report(data | {"protocol": {}}).notes())
 
 
 def test_html_needs_no_matplotlib(report, tmp_path):

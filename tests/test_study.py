@@ -217,6 +217,19 @@ def test_command(capsys, tmp_path, monkeypatch):
         assert word in text
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_spreads_are_shown_of_several_seeds_only(model, monkeypatch, seeds):
+    for module in study.STUDIES.values():
+        monkeypatch.setitem(module.QUICK, "samples", 64)
+    monkeypatch.setitem(ablate.QUICK, "variants", ablate.VARIANTS[:2])
+    monkeypatch.setitem(gap.QUICK, "streams", ("white",))
+    found = study.run(seeds=seeds, quick=True)
+    for text in (study.table(found), study.document(found).html()):
+        assert ("±" in text) == (len(seeds) > 1)
+        assert ("over seeds" in text or "all seeds" in text) == (len(seeds) > 1)
+        assert "source" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,7 +19,7 @@ from ..evaluate import (
     over_seeds,
     table,
 )
-from ..methods import Method, by_name
+from ..methods import Method, by_name, names
 from ..models import CAVMAE
 from .digits import CORRUPTIONS, load_model, load_statistics, stream
 
@@ -120,6 +120,7 @@ def run(
         ValueError: an unknown name or a value out of range.
     """
     chosen = list(methods)
+    _check(chosen, seeds)
     objects = {name: by_name(name)(**SETTINGS[name]) for name in chosen}
     unknown = [name for name in streams if name not in CORRUPTIONS]
     if unknown or not streams:
@@ -168,3 +169,20 @@ def run(
         },
         "seconds": time.perf_counter() - start,
     }
+
+
+def _check(methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises ValueError for a method that cannot run here, and where there is nothing to run."""
+    runs = ", ".join(map(repr, SETTINGS))
+    for name in methods:
+        if name in SETTINGS:
+            continue
+        if name not in names():
+            raise ValueError(f"method={name!r} is unknown; known: {runs}")
+        images = "vision-language" in by_name(name).families
+        where = f"; for images: fasttta demo clip --methods {name}" if images else ""
+        raise ValueError(f"method={name!r} does not run in this demo, which runs {runs}{where}")
+    if not methods:
+        raise ValueError(f"methods: found none; needed at least one of {runs}")
+    if not seeds:
+        raise ValueError("seeds: found none; needed at least one, e.g. --seeds 0,1,2")

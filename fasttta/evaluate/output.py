@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,22 @@ def check_matplotlib() -> None:
 
 
 def as_json(data: Any) -> str:
-    """Indented JSON with lists of numbers on one line each."""
-    text = json.dumps(data, indent=1)
-    return re.sub(r"\[[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()), text)
+    """Indented JSON with lists of numbers on one line each. NaN and infinities, which JSON does
+    not have, become null."""
+    plain = json.loads(json.dumps(data), parse_constant=lambda name: None)  # tuples, keys
+    return _text(plain, "\n")
+
+
+def _text(value: Any, margin: str) -> str:
+    """A value of JSON as text; ``margin`` begins the lines that follow its first one."""
+    if isinstance(value, dict) and value:
+        inner = f"{margin} "
+        parts = (f"{json.dumps(key)}: {_text(each, inner)}" for key, each in value.items())
+        return "{" + inner + f",{inner}".join(parts) + margin + "}"
+    if isinstance(value, list) and any(isinstance(each, (str, list, dict)) for each in value):
+        inner = f"{margin} "
+        return "[" + inner + f",{inner}".join(_text(each, inner) for each in value) + margin + "]"
+    return json.dumps(value)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 from . import figures
 from .document import Cell, Document, Facts, Heading, Table, Text, Tiles
 from .output import as_json, check_output, write_whole
-from .table import mean_over_streams, notes, table
+from .table import mean_over_streams, mean_spread, notes, several_seeds, table
 
 _NEEDED = ("protocol", "machine", "streams", "classes", "seconds")
 
@@ -59,6 +60,8 @@ class Report:
             data = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{os.fspath(path)!r} is not JSON: {error}") from error
+        if isinstance(data, dict) and isinstance(data.get("streams"), dict):
+            data["streams"] = _with_nan(data["streams"])
         return cls(data)
 
     def table(self) -> str:
@@ -151,16 +154,18 @@ class Report:
         return Tiles(tiles)
 
     def _table(self) -> Table:
-        several = len(self.data["protocol"].get("seeds", ())) > 1
+        several = several_seeds(self.data)
         rows = []
         for name, found in self.data["streams"].items():
             best = max(found, key=lambda m: found[m]["score"])
             rows.append([name, *(self._cell(m, found[m], m == best, several) for m in found)])
         average = {
-            m: {k: self.mean(m, k) for k in ("before", "after", "score")} for m in self.methods
+            m: {k: self.mean(m, k) for k in ("before", "after", "score")}
+            | {"score_std": mean_spread(self.data, m)}
+            for m in self.methods
         }
         best = max(average, key=lambda m: average[m]["score"])
-        rows.append(["mean", *(self._cell(m, average[m], m == best, False) for m in average)])
+        rows.append(["mean", *(self._cell(m, average[m], m == best, several) for m in average)])
         speed = [Cell(f"{self.mean(m, 'samples_per_s'):,.0f}") for m in self.methods]
         rows.append(["samples/s", *speed])
         caption = (
@@ -183,6 +188,15 @@ class Report:
     def notes(self) -> list[str]:
         """What must be read with the numbers."""
         return notes(self.data)
+
+
+def _with_nan(value: Any) -> Any:
+    """Measured numbers as they were before ``as_json`` wrote null for NaN."""
+    if isinstance(value, dict):
+        return {name: _with_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value
 
 
 def readable(value: Any) -> str:

@@ -44,7 +44,7 @@ def table(data: dict[str, Any]) -> str:
     for method in _methods(data):
         cells = "".join(f"{cell(method, stream):>14}" for stream in streams)
         lines.append(f"{method:<12}{cells}{speed(data, method):>12,.0f}")
-    return "\n".join([*lines, "", *(textwrap.fill(x, 92, subsequent_indent="  ")
+    return "\n".join([*lines, "", *(textwrap.fill(x, 80, subsequent_indent="  ")
                                     for x in notes(data))])  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ...collect import collect_stats
@@ -12,7 +13,7 @@ from ...methods import ABPEM, Source
 from ...models import CAVMAE
 from ..digits import stream
 from ..run import CLASSES, SETTINGS, adapt_stream, encode_stream
-from .spread import shown, spread
+from .spread import several_seeds, shown, spread
 
 STREAMS = {"contrast": "video", "white": "audio"}
 CLEAN_SEED = 1000  # of the clean pairs whose statistics are the fixed anchors
@@ -138,28 +139,30 @@ def run(
 
 def table(found: dict[str, Any]) -> str:
     """As text: accuracy, difference to the default, gap at the end."""
+    show = partial(shown, several=several_seeds(found))
     lines = ["ablate: ABPEM with one thing changed at a time", ""]
     for name, result in found["streams"].items():
         source = result["source"]
         lines.append(f"{name:<30}{'accuracy, %':>14}{'to default':>14}{'gap, nats':>16}")
-        lines.append(f"{'source':<30}{shown(source['accuracy']):>14}{'':>14}"
-                     f"{shown(source['gap'], 2):>16}")  # fmt: skip
+        lines.append(f"{'source':<30}{show(source['accuracy']):>14}{'':>14}"
+                     f"{show(source['gap'], 2):>16}")  # fmt: skip
         group = ""
         for row in result["variants"]:
             if row["group"] != group:
                 group = row["group"]
                 lines.append(group)
             label = f"  {row['label']}{' *' if row['default'] else ''}"
-            difference = "" if row["default"] else shown(row["difference"], sign=True)
-            lines.append(f"{label:<30}{shown(row['accuracy']):>14}{difference:>14}"
-                         f"{shown(row['gap'], 2):>16}")  # fmt: skip
+            difference = "" if row["default"] else show(row["difference"], sign=True)
+            lines.append(f"{label:<30}{show(row['accuracy']):>14}{difference:>14}"
+                         f"{show(row['gap'], 2):>16}")  # fmt: skip
         lines.append("")
     return "\n".join([*lines, "* the default setting"])
 
 
 def parts(found: dict[str, Any]) -> list:
     """What the report shows."""
-    streams = found["streams"]
+    streams, several = found["streams"], several_seeds(found)
+    over_seeds = "mean ± standard deviation over seeds; " if several else ""
     charts = []
     for name, result in streams.items():
         rows, group = [], ""
@@ -178,31 +181,35 @@ def parts(found: dict[str, Any]) -> list:
         header += [f"{name}: accuracy", "to default", "gap"]
     return [
         Heading("Which part of ABPEM does what?"),
-        Text(_summary(streams)),
+        Text(_summary(streams, several)),
         Figure(
             "Accuracy with one thing changed", charts,
-            "Top-1 accuracy over the stream, mean ± standard deviation over seeds; bold rows are "
-            "the default setting, the dotted line its mean. "
+            f"Top-1 accuracy over the stream; {over_seeds}bold rows are the default setting, the "
+            f"dotted line its {'mean' if several else 'accuracy'}. "
             "The source model has "
-            + ", ".join(f"{shown(r['source']['accuracy'])} % on {n}" for n, r in streams.items())
+            + ", ".join(
+                f"{shown(r['source']['accuracy'], several=several)} % on {n}"
+                for n, r in streams.items()
+            )
             + ".",
         ),
         Table(
-            header, _rows(streams),
+            header, _rows(streams, several),
             "Accuracy in percent, its difference to the default on the same seeds, and the "
-            "attention gap in nats with the weights at the end of the stream; mean ± standard "
-            "deviation over seeds, bold is the default setting.",
+            "attention gap in nats with the weights at the end of the stream; "
+            f"{over_seeds}bold is the default setting.",
         ),
     ]  # fmt: skip
 
 
-def _rows(streams: dict[str, Any]) -> list[list[str | Cell]]:
+def _rows(streams: dict[str, Any], several: bool) -> list[list[str | Cell]]:
+    show = partial(shown, several=several)
     first = next(iter(streams.values()))["variants"]
     rows: list[list[str | Cell]] = []
     sources = [result["source"] for result in streams.values()]
     rows.append(["source"])
     for source in sources:
-        rows[0] += [shown(source["accuracy"]), "", shown(source["gap"], 2)]
+        rows[0] += [show(source["accuracy"]), "", show(source["gap"], 2)]
     group = ""
     for i, variant in enumerate(first):
         if variant["group"] != group:
@@ -211,21 +218,21 @@ def _rows(streams: dict[str, Any]) -> list[list[str | Cell]]:
         row: list[str | Cell] = [variant["label"]]
         for result in streams.values():
             found = result["variants"][i]
-            accuracy = shown(found["accuracy"])
+            accuracy = show(found["accuracy"])
             row += [
                 Cell(accuracy) if found["default"] else accuracy,
-                "" if found["default"] else shown(found["difference"], sign=True),
-                shown(found["gap"], 2),
+                "" if found["default"] else show(found["difference"], sign=True),
+                show(found["gap"], 2),
             ]
         rows.append(row)
     return rows
 
 
-def _summary(streams: dict[str, Any]) -> str:
+def _summary(streams: dict[str, Any], several: bool) -> str:
     """What each loss term is worth, from the numbers."""
-    told = []
+    told, show = [], partial(shown, several=several)
     for name, result in streams.items():
         terms = [r for r in result["variants"] if r["group"] == "loss terms" and not r["default"]]
-        changes = ", ".join(f"{r['label']} {shown(r['difference'], sign=True)}" for r in terms)
+        changes = ", ".join(f"{r['label']} {show(r['difference'], sign=True)}" for r in terms)
         told.append(f"On {name}, points against the full loss: {changes}.")
     return " ".join(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ...evaluate.charts import Line, Lines
@@ -11,7 +12,7 @@ from ...methods import ABPEM, Source
 from ...models import CAVMAE
 from ..digits import SEVERITIES, stream
 from ..run import SETTINGS, adapt_stream, encode_stream
-from .spread import rank_correlation, shown, spread
+from .spread import rank_correlation, several_seeds, shown, spread
 
 # one corruption that takes signal away and one that adds noise, for each modality
 STREAMS = {"contrast": "video", "gaussian": "video", "low-pass": "audio", "white": "audio"}
@@ -98,13 +99,14 @@ def correlations(points: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def table(found: dict[str, Any]) -> str:
     """As text: accuracy and gap, source → adapted, at every severity."""
+    show = partial(shown, several=several_seeds(found))
     lines = ["gap: attention gap in nats and accuracy in %, source → abpem", ""]
     for name, points in found["streams"].items():
         lines.append(f"{name:<10}{'gap':>32}{'accuracy':>34}")
         for point in points:
             source, adapted = point["source"], point["adapted"]
-            gaps = f"{shown(source['gap'], 2)} → {shown(adapted['gap'], 2)}"
-            scores = f"{shown(source['accuracy'])} → {shown(adapted['accuracy'])}"
+            gaps = f"{show(source['gap'], 2)} → {show(adapted['gap'], 2)}"
+            scores = f"{show(source['accuracy'])} → {show(adapted['accuracy'])}"
             lines.append(f"{point['severity']:>5g}     {gaps:>32}{scores:>34}")
         found_ = correlations(points)
         lines.append(
@@ -117,7 +119,7 @@ def table(found: dict[str, Any]) -> str:
 
 def parts(found: dict[str, Any]) -> list:
     """What the report shows."""
-    streams = found["streams"]
+    streams, several = found["streams"], several_seeds(found)
     legend = [("source", 0), ("abpem", 3)]
 
     def lines(key: str, label: str, log: bool) -> list[Lines]:
@@ -143,34 +145,36 @@ def parts(found: dict[str, Any]) -> list:
         ends = (points[0]["source"]["gap"], points[-1]["source"]["gap"])
         rows.append(
             [
-                name, *(shown(end, 2) for end in ends),
+                name, *(shown(end, 2, several=several) for end in ends),
                 f"{r['severity']:+.2f}", f"{r['accuracy']:+.2f}",
             ]
         )  # fmt: skip
     worst = f"gap at severity {next(iter(streams.values()))[-1]['severity']:g}"
-    band = "Bands: ± one standard deviation over seeds."
+    band = " Bands: ± one standard deviation over seeds." if several else ""
+    means = ", mean ± standard deviation over seeds," if several else ""
+    of_means = " of the seeds' means" if several else ""
     return [
         Heading("Does the attention gap grow with the shift?"),
         Text(_summary(streams)),
         Table(
             ["stream", "gap, clean", worst, "rank correlation with severity", "with accuracy"],
             rows,
-            "Attention gap of the source model in nats, mean ± standard deviation over seeds, and "
-            "Spearman's rank correlation over severities of the seeds' means.",
+            f"Attention gap of the source model in nats{means} and Spearman's rank correlation "
+            f"over severities{of_means}.",
         ),
         Figure(
             "Attention gap against severity", lines("gap", "gap, nats (logarithmic)", True),
-            f"KL(va‖aa) + KL(av‖vv) of the fusion block's raw scores. {band}", legend,
+            f"KL(va‖aa) + KL(av‖vv) of the fusion block's raw scores.{band}", legend,
         ),
         Figure(
             "Accuracy against severity", lines("accuracy", "accuracy, %", False),
             f"Top-1 accuracy over the whole stream; severities above 5 are beyond the usual "
-            f"benchmarks. {band}", legend,
+            f"benchmarks.{band}", legend,
         ),
         Figure(
             "Parts of the gap of the source model", pieces,
-            "Both pairs in both directions. The first two make up the gap and ABPEM's loss. "
-            + band, [(_NAMES[p], i) for i, p in enumerate(PARTS, 1)],
+            f"Both pairs in both directions. The first two make up the gap and ABPEM's loss.{band}",
+            [(_NAMES[p], i) for i, p in enumerate(PARTS, 1)],
         ),
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from ...evaluate.document import Figure, Heading, Table, Text
 from ...models import CAVMAE
 from ..digits import stream
 from ..run import CLASSES, SETTINGS
-from .spread import shown, spread
+from .spread import Spread, several_seeds, shown, spread
 
 STREAMS = {"contrast": "video", "gaussian": "video", "low-pass": "audio", "white": "audio"}
 QUICK = {"streams": ("white",), "samples": 192}
@@ -143,20 +143,31 @@ def _numbers(by_seed: list[dict[str, list[float]]]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """As text: cosine with the cross-entropy's gradient."""
-    streams = found["streams"]
+    streams, several = found["streams"], several_seeds(found)
     lines = ["gradients: cosine with the gradient of the cross-entropy with labels", ""]
     lines.append(f"{'loss':<32}" + "".join(f"{name:>16}" for name in streams))
     for loss, label in TERMS.items():
-        cells = [f"{shown(result['cosine'][loss], 2):>16}" for result in streams.values()]
+        cells = [f"{_cell(result['cosine'][loss], several):>16}" for result in streams.values()]
         lines.append(f"{label:<32}" + "".join(cells))
     closer = [f"{100 * r['principal_closer'][str(K)]:>14.0f} %" for r in streams.values()]
     lines.append(f"{f'k = {K} closer than all classes':<32}" + "".join(closer))
-    return "\n".join([*lines, "", "mean ± standard deviation over the batches of all seeds"])
+    return "\n".join([*lines, "", _over_batches(several)])
+
+
+def _cell(value: Spread, several: bool) -> str:
+    """± is kept for spreads over more than one seed."""
+    return shown(value, 2) if several else f"{value['mean']:.2f} ({value['std']:.2f})"
+
+
+def _over_batches(several: bool) -> str:
+    if several:
+        return "mean ± standard deviation over the batches of all seeds"
+    return "mean (standard deviation) over the batches of one seed"
 
 
 def parts(found: dict[str, Any]) -> list:
     """What the report shows."""
-    streams = found["streams"]
+    streams, several = found["streams"], several_seeds(found)
     legend = [(name, i) for i, name in enumerate(streams, 1)]
     curves = [
         Line(
@@ -175,14 +186,13 @@ def parts(found: dict[str, Any]) -> list:
     ]
     body = []
     for loss, label in TERMS.items():
-        cells = [shown(result["cosine"][loss], 2) for result in streams.values()]
+        cells = [_cell(result["cosine"][loss], several) for result in streams.values()]
         body.append([label, *cells])
     shares = [f"{100 * r['principal_closer'][str(K)]:.0f} %" for r in streams.values()]
     body.append([f"batches on which k = {K} is closer than all classes", *shares])
     batches = next(iter(streams.values()))["batches"]
-    note = (
-        f"Mean ± standard deviation over {batches} batches of all seeds, at the source's weights."
-    )
+    over = _over_batches(several)
+    note = f"{over[0].upper()}{over[1:]} ({batches}), at the source's weights."
     return [
         Heading("Do label-free losses point where labels would?"),
         Text(_summary(streams)),

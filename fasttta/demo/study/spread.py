@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 Spread = dict[str, float]  # {"mean": ..., "std": ...}
 
@@ -14,10 +15,16 @@ def spread(values: Sequence[float]) -> Spread:
     return {"mean": statistics.fmean(values), "std": std}
 
 
-def shown(value: Spread, digits: int = 1, sign: bool = False) -> str:
-    """mean ± std"""
+def shown(value: Spread, digits: int = 1, sign: bool = False, several: bool = True) -> str:
+    """mean ± std; the mean alone unless it is of several values."""
     plus = "+" if sign else ""
-    return f"{value['mean']:{plus}.{digits}f} ±{value['std']:.{digits}f}"
+    deviation = f" ±{value['std']:.{digits}f}" if several else ""
+    return f"{value['mean']:{plus}.{digits}f}{deviation}"
+
+
+def several_seeds(study: Mapping[str, Any]) -> bool:
+    """Whether a study's results are means over more than one seed."""
+    return len(study["protocol"]["seeds"]) > 1
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
