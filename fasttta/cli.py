@@ -3,23 +3,62 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from . import __version__
+from . import __version__, console
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .models.spec import ModelSpec
+
+    class _Report(Protocol):
+        def to_html(self, path: str) -> Path: ...
+        def to_png(self, folder: str) -> list[Path]: ...
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+_Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _seeds(text: str) -> list[int]:
+    """Comma-separated seeds, each once."""
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: needed integers with commas between them, such as 0,1,2"
+        ) from None
+    outside = [seed for seed in seeds if not 0 <= seed < 2**63]
+    if outside:
+        raise argparse.ArgumentTypeError(f"{outside[0]} is out of range, needed 0 to 2**63 - 1")
+    twice = [seed for i, seed in enumerate(seeds) if seed in seeds[:i]]
+    if twice:
+        raise argparse.ArgumentTypeError(f"{twice[0]} stands there twice; a spread needs others")
+    return seeds
 
 
-def _demo_parser(commands: argparse._SubParsersAction) -> None:
+def _names(text: str) -> list[str]:
+    """Comma-separated names, each once."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: needed names with commas between them")
+    return list(dict.fromkeys(names))
+
+
+def _at_least_one(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: needed an integer") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: needed at least 1")
+    return number
+
+
+def _demo_parser(commands: _Commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="adapt a small trained model offline: audio-visual streams, or (demo clip) a CLIP",
@@ -32,11 +71,11 @@ def _demo_parser(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument("--quick", action="store_true", help="fewer streams or methods, and samples")
     demo.add_argument("--json", action="store_true", help="print the report as JSON")
-    demo.add_argument("--methods", type=_words, metavar="A,B", help="methods to run")
+    demo.add_argument("--methods", type=_names, metavar="A,B", help="methods to run")
     demo.add_argument("--samples", type=int, help="samples in a stream (default 768; clip: 48)")
-    demo.add_argument("--seeds", type=_numbers, default=[0], metavar="0,1", help="(default 0)")
+    demo.add_argument("--seeds", type=_seeds, default=[0], metavar="0,1", help="(default 0)")
     streams = demo.add_argument_group("streams")
-    streams.add_argument("--streams", type=_words, metavar="A,B", help="corruptions to run")
+    streams.add_argument("--streams", type=_names, metavar="A,B", help="corruptions to run")
     streams.add_argument("--severity", type=float, help="1 to 8 (default 5)")
     streams.add_argument("--batch", type=int, help="samples in a batch (default 64)")
     clip = demo.add_argument_group("demo clip")
@@ -71,10 +110,7 @@ def _check_report(options: argparse.Namespace) -> None:
     if options.report is not None:
         check_output(options.report, "--report")
     if options.png:
-        try:
-            check_matplotlib()
-        except ModuleNotFoundError as error:
-            raise ValueError(error) from error
+        check_matplotlib()
         check_folder(_charts_folder(options.report), "--png: the folder of the charts")
 
 
@@ -82,7 +118,7 @@ def _charts_folder(report: str) -> str:
     return os.path.splitext(report)[0] + "-charts"
 
 
-def _write_report(options: argparse.Namespace, report) -> None:
+def _write_report(options: argparse.Namespace, report: _Report) -> None:
     """Writes what was asked for; says where on standard error, which JSON does not go to."""
     if options.report is None:
         return
@@ -95,10 +131,10 @@ def _write_report(options: argparse.Namespace, report) -> None:
 _OF_STREAMS, _OF_CLIP = ("streams", "severity", "batch"), ("eps", "steps", "labels")
 
 
-def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, object]:
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Those options that were given."""
-    found = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -112,7 +148,7 @@ def _demo(options: argparse.Namespace) -> int:
     return (_demo_clip if clip else _demo_streams)(options, chosen)
 
 
-def _demo_streams(options: argparse.Namespace, chosen: dict[str, object]) -> int:
+def _demo_streams(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
     from .demo import run as demo
     from .evaluate import Report
 
@@ -123,7 +159,7 @@ def _demo_streams(options: argparse.Namespace, chosen: dict[str, object]) -> int
     return 0
 
 
-def _demo_clip(options: argparse.Namespace, chosen: dict[str, object]) -> int:
+def _demo_clip(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
     from .demo.clip import report, run
     from .evaluate import ProgressBar
 
@@ -151,7 +187,7 @@ def _print(found: dict, text: str, json_wanted: bool) -> None:
     )
 
 
-def _study_parser(commands: argparse._SubParsersAction) -> None:
+def _study_parser(commands: _Commands) -> None:
     study = commands.add_parser(
         "study",
         help="measure on the demo's model why ABPEM works: attention gap, ablations, gradients",
@@ -165,7 +201,7 @@ def _study_parser(commands: argparse._SubParsersAction) -> None:
     study.add_argument("--quick", action="store_true", help="fewer samples and settings")
     study.add_argument("--json", action="store_true", help="print the results as JSON")
     study.add_argument(
-        "--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="(default 0,1,2)"
+        "--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1,2", help="(default 0,1,2)"
     )
     _report_arguments(study)
     study.set_defaults(command=_study)
@@ -187,7 +223,7 @@ def _study(options: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor_parser(commands: argparse._SubParsersAction) -> None:
+def _doctor_parser(commands: _Commands) -> None:
     doctor = commands.add_parser(
         "doctor", help="versions, device, which backends of which operation are live and why not"
     )
@@ -197,13 +233,14 @@ def _doctor_parser(commands: argparse._SubParsersAction) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     from . import environment
+    from .evaluate.output import as_json
 
-    found = environment.diagnose()
-    print(json.dumps(found, indent=1) if options.json else environment.table(found))
+    state = environment.diagnose()
+    print(as_json(state) if options.json else environment.table(state))
     return 0
 
 
-def _inspect_parser(commands: argparse._SubParsersAction) -> None:
+def _inspect_parser(commands: _Commands) -> None:
     inspect = commands.add_parser(
         "inspect", help="what a model is recognised as, and what each method would tune"
     )
@@ -213,7 +250,9 @@ def _inspect_parser(commands: argparse._SubParsersAction) -> None:
         help="a checkpoint file (CAV-MAE, OpenAI's CLIP), or package.module:name of a module or of "
         "a function that builds one",
     )
-    inspect.add_argument("--num-heads", type=int, help="attention heads of a CAV-MAE (default 12)")
+    inspect.add_argument(
+        "--num-heads", type=_at_least_one, help="attention heads of a CAV-MAE (default 12)"
+    )
     inspect.add_argument(
         "--input",
         action="append",
@@ -230,48 +269,55 @@ def _inspect_parser(commands: argparse._SubParsersAction) -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     from . import inspection
+    from .evaluate.output import as_json
 
     model = inspection.open_model(options.model, options.num_heads)
-    spec = None
+    spec: ModelSpec | None = None
     if options.input:
         spec = inspection.detect(model, options.input, options.logits, options.num_heads)
     if options.emit_spec:
         text = (spec or inspection.spec_of(model)).source()
-        print(json.dumps({"spec": text}) if options.json else text)
+        print(as_json({"spec": text}) if options.json else text)
         return 0
-    try:
-        found = inspection.describe(model, spec)
-    except TypeError as error:  # a model that fasttta does not know
-        raise ValueError(str(error)) from error
+    about = inspection.describe(model, spec)
     from_file = ":" not in options.model or os.path.exists(options.model)
-    assumed = "blocks" in found or ("image" in found and from_file)
-    found["heads_assumed"] = options.num_heads is None and assumed
-    print(json.dumps(found, indent=1) if options.json else inspection.table(found))
+    assumed = "blocks" in about or ("image" in about and from_file)
+    about["heads_assumed"] = options.num_heads is None and assumed
+    print(as_json(about) if options.json else inspection.table(about))
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
-    # before torch loads OpenMP: threads that spin while they wait make small models 5 to 10 times
-    # slower as soon as anything else runs on the machine (2 cores, GNU OpenMP)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fasttta", description="Test-time adaptation of multi-modal models."
     )
     parser.add_argument("--version", action="version", version=f"fasttta {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    _demo_parser(commands)
-    _study_parser(commands)
-    _inspect_parser(commands)
-    _doctor_parser(commands)
-    options = parser.parse_args(arguments)
+    for add in (_demo_parser, _study_parser, _inspect_parser, _doctor_parser):
+        add(commands)
+    for each in (parser, *commands.choices.values()):
+        each.add_argument(
+            "--traceback", action="store_true", default=argparse.SUPPRESS,
+            help="on an error also print where it was raised (FASTTTA_TRACEBACK=1 does)",
+        )  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status, as ``console.run`` does."""
+    # before torch loads OpenMP: threads that spin while they wait make small models 5 to 10 times
+    # slower as soon as anything else runs on the machine (2 cores, GNU OpenMP)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return options.command(options)
-    except (ValueError, OSError) as error:
-        print(f"fasttta: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        options = _parser().parse_args(arguments)
+    except SystemExit:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            console.drop_output()
+        raise
+    asked = os.environ.get("FASTTTA_TRACEBACK", "") not in ("", "0")
+    return console.run(lambda: options.command(options), getattr(options, "traceback", asked))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from typing import Any
 
 import torch
@@ -12,7 +13,19 @@ import torch
 from . import __version__
 from .ops import backends, native, schema
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "nvtx", "ninja")
+_PACKAGES = ("torch", "numpy", "safetensors", "nvtx", "ninja")
+# what each is for, by the name that pip knows it under
+_OPTIONAL = {
+    "triton": "kernels on GPUs (PyTorch's CUDA builds bring it)",
+    "matplotlib": "charts of reports as PNG",
+    "tokenizers": "class names of CLIP models as token ids",
+    "transformers": "Hugging Face's CLIP and its relatives",
+    "open_clip_torch": "open_clip's CLIP models",
+    "peft": "models with LoRA, to be merged first",
+    "pillow": "images as PIL takes them",
+    "soundfile": "audio files",
+    "soxr": "audio at another rate",
+}
 
 
 def processor() -> str:
@@ -31,6 +44,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _install(package: str) -> str:
+    """How to install an optional package: by the extra that names it, where there is one."""
+    try:
+        required = importlib.metadata.requires("fasttta") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        required = []
+    for requirement in required:
+        name, _, extra = requirement.partition("extra ==")
+        match = re.match(r"[\w.-]+", name)
+        extra = extra.strip(" '\"()")
+        if match and match[0].lower() == package and extra and extra not in ("test", "dev"):
+            return f"pip install 'fasttta[{extra}]'"
+    return f"pip install {package}"
+
+
+def _optional() -> dict[str, dict[str, str | None]]:
+    return {
+        name: {"version": _version(name), "purpose": purpose, "install": _install(name)}
+        for name, purpose in _OPTIONAL.items()
+    }
+
+
 def _native() -> dict[str, Any]:
     """The C++ kernels; builds them if that was not tried, as the first use on a CPU does."""
     outcome, compiler = native.attempt(), native.compiler()
@@ -46,16 +81,16 @@ def _native() -> dict[str, Any]:
 def _operations() -> dict[str, dict[str, str]]:
     """For every operation what serves it on a CPU and on a GPU, from the dispatcher itself, and
     which backends can be asked for, or why not."""
-    found = {}
+    operations = {}
     for name in schema.SCHEMAS:
         if name.endswith("_backward"):
             continue  # comes with its forward
-        found[name] = {
+        operations[name] = {
             "cpu": "cpp" if backends.has_kernel(name, "CPU") else "composite",
             "cuda": "triton" if backends.has_kernel(name, "CUDA") else "composite",
             **{backend: backends.refusal(name, backend) or "live" for backend in backends.BACKENDS},
         }
-    return found
+    return operations
 
 
 def diagnose() -> dict[str, Any]:
@@ -75,6 +110,7 @@ def diagnose() -> dict[str, Any]:
         "fasttta": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "optional": _optional(),
         "processor": {
             "name": processor(),
             "cores": os.cpu_count(),
@@ -92,10 +128,10 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """What ``diagnose`` found, as text."""
-    cpu, cuda = found["processor"], found["cuda"]
-    versions = ", ".join(f"{name} {v or 'missing'}" for name, v in found["packages"].items())
+def table(state: dict[str, Any]) -> str:
+    """What ``diagnose`` returns, as text."""
+    cpu, cuda = state["processor"], state["cuda"]
+    versions = ", ".join(f"{name} {v or 'missing'}" for name, v in state["packages"].items())
     gpus = "; ".join(
         f"{g['name']}, {g['memory_gib']} GiB, sm_{g['compute_capability'].replace('.', '')}"
         for g in cuda["gpus"]
@@ -103,26 +139,38 @@ def table(found: dict[str, Any]) -> str:
     built = f"torch is built for CUDA {cuda['built_for']}" if cuda["built_for"] else (
         "torch is a CPU build"
     )  # fmt: skip
-    cpp = found["native"]
+    cpp = state["native"]
+    operations = state["operations"]
+    width = max(map(len, operations)) + 2
     lines = [
-        f"fasttta     {found['fasttta']} on Python {found['python']}",
+        f"fasttta     {state['fasttta']} on Python {state['python']}",
         f"packages    {versions}",
         f"processor   {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['simd']}",
         f"GPU         {gpus or f'none that torch can use; {built}'}",
-        *(f"engine      {name}: {state}" for name, state in found["engines"].items()),
+        *(f"engine      {name}: {word}" for name, word in state["engines"].items()),
         f"C++         {cpp['library'] or cpp['why_not']} (FASTTTA_NATIVE={cpp['mode']})",
         f"compiler    {cpp['compiler'] or 'none'}; cache {cpp['cache']}",
+        *_optional_lines(state["optional"]),
         "",
-        f"{'operation':<22}{'on a CPU':<12}on a GPU",
-        *(f"{name:<22}{x['cpu']:<12}{x['cuda']}" for name, x in found["operations"].items()),
+        f"{'operation':<{width}}{'on a CPU':<12}on a GPU",
+        *(f"{name:<{width}}{x['cpu']:<12}{x['cuda']}" for name, x in operations.items()),
         "",
         'backend="reference" is live for every operation; not live are',
     ]
     reasons: dict[str, list[str]] = {}
-    for name, states in found["operations"].items():
+    for name, states in operations.items():
         for backend in ("triton", "cpp"):
             if states[backend] != "live":
                 reason = states[backend].removeprefix(f"{name} ")
                 reasons.setdefault(f"{backend:<8}{reason}", []).append(name)
     lines += [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
     return "\n".join(lines)
+
+
+def _optional_lines(packages: dict[str, dict[str, str | None]]) -> list[str]:
+    width = max(map(len, packages)) + 2
+    return [
+        f"optional    {name:<{width}}"
+        f"{about['version'] or 'not installed: ' + str(about['install'])} ({about['purpose']})"
+        for name, about in packages.items()
+    ]

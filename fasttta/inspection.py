@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import methods
+from .console import UserCodeError
 from .families import recognise
 from .families_clip import recognise_clip
+from .imported_model import imported_model
 from .inspection_clip import describe_clip, table_clip
 from .models import CAVMAE, CLIP
 from .models.clip_checkpoint import is_clip_checkpoint
@@ -60,8 +60,7 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
 
 def open_model(name: str, num_heads: int | None = None) -> nn.Module:
     """The model of a command line: that of a CAV-MAE or OpenAI CLIP checkpoint, or what
-    ``package.module:name`` is (a module) or makes (a function without arguments). Modules are
-    looked for in this folder too.
+    ``package.module:name`` is or makes (``imported_model``).
 
     Raises:
         ValueError, OSError: there is no such file, module or name, or it is of another kind.
@@ -74,24 +73,8 @@ def open_model(name: str, num_heads: int | None = None) -> nn.Module:
                     "it out, or give another CLIP as package.module:name"
                 )
             return CLIP.from_checkpoint(name)
-        return CAVMAE.from_checkpoint(name, num_heads=num_heads or 12)
-    where, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(where), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"MODEL={name!r}: {error}; needed a checkpoint file or package.module:name"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    model = found if isinstance(found, nn.Module) else found() if callable(found) else found
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"MODEL={name!r} is {type(model).__name__}; needed a torch.nn.Module or a function "
-            "that makes one"
-        )
-    return model
+        return CAVMAE.from_checkpoint(name, num_heads=12 if num_heads is None else num_heads)
+    return imported_model(name)
 
 
 def detect(
@@ -108,7 +91,15 @@ def detect(
     """
     where = int(logits) if logits is not None and logits.lstrip("-").isdigit() else logits
     inputs = [_random(shape) for shape in shapes]
-    return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
+    try:
+        return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # whatever the model's own forward raises
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserCodeError(
+            f"{type(model).__name__} failed on inputs of {', '.join(shapes)}: {reason}"
+        ) from error
 
 
 def _random(shape: str) -> torch.Tensor:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import fusions
@@ -12,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import fasttta
-from fasttta import cli, environment, inspection, methods
+from fasttta import cli, console, environment, inspection, methods
 from fasttta.demo.digits import MODEL_PATH, load_statistics
+from fasttta.evaluate.output import as_json
 from fasttta.ops import schema
 
 
@@ -175,3 +181,237 @@ def test_inspect_what_is_not_there(capsys, arguments, words):
     status, _, err = _run(capsys, "inspect", *arguments)
     assert status == 2
     assert all(word in err for word in words), err
+
+
+USER_CODE = """
+import os
+import torch
+
+NUMBER = 3
+
+def build():
+    return torch.nn.Linear(2, 2)
+
+def fails():
+    raise RuntimeError("the weights are elsewhere")
+
+def leaves():
+    raise SystemExit(3)
+
+def makes_text():
+    return "text"
+
+def marks():
+    open("called", "w").close()
+
+class Marks:
+    def __init__(self):
+        marks()
+
+class NeedsWidth(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+
+class Fails(torch.nn.Module):
+    def forward(self, *inputs):
+        raise RuntimeError("no such shape")
+"""
+
+
+@pytest.fixture
+def user_code(tmp_path, monkeypatch):
+    """A folder, the current one, with modules of a user."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user_code.py").write_text(USER_CODE)
+    (tmp_path / "user_needs.py").write_text("import not_installed_anywhere\n")
+    (tmp_path / "user_raises.py").write_text("raise KeyError('at import')\n")
+    (tmp_path / "user_syntax.py").write_text("def x(:\n")
+    yield tmp_path
+    for name in ("user_code", "user_needs", "user_raises", "user_syntax"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("torch.nn:Linear", ("needs arguments (in_features, out_features)", "takes none")),
+        ("user_code:NeedsWidth", ("needs arguments (width)",)),
+        ("user_code:fails", ("building the model", "RuntimeError: the weights are elsewhere")),
+        ("user_code:leaves", ("building the model", "SystemExit: 3")),
+        ("user_code:makes_text", ("makes str", "needed a torch.nn.Module")),
+        ("user_code:NUMBER", ("is int", "needed a torch.nn.Module")),
+        ("user_code:Marks", ("is a class of other objects",)),
+        ("user_code:build.nothing", ("no attribute 'nothing'",)),
+        ("user_needs:build", ("importing user_needs", "No module named 'not_installed_anywhere'")),
+        ("user_raises:build", ("importing user_raises", "KeyError: 'at import'")),
+        ("user_syntax:build", ("importing user_syntax", "SyntaxError")),
+        ("os:system", ("is a built-in function, which is not called",)),
+        ("os:abort", ("is a built-in function, which is not called",)),
+        ("os:", ("needed a checkpoint file or package.module:name",)),
+        (":x", ("needed a checkpoint file or package.module:name",)),
+        (".a:x", ("needed a checkpoint file or package.module:name",)),
+        ("a..b:x", ("needed a checkpoint file or package.module:name",)),
+    ],
+)
+def test_inspect_names_what_makes_no_model(capsys, user_code, model, words):
+    before = list(sys.path)
+    for more in ((), ("--input", "4x3"), ("--json", "--emit-spec")):
+        status, out, err = _run(capsys, "inspect", model, *more)
+        assert status == 2
+        assert out == ""
+        assert err.startswith("fasttta: MODEL=")
+        assert len(err.splitlines()) == 1
+        assert all(word in err for word in words), err
+    assert sys.path == before
+    assert not (user_code / "called").exists()
+
+
+def test_inspect_runs_the_users_model(capsys, user_code):
+    shapes = ("--input", "4x3", "--input", "4x5")
+    status, _, err = _run(capsys, "inspect", "user_code:Fails", *shapes)
+    assert status == 2
+    assert "has no attention" in err or "no such shape" in err
+    status, _, err = _run(capsys, "inspect", "fusions:Joint", *INPUTS[:3], "3x3x6x6x9")
+    assert status == 2
+    assert "Joint failed on inputs of 3x12x5, 3x3x6x6x9: RuntimeError" in err
+    assert len(err.splitlines()) == 1
+    status, _, err = _run(capsys, "inspect", "torch.nn:Identity", "--input", "4x3")
+    assert status == 2
+    assert "at least two" in err
+
+
+@pytest.mark.parametrize("how", ["option", "option in front", "environment"])
+def test_traceback_is_shown_on_request(capsys, user_code, monkeypatch, how):
+    command = ["inspect", "user_code:fails"]
+    _, _, err = _run(capsys, *command)
+    assert "Traceback" not in err
+    assert "--traceback shows where" in err
+    if how == "environment":
+        monkeypatch.setenv("FASTTTA_TRACEBACK", "1")
+    else:
+        command.insert(0 if "front" in how else len(command), "--traceback")
+    status, _, err = _run(capsys, *command)
+    assert status == 2
+    assert "in fails" in err
+    assert err.splitlines()[-1].startswith("fasttta: MODEL=")
+    monkeypatch.setenv("FASTTTA_TRACEBACK", "0")
+    assert "Traceback" not in _run(capsys, "inspect", "user_code:fails")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (ValueError("k=8: needed less"), 2, "fasttta: k=8: needed less"),
+        (TypeError("inputs: needed two"), 2, "fasttta: inputs: needed two"),
+        (OSError("disk full"), 2, "fasttta: disk full"),
+        (ImportError("no numpy"), 2, "fasttta: no numpy"),
+        (ValueError(), 2, "fasttta: ValueError"),
+        (KeyError("lr"), 1, "fasttta: KeyError: 'lr'; this should not happen, please report it"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_no_error_ends_in_a_traceback(capsys, monkeypatch, error, status, words):
+    def fails():
+        raise error
+
+    # not the real standard output, which a broken pipe sends nowhere
+    monkeypatch.setattr(console, "drop_output", lambda: None)
+    monkeypatch.setattr(environment, "diagnose", fails)
+    assert cli.main(["doctor"]) == status
+    err = capsys.readouterr().err
+    assert err.startswith(words)
+    assert bool(err) == bool(words)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["doctor", "inspect", "--help"])
+def test_closed_pipe_is_quiet(command):
+    more = [str(MODEL_PATH), "--num-heads", "4"] if command == "inspect" else []
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "fasttta", command, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "FASTTTA_NATIVE": "off"},
+    )  # fmt: skip
+    process.stdout.close()  # before the first line is written
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() in (0, 141)
+    assert err == ""
+
+
+def test_warnings_are_text(capsys, monkeypatch):
+    def warns():
+        warnings.warn("the state was reset", UserWarning, stacklevel=2)
+        return real()
+
+    real = environment.diagnose
+    monkeypatch.setattr(environment, "diagnose", warns)
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["doctor", "--json"]) == 0
+    assert warnings.showwarning is before
+    assert capsys.readouterr().err == "warning: the state was reset\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("demo", "--seeds", "a"), "argument --seeds: 'a': needed integers with commas"),
+        (("demo", "--seeds", "1,,2"), "argument --seeds: '1,,2': needed integers with commas"),
+        (("study", "--seeds", "0,1.5"), "argument --seeds: '0,1.5': needed integers with commas"),
+        (("demo", "--seeds", "99999999999999999999"), "out of range, needed 0 to 2**63 - 1"),
+        (("demo", "clip", "--seeds", "-1"), "-1 is out of range"),
+        (("study", "--seeds", "1,2,1"), "1 stands there twice"),
+        (("demo", "--methods", ","), "argument --methods: ',': needed names"),
+        (("inspect", "x", "--num-heads", "0"), "argument --num-heads: 0: needed at least 1"),
+        (("inspect", "x", "--num-heads", "four"), "'four': needed an integer"),
+    ],
+)
+def test_values_of_options(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_as_json_is_json():
+    strings = ["[1  2]", "a\n[3,  4]", 'quote " \\ [5, 6]', "NaN", "[NaN, 1]"]
+    data = {
+        "strings": strings, "[7,  8]": {"empty": {}, "none": [], "null": None},
+        "numbers": [1, 2.5, -3e-9], "odd": [1.0, math.nan, math.inf, -math.inf],
+        "nested": [[1, 2], [3, [4]], {"deep": math.nan}], "tuple": (1, 2), "flag": True, 3: "key",
+    }  # fmt: skip
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = as_json(data)
+    read = json.loads(text, parse_constant=refuse)
+    expected = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    assert read == expected
+    assert read["strings"] == strings
+    assert read["odd"] == [1.0, None, None, None]
+    assert '"numbers": [1, 2.5, -3e-09]' in text  # one line
+
+
+def test_doctor_names_optional_packages(capsys, monkeypatch):
+    real = environment._version
+    monkeypatch.setattr(
+        environment, "_version", lambda name: None if name in ("matplotlib", "peft") else real(name)
+    )
+    out = _run(capsys, "doctor")[1]
+    assert re.search(r"matplotlib +not installed: pip install 'fasttta\[report\]'", out)
+    assert re.search(r"peft +not installed: pip install peft ", out)
+    assert re.search(rf"triton +({re.escape(real('triton') or 'not installed')})", out)
+    for name in ("transformers", "tokenizers", "soundfile", "soxr", "open_clip_torch"):
+        assert re.search(rf"^optional +{name} ", out, re.MULTILINE), name
+
+
+def test_doctor_columns_do_not_run_together(capsys):
+    out = _run(capsys, "doctor")[1]
+    rows = out[out.index("\noperation") :].split("\n\n")[0].splitlines()[2:]
+    forward = [name for name in schema.SCHEMAS if not name.endswith("_backward")]
+    assert [row.split()[0] for row in rows] == forward
+    assert {len(row.split()) for row in rows} == {3}

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fasttta"
 
 # lower imports nothing above it; one line is one level
 LEVELS = (
-    ("trace", "kernels", "csrc", "__init__"),
+    ("trace", "console", "kernels", "csrc", "__init__"),
     ("ops",),
     ("functional",),
     ("protocols",),
@@ -27,12 +27,13 @@ LEVELS = (
     ("families_dual",),
     ("families", "families_clip", "classes", "episodes"),
     ("collect", "finetuning"),
-    ("inspection_clip",),
+    ("inspection_clip", "imported_model"),
     ("entry", "adapted", "adapted_clip", "adapted_head", "environment", "inspection"),
     ("data",),
     ("evaluate",),
     ("demo",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 
