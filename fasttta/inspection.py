@@ -73,7 +73,7 @@ def open_model(name: str, num_heads: int | None = None) -> nn.Module:
                     "it out, or give another CLIP as package.module:name"
                 )
             return CLIP.from_checkpoint(name)
-        return CAVMAE.from_checkpoint(name, num_heads=12 if num_heads is None else num_heads)
+        return CAVMAE.from_checkpoint(name, num_heads=num_heads)
     return imported_model(name)
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .files import defect, read_file, regular_file
+
 
 class Slot(NamedTuple):
     """Where a tuned tensor lies: a parameter of the module, or rows [start, stop) of one."""
@@ -101,6 +103,11 @@ class Streams(NamedTuple):
 class Promptable(Protocol):
     """A fusion model whose encoders take prompts, as BriMPR tunes them."""
 
+    tuned_prompts: bool  #: whether ``start_prompts`` were tuned and count for predictions
+
+    def start_prompts(self) -> dict[str, Tensor]:
+        """The prompts [blocks, n, D] that the model came with, by modality; none: empty."""
+
     def feature_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes [blocks, D] of the pooled features by modality, and [1, D] of ``"joint"``."""
 
@@ -135,8 +142,9 @@ class SourceStats:
         model: digest of the weights they are of; with it, other models refuse them.
 
     Raises:
+        TypeError: no pairs of floating point tensors; ``n`` is no int, ``model`` no text.
         ValueError: wrong shapes, non-finite values, a standard deviation that is negative or (of
-            scores) 0.
+            scores) 0; ``n`` is not positive.
     """
 
     scores: tuple[Tensor, Tensor] | None = None
@@ -148,6 +156,12 @@ class SourceStats:
     model: str | None = None
 
     def __post_init__(self) -> None:
+        if self.n is not None and (isinstance(self.n, bool) or not isinstance(self.n, int)):
+            raise TypeError(f"n must be an int, found {type(self.n).__name__}")
+        if self.n is not None and self.n < 1:
+            raise ValueError(f"n={self.n}: needed a positive integer")
+        if self.model is not None and not isinstance(self.model, str):
+            raise TypeError(f"model must be text, found {type(self.model).__name__}")
         for name, rank, layout, positive in _STATISTICS:
             if getattr(self, name) is None:
                 continue
@@ -158,6 +172,9 @@ class SourceStats:
                 and all(isinstance(x, Tensor) and x.is_floating_point() for x in pair)
             ):
                 raise TypeError(f"{name} must be a pair of tensors (std, mean), floating point")
+            for part, x in zip(("std", "mean"), pair, strict=True):
+                if kind := defect(x):
+                    raise ValueError(f"{name}: {part} is {kind}, needed a plain tensor")
             std, mean = pair
             if std.ndim != rank or std.shape != mean.shape:
                 raise ValueError(
@@ -221,16 +238,9 @@ class SourceStats:
 
         Raises:
             FileNotFoundError, ValueError: there is no such file, or it holds something else.
+            TypeError: it is no path.
         """
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no source statistics at {os.fspath(path)!r}")
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file may fail anywhere in torch's readers
-            reason = str(error).split("\n")[0]
-            raise ValueError(
-                f"{os.fspath(path)!r} holds no source statistics and was not run: {reason}"
-            ) from error
+        found = read_file(path, "source statistics")
         pairs = isinstance(found, (tuple, list)) and len(found) == 3
         if not pairs or not all(isinstance(x, (tuple, list)) and len(x) == 2 for x in found):
             raise ValueError(
@@ -239,7 +249,7 @@ class SourceStats:
             )
         try:
             return cls(**dict(zip(("audio", "video", "joint"), map(tuple, found), strict=True)))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {error}") from error
 
     @classmethod
@@ -251,20 +261,20 @@ class SourceStats:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no source statistics at {os.fspath(path)!r}")
+        name = regular_file(path, "source statistics")
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with safe_open(name, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 about = file.metadata() or {}
                 n = json.loads(about.get("n", "null"))
             parts = {
-                name: (tensors[f"{name}.std"], tensors[f"{name}.mean"])
-                for name, *_ in _STATISTICS
-                if f"{name}.std" in tensors
+                part: (tensors[f"{part}.std"], tensors[f"{part}.mean"])
+                for part, *_ in _STATISTICS
+                if f"{part}.std" in tensors or f"{part}.mean" in tensors
             }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {error}") from error
-        if not parts:
-            raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {list(tensors)[:4]}")
-        return cls(**parts, n=n, model=about.get("model") or None)
+            if not parts:
+                raise ValueError(f"found {', '.join(list(tensors)[:4]) or 'nothing'}")
+            return cls(**parts, n=n, model=about.get("model") or None)
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError,
+                RecursionError) as error:  # fmt: skip
+            raise ValueError(f"{name!r} holds no source statistics: {error}") from error

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "fasttta"
 # lower imports nothing above it; one line is one level
 LEVELS = (
     ("trace", "console", "kernels", "csrc", "__init__"),
+    ("files",),
     ("ops",),
     ("functional",),
     ("protocols",),

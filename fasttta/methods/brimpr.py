@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,9 @@ class BriMPR(Method):
         lr: Adam's learning rate.
 
     Tuned: ``"prompts.audio"``, ``"prompts.video"`` [blocks, prompts, D], drawn from U(-1e-4, 1e-4)
-    by the seed. The model with fresh prompts is not the source model (LayerNorm magnifies them).
+    by the seed; of a model that came with prompts (BriMPR's ``PromptVA``, or a checkpoint of one)
+    those, and as many. The model with fresh prompts is not the source model (LayerNorm magnifies
+    them).
     ``losses``: ``"alignment"``, ``"recombination"``, ``"contrast"``, ``"total"``. ``stats``, 0-d:
     ``"discrepancy.audio"``, ``".video"``, ``".joint"``, ``"teacher_temperature"``. The prediction
     is the one before the update. One sample has no spread and nothing to be told from: of it
@@ -111,11 +113,29 @@ class BriMPR(Method):
             require(self._kept(tokens) > 0, "mask_ratio", self.mask_ratio,
                     f"less, so that one of {tokens} {name} tokens is kept")  # fmt: skip
 
+    def fitted(self, model: FusionModel) -> Method:
+        start = model.start_prompts() if isinstance(model, Promptable) else {}
+        if not start:
+            return self
+        counts = tuple(start[name].shape[1] for name in model.input_names)
+        if self.prompts in (counts, type(self).__dataclass_fields__["prompts"].default):
+            return replace(self, prompts=counts)
+        if model.tuned_prompts:
+            raise ValueError(
+                f"prompts={self.prompts}: the model came with {counts} tuned prompts, audio and "
+                "video; leave the option out to go on with them, or pass the model without them "
+                "(PromptVA's va_model)"
+            )
+        return self  # fresh ones hold nothing that drawing others would lose
+
     def extend(self, model: Promptable, seed: int) -> FusionModel:
         # another sequence than the one that masks are drawn from
         generator = torch.Generator().manual_seed((seed + 0x5EED) % 2**63)
         weight = next(model.parameters())
         shapes, prompts = model.feature_shapes(), {}
+        start = model.start_prompts()
+        if start and all(start[n].shape[1] == c for n, c in zip(start, self.prompts, strict=True)):
+            return model.prompted({name: x.detach().clone() for name, x in start.items()})
         for name, count in zip(model.input_names, self.prompts, strict=True):
             blocks, dim = shapes[name]
             drawn = torch.rand(blocks, count, dim, generator=generator, device="cpu")

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from ..protocols import Slot
 from ..trace import span
 from . import workers
-from .checkpoint import infer_sizes, read_state_dict
+from .checkpoint import (
+    FRESH_PROMPTS,
+    infer_sizes,
+    published_heads,
+    read_state_dict,
+    split_prompts,
+)
 from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
 from .passing import portion, through
 
@@ -93,6 +99,10 @@ class CAVMAE(nn.Module):
         )
         self.norm_a, self.norm_v, self.norm = (nn.LayerNorm(dim) for _ in range(3))
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_classes))
+        # no part of the weights, which source statistics and saved states are told by
+        self.register_buffer("prompts_audio", None, persistent=False)
+        self.register_buffer("prompts_video", None, persistent=False)
+        self.tuned_prompts = False
 
     # ------------------------------------------------------------------ loading
 
@@ -101,25 +111,34 @@ class CAVMAE(nn.Module):
         cls,
         path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
         *,
-        num_heads: int = 12,
+        num_heads: int | None = None,
     ) -> CAVMAE:
         """The model of an official checkpoint.
 
-        Every size but the head count follows from the tensors' shapes. Names may carry the prefix
-        ``module.``; the layouts with 478 keys (CAV-MAE), 484 (READ) and 490 (ABPEM) are known.
-        The split q, k, v of the latter two are ignored, as the official code overwrites them with
-        the rows of the packed qkv. Weights stored in half precision are widened to float32.
+        Every size but the head count follows from the tensors' shapes. Names may carry prefixes of
+        wrappers (``module.``, ``_orig_mod.``, ``model.``, ``net.``, in any nesting) and lie under
+        ``state_dict``, ``model_state_dict``, ``model`` or ``net`` of what a training script saved;
+        the layouts with 478 keys (CAV-MAE), 484 (READ) and 490 (ABPEM) are known. The split q, k,
+        v of the latter two are ignored, as the official code overwrites them with the rows of the
+        packed qkv. Of BriMPR's ``PromptVA`` tuned prompts are taken along (see ``take_prompts``).
+        Weights stored in half precision are widened to float32.
 
         Args:
-            path_or_state_dict: a safetensors file, a torch file (read with ``weights_only=True``,
-                so that no code in it is run), or a state dict.
-            num_heads: heads of every attention layer.
+            path_or_state_dict: a safetensors file, a file of ``torch.save`` or ``torch.jit.save``
+                (read for its tensors; no code in it is run), or a state dict.
+            num_heads: heads of every attention layer, which weights do not tell. None: 12 of the
+                published width 768; of any other width it must be given.
 
         Raises:
-            ValueError: the file is damaged or holds more than tensors; keys are missing, unknown
-                or of a wrong shape (all named); num_heads does not divide the width.
+            FileNotFoundError, TypeError: there is no such file, or it is no path.
+            ValueError: the file is damaged or holds more than tensors, or tensors that are not
+                finite, not floating point, quantised, sparse or on meta; keys are missing, unknown
+                or of a wrong shape (all named); num_heads is missing or does not divide the width.
         """
-        return cls.from_tensors(read_state_dict(path_or_state_dict), num_heads=num_heads)
+        state, prompts = split_prompts(read_state_dict(path_or_state_dict))
+        if num_heads is None:
+            num_heads = published_heads(infer_sizes(state)["dim"])
+        return cls.from_tensors(state, num_heads=num_heads).take_prompts(prompts)
 
     @classmethod
     def from_tensors(cls, state: Mapping[str, Tensor], *, num_heads: int) -> CAVMAE:
@@ -152,6 +171,47 @@ class CAVMAE(nn.Module):
         model.load_state_dict(state, assign=True)
         return model.eval()
 
+    def take_prompts(self, prompts: Mapping[str, Tensor]) -> CAVMAE:
+        """Takes the prompts that a model came with (BriMPR's); returns itself.
+
+        BriMPR starts with them and comes back to them at ``reset``. Prompts that were tuned also
+        count for predictions: the model then computes what the official ``PromptVA`` does with
+        ``prompt=True``, under every method. Fresh ones (no value beyond 1e-4) say nothing, and
+        ones that are fresh and of another shape are left. ``state_dict()`` does not hold them.
+
+        Args:
+            prompts: by modality, [blocks, n, D]; empty: none.
+
+        Raises:
+            ValueError: tuned prompts are of another shape than the encoders'.
+        """
+        if not prompts:
+            return self
+        shapes, ready = self.feature_shapes(), {}
+        largest = [x.detach().abs().max().item() for x in prompts.values() if x.numel()]
+        tuned = max(largest, default=0.0) > FRESH_PROMPTS * (1 + 1e-6)
+        for name in self.input_names:
+            blocks, dim = shapes[name]
+            x = prompts.get(name)
+            if x is None:
+                x = self.norm.weight.new_zeros(blocks, 0, dim)
+            if x.ndim != 3 or (x.shape[0], x.shape[2]) != (blocks, dim):
+                if not tuned:
+                    return self
+                raise ValueError(
+                    f"prompts of {name} have shape {list(x.shape)}, needed [{blocks}, n, {dim}] "
+                    "(encoder blocks, prompts, width)"
+                )
+            ready[name] = x.detach().clone().to(self.norm.weight)
+        self.prompts_audio, self.prompts_video = ready["audio"], ready["video"]
+        self.tuned_prompts = tuned
+        return self
+
+    def start_prompts(self) -> dict[str, Tensor]:
+        """The prompts [blocks, n, D] that the model came with, by modality; none: an empty dict."""
+        prompts = {"audio": self.prompts_audio, "video": self.prompts_video}
+        return {name: x for name, x in prompts.items() if x is not None}
+
     # ------------------------------------------------------------------ protocol
 
     @property
@@ -168,7 +228,9 @@ class CAVMAE(nn.Module):
 
         ``"norm"``: the LayerNorms on the multi-modal path (the ``_a`` and ``_v`` ones never run
         there). ``"encoder_norm"``: of those, the ones in the encoders' blocks 0 to 8, SAR's choice.
-        ``"fusion_qkv"``: the query, key and value projections of the fusion blocks.
+        ``"fusion_qkv"``: the query, key and value projections of the first fusion block; of
+        further ones (``modality_specific_depth=10`` has two) the official READ and ABPEM code
+        tunes none.
         """
         if group in ("norm", "encoder_norm"):
             slots = {}
@@ -182,12 +244,11 @@ class CAVMAE(nn.Module):
             return slots
         if group == "fusion_qkv":
             slots = {}
-            for i in range(len(self.blocks_u)):
-                for part in _PARTS:
-                    packed = f"blocks_u.{i}.attn.qkv.{part}"
-                    for row, which in enumerate("qkv"):
-                        rows = (row * self.dim, (row + 1) * self.dim)
-                        slots[f"blocks_u.{i}.attn.{which}.{part}"] = Slot(packed, rows)
+            for part in _PARTS:
+                packed = f"blocks_u.0.attn.qkv.{part}"
+                for row, which in enumerate("qkv"):
+                    rows = (row * self.dim, (row + 1) * self.dim)
+                    slots[f"blocks_u.0.attn.{which}.{part}"] = Slot(packed, rows)
             return slots
         raise ValueError(f'group={group!r} is unknown; known: "norm", "encoder_norm", "fusion_qkv"')
 
@@ -299,8 +360,13 @@ class CAVMAE(nn.Module):
         return through((self.blocks_v, self.embed_video(video)))[0]
 
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
-        """Both encoders: tokens [B, Ta + Tv, D], audio first."""
+        """Both encoders: tokens [B, Ta + Tv, D], audio first; with the tuned prompts, if any, that
+        the model came with."""
         with span("encode"):
+            if self.tuned_prompts:
+                master = self.norm.weight.dtype
+                prompts = {name: x.to(master) for name, x in self.start_prompts().items()}
+                return self.prompted(prompts).layers(audio, video)[0]
             side = _side_stream(audio.device) if audio.is_cuda else None
             if side is None or not torch.cuda.is_current_stream_capturing():
                 a, v = self.embed_audio(audio), self.embed_video(video)

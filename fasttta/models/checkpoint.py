@@ -1,91 +1,65 @@
-"""Reading official CAV-MAE checkpoints: file formats, key layouts, sizes."""
+"""Reading official CAV-MAE checkpoints: key layouts, sizes, prompts."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from .state_dicts import floating, named_tensors
 
 # What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
 SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
-
-_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _looks_like_safetensors(path: str | os.PathLike) -> bool:
-    """safetensors begins with the length of a JSON header; torch files with PK or a pickle."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**40
-
-
-def _read_file(path: str | os.PathLike) -> Mapping:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no checkpoint at {os.fspath(path)!r}")
-    if os.path.isdir(path):
-        raise ValueError(f"{os.fspath(path)!r} is a folder; needed a checkpoint file")
-    if _looks_like_safetensors(path):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} is a damaged safetensors file: {error}"
-            ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{os.fspath(path)!r} is not a plain checkpoint of tensors and was not run: {reason}. "
-            "Re-save its state dict with safetensors or torch.save(model.state_dict(), path)"
-        ) from error
-    except Exception as error:  # a damaged file may fail anywhere in torch's readers
-        raise ValueError(
-            f"{os.fspath(path)!r} is damaged, truncated or no checkpoint: {error}"
-        ) from error
+# BriMPR's prompts by the names of its PromptVA, and by those of fasttta's prompted model
+PROMPTS = {"audio": ("prompts_a", "prompts.audio"), "video": ("prompts_v", "prompts.video")}
+# U(-1e-4, 1e-4) is how BriMPR's code draws fresh prompts; any step of Adam moves some beyond it
+FRESH_PROMPTS = 1e-4
+_PUBLISHED_HEADS = {768: 12}  # by width: ViT-B's, the only published CAV-MAE
 
 
 def read_state_dict(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by plain names: no ``module.`` prefix, no split q/k/v, all of one type.
+    """Tensors by plain names: no prefixes of wrappers, no split q/k/v, all of one type.
 
-    That is float64 if any is, else float32. A mapping's tensors are copied.
+    That is float64 if any is, else float32. A mapping's tensors are copied. Prompts of BriMPR are
+    among them, as ``prompts.audio`` and ``prompts.video``.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: there is no such file, or it holds something else
+            than finite floating point weights.
     """
-    state, what = source, "the state dict"
-    if not isinstance(source, Mapping):
-        state, what = _read_file(source), repr(os.fspath(source))
-    if not isinstance(state, Mapping):
-        found = type(state).__name__
-        raise ValueError(f"{what} holds an object of type {found}, needed a state dict")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    alien = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if alien or not state:
-        found = f"other entries: {', '.join(alien[:6])}" if alien else "nothing"
-        raise ValueError(f"{what}: needed a state dict of named tensors, found {found}")
-    odd = [f"{name} {str(x.dtype)[6:]}" for name, x in state.items() if x.dtype not in _TYPES]
-    if odd:
+    plain, what = named_tensors(source, ignored=SPLIT_QKV)
+    for modality, (official, ours) in PROMPTS.items():
+        if official in plain:
+            if ours in plain:
+                raise ValueError(f"{what}: {official} and {ours} are both prompts of {modality}")
+            plain[ours] = plain.pop(official)
+    return floating(plain, what, copy=isinstance(source, Mapping))
+
+
+def split_prompts(
+    state: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the CAV-MAE, and prompts [blocks, n, D] by modality (none: an empty dict)."""
+    names = {ours: modality for modality, (_, ours) in PROMPTS.items()}
+    weights = {name: x for name, x in state.items() if name not in names}
+    return weights, {names[name]: x for name, x in state.items() if name in names}
+
+
+def published_heads(dim: int) -> int:
+    """The head count of the published models of a width; weights do not tell it.
+
+    Raises:
+        ValueError: no model of this width is published.
+    """
+    if dim not in _PUBLISHED_HEADS:
         raise ValueError(
-            f"{what}: needed floating point weights of 16, 32 or 64 bits, found "
-            f"{', '.join(odd[:6])}"
+            f"give num_heads: a checkpoint does not hold it, and only width 768 (12 heads) is "
+            f"published, this one's is {dim}: from_checkpoint(path, num_heads=...), on the command "
+            "line --num-heads"
         )
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in state.values()) else _TYPES[1]
-    own = isinstance(source, Mapping)
-    plain = {name.removeprefix("module."): x for name, x in state.items()}
-    with torch.inference_mode(False):
-        return {
-            name: x.detach().to(dtype, copy=own)
-            for name, x in plain.items()
-            if not SPLIT_QKV.fullmatch(name)
-        }
+    return _PUBLISHED_HEADS[dim]
 
 
 def infer_sizes(state: Mapping[str, Tensor]) -> dict:

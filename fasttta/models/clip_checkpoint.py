@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .checkpoint import _read_file
+from ..files import read_file
+from .state_dicts import floating, named_tensors, plain_name, unwrapped
 
-# integers in the published archives beside the weights, and BatchNorm's counters
-_NOT_WEIGHTS = re.compile(r"input_resolution|context_length|vocab_size|.*num_batches_tracked")
+# integers in the published archives beside the weights, BatchNorm's counters, and the causal mask,
+# which some modules keep as a buffer or attribute
+_NOT_WEIGHTS = re.compile(
+    r"input_resolution|context_length|vocab_size|.*num_batches_tracked|(.*\.)?attn_mask"
+)
 _TEXT = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight",
          "logit_scale", "transformer.resblocks.0.attn.in_proj_weight",
          "transformer.resblocks.0.mlp.c_fc.weight")  # fmt: skip
@@ -27,74 +28,30 @@ _RESNET = ("visual.layer1.0.conv1.weight", "visual.layer4.0.conv1.weight",
            "visual.attnpool.positional_embedding", "visual.attnpool.c_proj.weight")  # fmt: skip
 
 
-def _is_torchscript(path: str | os.PathLike) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 def read_clip_state(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by OpenAI's names, all of one type: float64 if any is, else float32.
 
-    A TorchScript archive (what OpenAI publishes) is opened for its weights; its code is not run.
+    A TorchScript archive (what OpenAI publishes) is read for its weights; its code is not run.
     A mapping's tensors are copied.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it holds something else.
+        FileNotFoundError, TypeError, ValueError: there is no such file, or it holds something else
+            than finite floating point weights.
     """
-    own = isinstance(source, Mapping)
-    if own:
-        state: Any = source
-    elif os.path.isfile(source) and _is_torchscript(source):
-        with warnings.catch_warnings():  # that TorchScript is going away is not news to a reader
-            warnings.simplefilter("ignore")
-            try:
-                state = torch.jit.load(os.fspath(source), map_location="cpu").state_dict()
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{os.fspath(source)!r} is a damaged TorchScript archive: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
-    else:
-        state = _read_file(source)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"needed a state dict of named tensors, found {type(state).__name__}")
-    odd = [str(name) for name, x in state.items() if not isinstance(x, Tensor)]
-    if odd:
-        raise ValueError(f"needed a state dict of named tensors, found {', '.join(odd[:6])}")
-    plain = {
-        name.removeprefix("module."): x
-        for name, x in state.items()
-        if not _NOT_WEIGHTS.fullmatch(name.removeprefix("module."))
-    }
-    odd = [f"{name} {str(x.dtype)[6:]}" for name, x in plain.items() if not x.is_floating_point()]
-    if odd:
-        raise ValueError(f"needed floating point weights, found {', '.join(odd[:6])}")
-    double = any(x.dtype == torch.float64 for x in plain.values())
-    dtype = torch.float64 if double else torch.float32
-    with torch.inference_mode(False):
-        return {name: x.detach().to(dtype, copy=own) for name, x in plain.items()}
+    plain, what = named_tensors(source, ignored=_NOT_WEIGHTS)
+    return floating(plain, what, copy=isinstance(source, Mapping))
 
 
 def is_clip_checkpoint(path: str | os.PathLike) -> bool:
-    """Whether a file is meant to be a CLIP's: a TorchScript archive, or names of OpenAI's towers.
+    """Whether a file is meant to be a CLIP's: it has names of OpenAI's towers.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is no checkpoint.
     """
-    if os.path.isfile(path) and _is_torchscript(path):
-        return True
-    state = _read_file(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
+    state = unwrapped(read_file(path))
     if not isinstance(state, Mapping):
         return False
-    names = {str(name).removeprefix("module.") for name in state}
+    names = {plain_name(str(name)) for name in state}
     return "token_embedding.weight" in names or any(name.startswith("visual.") for name in names)
 
 

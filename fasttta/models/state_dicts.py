@@ -1,0 +1,109 @@
+"""State dicts out of files and out of what training scripts wrap around them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import check_weights, read_file
+from ..files.inert_pickle import Unreadable
+
+# under what training scripts save a state dict beside epochs, optimisers and arguments
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "model_state")
+# what wrappers of a module put before its names: DataParallel, DDP, torch.compile, BriMPR's
+# PromptVA, and scripts that hold it in an attribute
+_BEFORE = re.compile(r"(?:(?:module|_orig_mod|model|net|va_model)\.)+")
+# and those that are put around a part of it: torch.compile, FSDP, checkpointing
+_WITHIN = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(state: Any) -> Any:
+    """The state dict in what a training script saved, which may lie a few names deep."""
+    for _ in range(8):
+        if not isinstance(state, Mapping):
+            return state
+        inner = next((state[n] for n in _WRAPPERS if isinstance(state.get(n), Mapping)), None)
+        if inner is None:
+            return state
+        state = inner
+    return state
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put before and into it."""
+    name = _WITHIN.sub("", name)
+    match = _BEFORE.match(name)
+    return name[match.end() :] if match else name
+
+
+def named_tensors(
+    source: str | os.PathLike | Mapping[str, Tensor], ignored: re.Pattern[str] | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file or state dict by plain names, and what they are, for messages.
+
+    Args:
+        ignored: names of tensors that are left out, whatever they hold.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: no such file; it holds something else than named
+            floating point tensors; two of them have the same plain name.
+    """
+    state: Any = source
+    what = "the state dict"
+    if not isinstance(source, Mapping):
+        state, what = read_file(source), repr(os.fspath(source))
+    state = unwrapped(state)
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{what} holds an object of type {type(state).__name__}, needed a state dict of named "
+            "tensors"
+        )
+    alien = [
+        str(name)[:80]
+        for name, x in state.items()
+        if not (isinstance(name, str) and isinstance(x, (Tensor, Unreadable)))
+    ]
+    if alien or not state:
+        found = ", ".join(alien[:6]) or "nothing"
+        raise ValueError(f"{what}: needed a state dict of named tensors, found {found}")
+    plain: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, x in state.items():
+        short = plain_name(name)
+        if ignored is not None and ignored.fullmatch(short):
+            continue
+        if short in plain:
+            raise ValueError(f"{what}: {names[short]} and {name} are both {short}")
+        plain[short], names[short] = x, name
+    return plain, what
+
+
+def floating(state: Mapping[str, Tensor], what: str, *, copy: bool) -> dict[str, Tensor]:
+    """Checked weights, all of one type: float64 if any is, else float32.
+
+    Args:
+        copy: all of them, not only those that share their memory with others of these.
+
+    Raises:
+        ValueError: one is no finite floating point tensor.
+    """
+    check_weights(state, what)
+    double = any(x.dtype == torch.float64 for x in state.values())
+    dtype = torch.float64 if double else torch.float32
+    users: dict[int, int] = {}
+    for x in state.values():
+        pointer = x.untyped_storage().data_ptr()
+        users[pointer] = users.get(pointer, 0) + 1
+    with torch.inference_mode(False):
+        return {
+            name: x.detach()
+            .to(dtype, copy=copy or users[x.untyped_storage().data_ptr()] > 1)
+            .resolve_neg()
+            .contiguous()
+            for name, x in state.items()
+        }
