@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..files import check_weights
 from ..ops.autograd import flat_attentions
 from ..protocols import Slot
+from .state_dicts import floating, named_tensors
 
 # Values of [B, K, D] at a time where no graph is kept: of 1000 classes at width 512 32 images, and
 # 64 MiB each of the several tensors of this size that a head computes
 _TOGETHER = 2**24
+_FIRST = "q_proj1.weight"
+_ENDINGS = ("_proj1", "_proj2", "_proj3", "k_proj", "v_proj", "out_proj")
 
 
 class RationalHead(nn.Module):
@@ -32,7 +38,8 @@ class RationalHead(nn.Module):
         scale_multiplier: of the scale inside the attention (CoOp + RAda: 4).
 
     Parameters: ``q_proj1``, ``q_proj2``, ``q_proj3``, ``k_proj``, ``v_proj``, ``out_proj``, Linear
-    [D, D] with bias each, as in the official code.
+    [D, D] with bias each, as in the official code, whose heads ``load_state_dict`` and
+    ``from_checkpoint`` take; the ``alpha`` that they have besides computes nothing and is ignored.
 
     Source: Chen et al., "One Last Attention for Your Vision-Language Model", ICCV 2025, and its
     official code.
@@ -57,6 +64,66 @@ class RationalHead(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor], **options: Any
+    ) -> RationalHead:
+        """The head of a file or state dict, official ones included; D follows from shapes.
+
+        Names may carry any prefix, and other tensors may stand beside them.
+
+        Args:
+            path_or_state_dict: as ``CAVMAE.from_checkpoint`` takes it.
+            options: ``heads``, ``temperature``, ``scale_multiplier``, which files do not hold.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: no such file; it is damaged or holds code, no
+                head or several, or tensors that are no finite floating point weights.
+        """
+        state, what = named_tensors(path_or_state_dict)
+        prefixes = [name[: -len(_FIRST)] for name in state if name.endswith(_FIRST)]
+        prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
+        if len(prefixes) != 1:
+            raise ValueError(
+                f"{what}: needed one rational head, found {len(prefixes)} names that end in "
+                f"{_FIRST} among {len(state)}: {', '.join(list(state)[:4])}"
+            )
+        (prefix,) = prefixes
+        own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+        own = {n: x for n, x in own.items() if n.split(".")[0].endswith(_ENDINGS)}
+        own = floating(own, what, copy=isinstance(path_or_state_dict, Mapping))
+        if own[_FIRST].ndim != 2 or not own[_FIRST].numel():
+            raise ValueError(f"{what}: {prefix}{_FIRST} has shape {list(own[_FIRST].shape)}")
+        head = cls(own[_FIRST].shape[0], **options).to(own[_FIRST].dtype)
+        head.load_state_dict(own)
+        return head
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``nn.Module.load_state_dict``; an official head's unused ``alpha`` is ignored.
+
+        Raises:
+            ValueError: names are missing or unknown (unless ``strict`` is off), shapes are others,
+                values are not finite; then nothing is changed.
+        """
+        state = {name: x for name, x in state_dict.items() if name != "alpha"}
+        check_weights(state, "the state dict of a rational head")
+        expected = self.state_dict()
+        odd = sorted(state.keys() ^ expected.keys()) if strict else []
+        odd += [n for n, x in state.items() if n in expected and x.shape != expected[n].shape]
+        if odd:
+            shapes = [f"{n} {list(state[n].shape)}" if n in state else f"no {n}" for n in odd[:6]]
+            raise ValueError(
+                f"this is not the state dict of a rational head of width {self.dim}: found "
+                f"{', '.join(shapes)}"
+            )
+        return super().load_state_dict(state, strict=strict, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}alpha", None)  # of a head inside another module
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
