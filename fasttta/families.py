@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .engine.precision import Precision, environment
 from .engine.state import structural_copy
+from .families_dual import refuse_meta
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
 from .models.rational import FeatureClassifier
@@ -173,6 +174,7 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+    refuse_meta(model)
     if spec is not None:
         return _by_spec(model, spec)
     if isinstance(model, FeatureClassifier):

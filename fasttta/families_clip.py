@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.state import structural_copy
-from .families_dual import NEEDED, refusal, towers, traits
+from .families_dual import NEEDED, refusal, refuse_meta, towers, traits
 from .models import CLIP
 from .models.clip_convert import convert_hugging_face, convert_open_clip
 
@@ -91,6 +91,7 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
     """
     while isinstance(model, nn.Module):
         if isinstance(model, CLIP):
+            refuse_meta(model)
             return RecognisedCLIP("fasttta.models.CLIP", model)
         if _has(model, _HUGGING_FACE) and hasattr(model, "config"):
             family, convert, outputs = "Hugging Face CLIPModel", convert_hugging_face, _hugging_face
@@ -114,6 +115,7 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
             "a TorchScript CLIP cannot be adapted as it is; take its weights: "
             "fasttta.models.CLIP.from_checkpoint(model.state_dict())"
         )
+    refuse_meta(model)
     try:
         clip = convert(model)
     except (ValueError, AttributeError, KeyError) as error:

@@ -16,6 +16,18 @@ _TEXT = ("text_model", "text", "text_encoder", "text_decoder", "text_tower", "te
          "language_model")  # fmt: skip
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """Raises ValueError if a module's tensors hold no values."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, x in tensors if x.is_meta]
+    if empty:
+        raise ValueError(
+            f"{type(model).__name__} has {len(empty)} of its {len(tensors)} tensors on the meta "
+            f"device, {empty[0]} first: they hold no values; load its weights before: "
+            'model.to_empty(device="cpu"), then model.load_state_dict(...)'
+        )
+
+
 def _parts(module: nn.Module) -> set[str]:
     return {*module._modules, *module._parameters, *module._buffers}
 
