@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapted_state import Stateful
 from .engine import delta
 from .engine.graph import GraphStep
 from .engine.inputs import as_inputs
 from .engine.precision import Precision
+from .engine.restore import restored
 from .engine.shift import Guard
+from .engine.snapshot import Snapshot
 from .engine.state import State, working_copy
 from .engine.step import Step, StepResult, warn
 from .engine.streaming import Lane, groups, one_ahead
+from .engine.turn import exclusive, surely
 from .families import Recognised
 from .methods.base import Method
 
 
-class Adapted(nn.Module):
+class Adapted(Stateful):
     """The model, adapting to what it is called on. Made by ``fasttta.adapt``.
 
     The wrapped model is never modified: frozen weights are shared with it, tuned tensors are
     private. ``train()`` and ``eval()`` change nothing, ``torch.no_grad()`` and
     ``torch.inference_mode()`` make no difference.
+
+    One thread uses it at a time: calls of another wait, in a stream for one batch, and for the
+    whole of a ``source()`` block. A call that fails or is interrupted anywhere leaves the state as
+    it was before or as it is after, never between.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Adapted(nn.Module):
         guard: Guard | None = None,
     ) -> None:
         super().__init__()
+        _check_family(method, known)
         method.check_model(known.fusion)
         method = method.fitted(known.fusion)
         self.method, self.precision = method.name, precision.name
@@ -76,13 +84,16 @@ class Adapted(nn.Module):
         self._hidden = (model, working, None if fusion is known.fusion else fusion)
         self._known, self._verified = known, known.module is None
         self._state = state
+        self._holders = {name: _owner(working, name) for name in leaves}
         step = GraphStep if engine == "graph" else Step
         self._step = step(working, method, state, precision, device, device.type != "cuda")
-        self._in_source = False
+        self._in_source: bool = False
+        self._wired: bool | None = False  # the weights that calls run: the source's; None: neither
         self._warned_single = False
 
     # ------------------------------------------------------------------ calls
 
+    @exclusive
     def forward(self, *inputs: Tensor) -> Any:
         """Adapts on this batch and predicts it: logits [B, C], or what the wrapped model returns
         where that is more (tuple, dict, ModelOutput), with the prediction's logits in it."""
@@ -92,6 +103,7 @@ class Adapted(nn.Module):
             before = self._step.method.score_at == "before" and not self._in_source
             return returned(logits, self._step.first_passes - 1 if before else -1)
 
+    @exclusive
     def step(
         self, *inputs: Tensor, trace: bool = False, keep: Sequence[Tensor] | None = None
     ) -> StepResult:
@@ -114,24 +126,71 @@ class Adapted(nn.Module):
         if keep is not None:
             drawn = self._step.method.injected(self._step.model, prepared, keep)
         if self._in_source:
-            logits = self._step.predict(prepared)
-            with torch.inference_mode(False):
-                none = torch.zeros((), dtype=torch.int64, device=logits.device)
-                return StepResult(
-                    logits=logits, logits_before=logits.clone(), n_used=none,
-                    grads={} if trace else None, trace={} if trace else None,
-                )  # fmt: skip
+            return self._unadapted(prepared, trace)
         self._warn_single(prepared)
         return self._adapt(prepared, trace=trace, drawn=drawn)
 
-    def _adapt(self, inputs: tuple[Tensor, ...], **given: Any) -> StepResult:
-        """A step, and behind it the reset that the guard asks for."""
-        if self._guard is None:
-            return self._step(inputs, **given)
-        return self._guard.step(lambda: self._step(inputs, **given), self._state)
+    def _unadapted(self, inputs: tuple[Tensor, ...], trace: bool) -> StepResult:
+        """A step inside ``source()``."""
+        self._ready()
+        logits = self._step.predict(inputs)
+        with torch.inference_mode(False):
+            none = torch.zeros((), dtype=torch.int64, device=logits.device)
+            return StepResult(
+                logits=logits, logits_before=logits.clone(), n_used=none,
+                grads={} if trace else None, trace={} if trace else None,
+            )  # fmt: skip
 
+    def _adapt(self, inputs: tuple[Tensor, ...], **given: Any) -> StepResult:
+        return self._adapt_all((inputs,), **given)[0]
+
+    @exclusive
+    def _adapt_all(self, batches: Iterable[tuple[Tensor, ...]], **given: Any) -> list[StepResult]:
+        """Steps on batches, all of them or none, and behind them the reset that the guard asks
+        for."""
+        self._ready()
+        values, shifted, results = self._state.current.guard, False, []
+        try:
+            self._state.begin()
+            for inputs in batches:
+                result = self._step(inputs, **given)
+                if self._guard is not None:
+                    values, shifted = self._guard.after(values, result)
+                    with torch.inference_mode(False):
+                        result.stats["reset"] = torch.tensor(shifted, device=result.logits.device)
+                results.append(result)
+            if shifted:
+                self._state.reset()
+            else:
+                self._state.commit(values)
+        except BaseException:
+            self._state.sync()
+            raise
+        return results
+
+    def _ready(self) -> None:
+        """Brings what calls run on to the state, where an interrupted call has left it apart."""
+        self._wire()
+        self._state.sync()
+
+    def _wire(self) -> None:
+        """Puts the source's weights, inside ``source()``, or the tuned ones where calls run."""
+        source = self._in_source
+        if self._wired == source:
+            return
+        self._wired = None
+        for name, (module, leaf) in self._holders.items():
+            weight = self._state.leaves[name]
+            if source:
+                value = self._step.method.unadapted(self._state.source[name])
+                weight = nn.Parameter(value, requires_grad=False)
+            module._parameters[leaf] = weight
+        self._wired = source
+
+    @exclusive
     def predict(self, *inputs: Tensor) -> Any:
         """What a call returns, with the current state; adapts nothing."""
+        self._ready()
         with self._outputs() as returned:
             return returned(self._step.predict(self._prepare(inputs)), -1)
 
@@ -147,12 +206,11 @@ class Adapted(nn.Module):
                 'engine="graph" returns logits, and this model returns more; call '
                 'adapted.step(...).logits, or adapt with engine="eager"'
             )
-        working.outputs = []
-        try:
+        with surely(lambda: setattr(working, "outputs", None)):
+            working.outputs = []
             yield working.returned
-        finally:
-            working.outputs = None
 
+    @exclusive
     def _prepare(self, inputs: tuple) -> tuple[Tensor, ...]:
         """Checked inputs; the first batch also checks that the model was understood."""
         prepared = self._step.prepare(inputs)
@@ -241,6 +299,7 @@ class Adapted(nn.Module):
             if cache is not None:
                 cache.flush()
 
+    @exclusive
     @torch.inference_mode(False)
     @torch.no_grad()
     def _encode(self, group: list[tuple], size: int | None, kept: Any) -> list[Tensor]:
@@ -277,6 +336,7 @@ class Adapted(nn.Module):
         with torch.inference_mode(False):
             return self._state.tuned()
 
+    @exclusive
     def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets some or all of the tuned tensors; optimiser and method state stay. ``reset`` and a
         guard go back to what ``adapt`` made.
@@ -287,52 +347,58 @@ class Adapted(nn.Module):
         """
         self._state.load_tuned(tensors)
 
+    @exclusive
     def reset(self) -> None:
         """The state of a fresh ``adapt``, bit for bit."""
         self._state.reset()
-        if self._guard is not None:
-            self._guard.reset()
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes what ``fasttta.load(model, folder)`` needs: the delta, not the model.
+    @contextlib.contextmanager
+    def source(self) -> Iterator[Adapted]:
+        """The untouched source model inside the block: calls predict with it and adapt nothing.
+        Calls of other threads wait until the block ends."""
+        with self._turn():
+            if self._in_source:
+                yield self
+                return
+            with surely(self._leave_source):
+                self._in_source = True
+                self._wire()
+                yield self
 
-        ``fasttta.json`` (method, options, fingerprint of the model) and a safetensors file with
-        tuned tensors, optimiser and method state. An existing save in the folder stays whole
-        until the new one is.
-        """
-        record = {
-            "method": self.method,
-            "options": {n: getattr(self.options, n) for n in self.options.option_names()},
-            "precision": self.precision,
-            "seed": self.seed,
-            "base": delta.fingerprint(self._known.fusion, self._state),
-        }
-        if self._guard is not None:
-            record["guard"] = self._guard.record()
-        delta.write(folder, record, self._saved())
+    def _leave_source(self) -> None:
+        self._in_source = False
+        self._wire()
+
+    def _state_now(self) -> Snapshot:
+        return self._state.current
+
+    def _publish(self, state: Snapshot) -> None:
+        self._state.publish(state)
 
     def _saved(self) -> dict[str, Tensor]:
         return self._state.tensors()
 
-    @contextlib.contextmanager
-    def source(self) -> Iterator[Adapted]:
-        """The untouched source model inside the block: calls predict with it and adapt nothing."""
-        if self._in_source:
-            yield self
-            return
-        working = self._hidden[1]
-        holders = {name: _owner(working, name) for name in self._state.leaves}
-        try:
-            for name, (module, leaf) in holders.items():
-                source = self._step.method.unadapted(self._state.source[name])
-                module._parameters[leaf] = nn.Parameter(source, requires_grad=False)
-            self._in_source = True
-            yield self
-        finally:
-            self._in_source = False
-            for name, (module, leaf) in holders.items():
-                module._parameters[leaf] = self._state.leaves[name]
+    def _base(self) -> dict[str, Any]:
+        return delta.fingerprint(self._known.fusion, self._state)
 
+    def _guard_record(self) -> dict[str, Any] | None:
+        if self._guard is None:
+            return None
+        values = {name: list(past) for name, past in self._state.current.guard.items()}
+        return {**self._guard.settings(), "values": values}
+
+    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+        delta.check_fingerprint(record["base"], self._known.fusion, self._state)
+        values = {}
+        if self._guard is not None:
+            values = self._guard.check_values(record["guard"]["values"])
+        step = self._step
+        return restored(
+            self._state, tensors, values, step.method, self._known.fusion, step.model,
+            step.precision,
+        )  # fmt: skip
+
+    @exclusive
     def unwrap(self, merge: bool = False) -> nn.Module:
         """A plain module: the user's own, or (merge) a copy of it with the adapted weights; where
         the method adds to the model (prompts), a copy of what it made of it."""
@@ -348,11 +414,11 @@ class Adapted(nn.Module):
                 raise ValueError(
                     f"{type(model).__name__} cannot be copied, which merge=True needs: {error}"
                 ) from error
-            for name, leaf in self._state.leaves.items():
+            for name, value in self._state.parameters().items():
                 if extended is None:
-                    self._known.merge_into(merged, name, leaf)
+                    self._known.merge_into(merged, name, value)
                 else:
-                    merged.get_parameter(name).copy_(leaf)
+                    merged.get_parameter(name).copy_(value)
         return merged
 
     # ------------------------------------------------------------------ nn.Module
@@ -369,15 +435,18 @@ class Adapted(nn.Module):
             )
         return self
 
-    def __deepcopy__(self, memo: dict) -> Adapted:
-        with torch.inference_mode(False):
-            new = memo[id(self)] = self.__class__.__new__(self.__class__)
-            new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return new
-
     def extra_repr(self) -> str:
         tuned = sum(view.numel() for view in self._state.leaves.values())
         return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
+
+
+def _check_family(method: Method, known: Recognised) -> None:
+    """Raises ValueError if a method is for other kinds of models."""
+    if not {"fusion", "features"}.intersection(type(method).families):
+        raise ValueError(
+            f"{method.name!r} adapts {' and '.join(type(method).families)} models, found "
+            f"{known.family}"
+        )
 
 
 def _refuse_tied(model: nn.Module, tuned: set[str]) -> None:

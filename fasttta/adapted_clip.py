@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import methods
 from .adapted import Adapted
+from .adapted_state import Stateful
 from .classes import token_ids
 from .engine import delta
 from .engine.precision import Precision, environment
-from .engine.state import working_copy
+from .engine.state import checked_value, working_copy
 from .engine.step import StepResult
+from .engine.turn import exclusive, surely
 from .episodes import as_list, given_views, made_views, result
 from .families_clip import RecognisedCLIP
 from .methods.base import Method
@@ -46,14 +48,8 @@ class AdaptedCLIP(Adapted):
         classes: Any,
         resources: Mapping[str, Any],
     ) -> None:
-        nn.Module.__init__(self)
-        if "vision-language" not in type(method).families:
-            from . import methods
-
-            raise ValueError(
-                f"{method.name!r} adapts fusion models, found {known.family}; for it: "
-                f"{', '.join(map(repr, methods.names('vision-language')))}"
-            )
+        Stateful.__init__(self)
+        _check_method(method, known)
         if engine == "graph":
             raise ValueError(
                 'engine="graph": episodes of vision-language models are not captured in this '
@@ -73,9 +69,14 @@ class AdaptedCLIP(Adapted):
             prompts = working.prompts(ids, length if method.group else 0)
         self._hidden, self._known, self._numbers = (model, working), known, precision
         self._ids, self._prompts = ids, prompts
-        self._source_prompt = prompts.initial.clone()
+        with torch.inference_mode(False):
+            self._source_prompt = prompts.initial.clone()
+        # the state: what every episode starts from, replaced, never written to
+        self._start: Tensor = self._source_prompt
+        self._at: Tensor | None = None  # what the prompts were set to
         self._device = working.positional_embedding.device
         self._in_source, self._verified = False, known.module is None
+        self._guard = None
 
     # ------------------------------------------------------------------ calls
 
@@ -83,6 +84,7 @@ class AdaptedCLIP(Adapted):
         """Logits [B, C] of ``step``."""
         return self.step(images, views=views).logits
 
+    @exclusive
     def step(
         self,
         images: Any = None,
@@ -110,6 +112,7 @@ class AdaptedCLIP(Adapted):
         single, items = items_of(images, views)
         if noise is not None and self.method != "ttc":
             raise TypeError(f"noise= is for 'ttc', the method is {self.method!r}")
+        self._ready()
         parts = []
         plain = self._in_source or not isinstance(self.options, Episodic)
         for rows, given in self._groups(items, None if plain else self.options):
@@ -125,14 +128,25 @@ class AdaptedCLIP(Adapted):
         with torch.inference_mode(False), torch.no_grad():
             return result(parts, single, trace)
 
+    @exclusive
     def predict(self, images: Any = None, *, views: Views | None = None) -> Tensor:
         """Zero-shot logits [B, C] of the anchors with the prompt that episodes start from."""
+        self._ready()
         _, items = items_of(images, views)
         logits = []
         for _, given in self._groups(items, None):
             with environment(self._device, self._numbers, grad=False):
                 logits.append(self._plain(given).logits)
         return torch.cat(logits)
+
+    def _ready(self) -> None:
+        """Sets the prompts to the state, where they are not there."""
+        wanted = self._source_prompt if self._in_source else self._start
+        if self._at is not wanted:
+            self._at = None
+            with torch.inference_mode(False), torch.no_grad():
+                self._prompts.start_at(wanted)
+            self._at = wanted
 
     def _plain(self, given: list[Views]) -> Episode:
         anchors = torch.cat([views.base[:1] for views in given])
@@ -181,8 +195,10 @@ class AdaptedCLIP(Adapted):
     @property
     def tuned(self) -> dict[str, Tensor]:
         """Copy of the prompt [n, D] that every episode starts from; nothing for methods without."""
-        return {"prompt": self._prompts.initial.clone()} if self.options.group else {}
+        with torch.inference_mode(False):
+            return {"prompt": self._start.clone()} if self.options.group else {}
 
+    @exclusive
     def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets the prompt that every episode starts from, ``{"prompt": [n, D]}``.
 
@@ -190,68 +206,62 @@ class AdaptedCLIP(Adapted):
             ValueError, TypeError: an unknown name, wrong shape or type, non-finite values.
         """
         known = self.tuned
-        for name, value in tensors.items():
+        for name in tensors:
             if name not in known:
                 raise ValueError(
                     f"{name!r} is not tuned; tuned: {', '.join(known) or 'nothing by this method'}"
                 )
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a floating point tensor, found {found}")
-            if value.shape != known[name].shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, needed {tuple(known[name].shape)}"
-                )
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{name} holds non-finite values")
-        for value in tensors.values():
-            with torch.inference_mode(False), torch.no_grad():
-                self._prompts.start_at(value)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in tensors.items():
+                self._publish(checked_value(name, value, known[name]).clone())
 
+    @exclusive
     def reset(self) -> None:
         """The state of a fresh ``adapt``, bit for bit: episodes leave nothing, a prompt that
         ``load_tuned`` set does."""
-        self._prompts.start_at(self._source_prompt)
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes what ``fasttta.load(model, folder)`` needs: options, class tokens, prompt."""
-        record = {
-            "method": self.method,
-            "options": {n: getattr(self.options, n) for n in self.options.option_names()},
-            "precision": self.precision,
-            "seed": self.seed,
-            "base": self._fingerprint(),
-        }
-        tensors = {"classes": self._ids, "prompt": self._prompts.initial}
-        delta.write(folder, record, {n: x.detach().cpu().contiguous() for n, x in tensors.items()})
-
-    def _fingerprint(self) -> dict[str, Any]:
-        return delta.fingerprint(self._known.clip, _NothingTuned())
-
-    def take(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """The state that ``save`` wrote.
-
-        Raises:
-            ValueError: it is another model's.
-        """
-        delta.check_fingerprint(record["base"], self._known.clip, _NothingTuned())
-        self._prompts.start_at(tensors["prompt"].to(self._device))
+        self._publish(self._source_prompt)
 
     @contextlib.contextmanager
     def source(self) -> Iterator[AdaptedCLIP]:
-        """The untouched model inside the block: calls predict zero-shot and adapt nothing."""
-        if self._in_source:
-            yield self
-            return
-        kept = self._prompts.initial
-        try:
-            self._prompts.start_at(self._source_prompt)
-            self._in_source = True
-            yield self
-        finally:
-            self._in_source = False
-            self._prompts.start_at(kept)
+        """The untouched model inside the block: calls predict zero-shot and adapt nothing. Calls
+        of other threads wait until the block ends."""
+        with self._turn():
+            if self._in_source:
+                yield self
+                return
+            with surely(self._leave_source):
+                self._in_source = True
+                yield self
 
+    def _leave_source(self) -> None:
+        self._in_source = False
+
+    def _state_now(self) -> Tensor:
+        return self._start
+
+    def _publish(self, state: Tensor) -> None:
+        self._start = state
+        self._ready()
+
+    def _saved(self) -> dict[str, Tensor]:
+        tensors = {"classes": self._ids, "prompt": self._start}
+        return {n: x.detach().to("cpu", copy=True).contiguous() for n, x in tensors.items()}
+
+    def _base(self) -> dict[str, Any]:
+        return delta.fingerprint(self._known.clip, _NothingTuned())
+
+    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+        delta.check_fingerprint(record["base"], self._known.clip, _NothingTuned())
+        if odd := sorted({"classes", "prompt"} ^ tensors.keys()):
+            raise ValueError(f"the saved state is of another model or method: {', '.join(odd[:3])}")
+        if not torch.equal(tensors["classes"], self._ids):
+            raise ValueError("classes: the state was saved for other classes")
+        if tensors["prompt"].dtype != self._start.dtype:
+            raise ValueError(f"prompt is {tensors['prompt'].dtype}, needed {self._start.dtype}")
+        with torch.inference_mode(False), torch.no_grad():
+            return checked_value("prompt", tensors["prompt"], self._start).clone()
+
+    @exclusive
     def unwrap(self, merge: bool = False) -> nn.Module:
         """The user's own module; or (merge) a ``fasttta.models.CLIP`` with its weights that
         predicts these classes with the prompt that episodes start from: no episode leaves
@@ -259,6 +269,7 @@ class AdaptedCLIP(Adapted):
         if not merge:
             return self._hidden[0]
         with torch.inference_mode(False), torch.no_grad():
+            self._ready()
             merged = copy.deepcopy(self._known.clip)
             text = self._prompts.linearise().features[0]
             merged.class_features = text / text.norm(dim=-1, keepdim=True)
@@ -266,13 +277,31 @@ class AdaptedCLIP(Adapted):
 
     # ------------------------------------------------------------------ nn.Module
 
-    def __deepcopy__(self, memo: dict) -> AdaptedCLIP:
+    @exclusive
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedCLIP:
         # activations kept for the initial prompt cannot be copied, and need not be
-        self._prompts.start_at(self._prompts.initial)
+        self._at = None
+        self._prompts.start_at(self._start)
         return super().__deepcopy__(memo)
 
     def extra_repr(self) -> str:
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
+
+
+def _check_method(method: Method, known: RecognisedCLIP) -> None:
+    """Raises ValueError for a method that no episode would run."""
+    if "vision-language" not in type(method).families:
+        raise ValueError(
+            f"{method.name!r} adapts {' and '.join(type(method).families)} models, found "
+            f"{known.family}; for it: {', '.join(map(repr, methods.names('vision-language')))}"
+        )
+    if isinstance(method, Episodic) or type(method) is methods.Source:
+        return
+    raise ValueError(
+        f"{type(method).__name__} is not run on {known.family}: every image is an episode there, "
+        "and objective is not called; derive it from fasttta.methods.Episodic and define "
+        "run(self, model, prompts, views, *, trace=False, resources=None) -> Episode"
+    )
 
 
 def stream_of(adapted: Adapted, loader: Iterable, cache: None) -> Iterator[StepResult]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .adapted import Adapted
 from .adapted_clip import items_of, stream_of
 from .classes import token_ids
-from .engine import delta
 from .engine.precision import Precision, environment
+from .engine.snapshot import Snapshot
 from .engine.state import structural_copy, working_copy
 from .engine.step import StepResult
+from .engine.turn import exclusive
 from .episodes import given_views, made_views
 from .families import Recognised
 from .families_clip import RecognisedCLIP
@@ -99,6 +100,7 @@ class AdaptedHead(Adapted):
         """Logits [B, C] of ``step``."""
         return self.step(images, views=views).logits
 
+    @exclusive
     def step(
         self, images: Any = None, *, views: Views | None = None, trace: bool = False
     ) -> StepResult:
@@ -118,14 +120,11 @@ class AdaptedHead(Adapted):
             ValueError, TypeError: what was given cannot be used; the state is as before.
         """
         single, items = items_of(images, views)
-        restore = self._state.snapshot()
-        try:
-            parts = []
-            for pixels in self._batches(items):
-                parts.append(Adapted.step(self, pixels, trace=trace))
-        except BaseException:
-            restore()
-            raise
+        batches = (self._prepare((pixels,)) for pixels in self._batches(items))
+        if self._in_source:
+            parts = [self._unadapted(inputs, trace) for inputs in batches]
+        else:
+            parts = self._adapt_all(batches, trace=trace)
         if len(parts) == 1 and (single or not self.options.episodic or self._in_source):
             return parts[0]
         with torch.inference_mode(False), torch.no_grad():
@@ -174,17 +173,16 @@ class AdaptedHead(Adapted):
     # ------------------------------------------------------------------ files
 
     def _saved(self) -> dict[str, Tensor]:
-        own = {} if self._ids is None else {"classes": self._ids}
+        own = {} if self._ids is None else {"classes": self._ids.clone()}
         return super()._saved() | own
 
-    def take(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """The state that ``save`` wrote.
-
-        Raises:
-            ValueError: it is another model's.
-        """
-        delta.check_fingerprint(record["base"], self._known.fusion, self._state)
-        self._state.load({name: x for name, x in tensors.items() if name != "classes"})
+    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+        classes = tensors.get("classes")
+        if (classes is None) != (self._ids is None):
+            raise ValueError("classes: the state was saved for another model")
+        if classes is not None and not torch.equal(classes, self._ids):
+            raise ValueError("classes: the state was saved for other classes")
+        return super()._state_of(record, {n: x for n, x in tensors.items() if n != "classes"})
 
 
 def _joined(parts: list[StepResult]) -> StepResult:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
@@ -15,8 +16,10 @@ from .adapted import Adapted
 from .adapted_clip import AdaptedCLIP
 from .adapted_head import AdaptedHead
 from .engine import delta
+from .engine import folder as files
 from .engine.precision import resolve
 from .engine.shift import Guard, ShiftDetector
+from .engine.step import warn
 from .families import recognise
 from .families_clip import recognise_clip
 from .methods.base import Method
@@ -40,6 +43,7 @@ def adapt(
     engine: str = "auto",
     guard: ShiftDetector | None = None,
     seed: int = 0,
+    preset: str | None = None,
     **options: Any,
 ) -> AdaptedHead: ...
 @overload
@@ -52,6 +56,7 @@ def adapt(
     engine: str = "auto",
     guard: ShiftDetector | None = None,
     seed: int = 0,
+    preset: str | None = None,
     **options: Any,
 ) -> AdaptedHead: ...
 @overload
@@ -63,6 +68,7 @@ def adapt(
     precision: str = "auto",
     engine: str = "auto",
     seed: int = 0,
+    preset: str | None = None,
     **options: Any,
 ) -> AdaptedCLIP: ...
 @overload
@@ -75,6 +81,7 @@ def adapt(
     engine: str = "auto",
     guard: ShiftDetector | None = None,
     seed: int = 0,
+    preset: str | None = None,
     **options: Any,
 ) -> AdaptedCLIP | AdaptedHead: ...
 @overload
@@ -88,6 +95,7 @@ def adapt(
     engine: str = "auto",
     guard: ShiftDetector | None = None,
     seed: int = 0,
+    preset: str | None = None,
     **options: Any,
 ) -> Adapted: ...
 def adapt(
@@ -100,6 +108,7 @@ def adapt(
     engine: str = "auto",
     guard: object = None,
     seed: int = 0,
+    preset: str | None = None,
     **options: object,
 ) -> Adapted:
     """Makes a model adapt, label-free, to what it is called on.
@@ -124,6 +133,8 @@ def adapt(
             anew from what ``adapt`` made, not from what ``load_tuned`` set. It is not used itself,
             only its settings are.
         seed: of the random state.
+        preset: name of published settings of the method, ``methods.ABPEM.preset(name)``; options
+            that are given besides count in place of the preset's.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
             Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
             BriMPR and ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA);
@@ -147,16 +158,18 @@ def adapt(
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
     if method == "auto" and (clip or rational):
         method = "rada" if rational else "a-tpt"
-    chosen, resources = _method(method, options)
+    chosen, resources = _method(method, options, preset)
     guard = None if guard is None else Guard(guard)
     if clip or (rational and isinstance(chosen, methods.RAda)):
-        return _adapted_clip(
+        adapted = _adapted_clip(
             model, clip, chosen, precision, engine, int(seed), classes, resources, guard
         )
+        _warn_of_ranks(model)
+        return adapted
     known = recognise(model, spec)
     _check_origin(resources.get("source_stats"), known.fusion)
     parameter = next(known.fusion.parameters())
-    return Adapted(
+    adapted = Adapted(
         model,
         known,
         chosen,
@@ -166,9 +179,29 @@ def adapt(
         constants=chosen.constants(known.fusion, resources),
         guard=guard,
     )
+    adapted._spec = spec
+    _warn_of_ranks(model)
+    return adapted
 
 
-def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, dict[str, object]]:
+def _warn_of_ranks(model: nn.Module) -> None:
+    """Says that ranks are not kept together, where it looks as if they should be."""
+    inner: object = model
+    while isinstance(inner, nn.Module):
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            warn(
+                "the model is in DistributedDataParallel: each rank adapts on its own batches, "
+                "so that tuned tensors differ between ranks; of ranks that save into one folder "
+                "the last save counts",
+                UserWarning,
+            )
+            return
+        inner = inner._modules.get("module") or inner._modules.get("_orig_mod")
+
+
+def _method(
+    method: str | Method, options: dict[str, object], preset: str | None = None
+) -> tuple[Method, dict[str, object]]:
     """The method object, and those options that are tensors from source data."""
     if not isinstance(method, (str, Method)):
         raise TypeError(f"method must be a name or a method object, found {method!r}")
@@ -178,6 +211,11 @@ def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, d
     resources = {name: value for name, value in options.items() if name in cls.RESOURCES}
     options = {name: value for name, value in options.items() if name not in resources}
     if isinstance(method, Method):
+        if preset is not None:
+            raise TypeError(
+                f"preset={preset!r}: a method object has its settings; needed a name with it, or "
+                f"{cls.__name__}.preset({preset!r})"
+            )
         if options:
             raise TypeError(
                 f"{', '.join(options)}: options are given to the method object itself, "
@@ -190,6 +228,9 @@ def _method(method: str | Method, options: dict[str, object]) -> tuple[Method, d
             f"{cls.__name__} has no option {', '.join(unknown)}; known: "
             f"{', '.join((*cls.option_names(), *cls.RESOURCES))}"
         )
+    if preset is not None:
+        cls.preset(preset)  # an error for an unknown one
+        options = {**cls.PRESETS[preset], **options}
     return cls(**options), resources
 
 
@@ -238,53 +279,120 @@ def _engine(engine: str, device: torch.device) -> str:
 
 def load(
     model: nn.Module,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     spec: ModelSpec | None = None,
     engine: str = "auto",
+    method: type[Method] | None = None,
 ) -> Adapted:
-    """Goes on where ``Adapted.save(folder)`` stopped: the state is bit-identical.
+    """Goes on where ``Adapted.save(folder)`` stopped: the state is bit-identical. No code is
+    imported or run because of what the files say.
 
     Args:
         model: the model that the state was saved for.
         folder: where it was saved.
         spec, engine: as in ``adapt``.
+        method: the class of the method, where that is not one of ``fasttta.methods``.
 
     Raises:
         FileNotFoundError: nothing was saved there.
-        ValueError: the files are damaged or of another model.
+        ValueError: the files are damaged or of another model; names the file and the field.
+        TypeError: ``method`` is no class of a method; not a model that fasttta knows.
     """
-    record, tensors = delta.read(folder)
-    method, _ = _method(record["method"], record["options"])
+    if method is not None and not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"method must be a subclass of fasttta.methods.Method, found {method!r}")
+    record, tensors = files.read(folder)
+    file = Path(folder) / files.RECORD
+    with files.naming(file):
+        chosen = _recorded_method(record, folder, method)
+    adapted = _restored(model, spec, chosen, engine, record, tensors, file)
+    _warn_of_ranks(model)
+    return adapted
+
+
+def _recorded_method(
+    record: Mapping[str, Any], folder: str | os.PathLike[str], cls: type[Method] | None
+) -> Method:
+    """The method of a record, of a class that is passed or built in."""
+    if cls is None and "class" in record:
+        short = record["class"].rpartition(".")[2]
+        raise ValueError(
+            f"class: the method is {record['class']}, which load does not import; pass the class: "
+            f"fasttta.load(model, {os.fspath(folder)!r}, method={record['class']}) "
+            f"after importing {short}"
+        )
+    if cls is None:
+        cls = methods.by_name(record["method"])
+    if cls.name != record["method"]:
+        raise ValueError(
+            f"method: it was saved with {record['method']!r}, method={cls.__name__} is {cls.name!r}"
+        )
+    try:
+        return cls(**record["options"])
+    except Exception as error:  # whatever a method's own checks raise
+        raise ValueError(f"options: {error}") from error
+
+
+def _restored(
+    model: nn.Module,
+    spec: ModelSpec | None,
+    method: Method,
+    engine: str,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: object,
+) -> Adapted:
+    """An adapted model with the state of a record; what is wrong with it is said of ``where``."""
     clip = recognise_clip(model) if spec is None else None
     rational = spec is None and isinstance(model, RationalCLIP)
-    guard = Guard.of(record["guard"]) if "guard" in record else None
+    adapted: Adapted
     if clip or (rational and isinstance(method, methods.RAda)):
-        if (clip is None) == ("classes" in tensors):
-            raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
-        adapted = _adapted_clip(
-            model, clip, method, record["precision"], engine, record["seed"],
-            tensors.get("classes"), {}, guard,
-        )  # fmt: skip
-        adapted.take(record, tensors)
-        return adapted
-    known = recognise(model, spec)
-    parameter = next(known.fusion.parameters())
-    constants = {
-        name.removeprefix("constant."): x
-        for name, x in tensors.items()
-        if name.startswith("constant.")
-    }
-    adapted = Adapted(
-        model,
-        known,
-        method,
-        resolve(record["precision"], parameter.device, parameter.dtype),
-        engine=_engine(engine, parameter.device),
-        seed=record["seed"],
-        constants=constants,
-        guard=guard,
-    )
-    delta.check_fingerprint(record["base"], known.fusion, adapted._state)
-    adapted._state.load(tensors)
+        with files.naming(where):
+            if (clip is None) == ("classes" in tensors):
+                raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
+            adapted = _adapted_clip(
+                model, clip, method, record["precision"], engine, record["seed"],
+                tensors.get("classes"), {}, _recorded_guard(record),
+            )  # fmt: skip
+    else:
+        known = recognise(model, spec)
+        parameter = next(known.fusion.parameters())
+        engine = _engine(engine, parameter.device)
+        with files.naming(where):
+            adapted = Adapted(
+                model,
+                known,
+                method,
+                resolve(record["precision"], parameter.device, parameter.dtype),
+                engine=engine,
+                seed=record["seed"],
+                constants={
+                    name.removeprefix("constant."): x
+                    for name, x in tensors.items()
+                    if name.startswith("constant.")
+                },
+                guard=_recorded_guard(record),
+            )
+    adapted._spec = spec
+    with files.naming(where):
+        state = adapted._state_of(record, tensors)
+    adapted._publish(state)
     return adapted
+
+
+def _recorded_guard(record: Mapping[str, Any]) -> Guard | None:
+    return Guard.of(record["guard"]) if "guard" in record else None
+
+
+def unpickled(
+    model: nn.Module,
+    spec: ModelSpec | None,
+    method: Method,
+    engine: str,
+    record: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> Adapted:
+    """What an adapted model is pickled as."""
+    record, training = dict(record), record["training"]
+    adapted = _restored(model, spec, method, engine, record, tensors, "the pickled model")
+    return adapted.train(training)

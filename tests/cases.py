@@ -66,7 +66,7 @@ def snapshot(adapted) -> dict[str, torch.Tensor]:
     if getattr(adapted, "_ids", None) is not None:
         tensors["classes"] = adapted._ids
     if getattr(adapted, "_guard", None) is not None:
-        for name, values in adapted._guard.record()["values"].items():
+        for name, values in adapted._guard_record()["values"].items():
             tensors[f"guard.{name}"] = torch.tensor(values, dtype=torch.float64)
     return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
 

@@ -62,7 +62,7 @@ def test_changed_weights_are_noticed(tiny_model, tiny_batch, tmp_path, passes):
     for change in (
         lambda adapted: adapted.load_tuned(other),
         lambda adapted: adapted.load_tuned(adapted.tuned),
-        lambda adapted: adapted._state.snapshot()(),
+        lambda adapted: adapted._state.journal()(),
     ):
         adapted, plain = ran(make(model)), ran(make(model))
         change(adapted)

@@ -66,7 +66,7 @@ def test_what_is_watched_can_be_named(tiny_model, tiny_batch):
         for i in range(3):
             adapted.step(*tiny_batch(seed=i))
         names = (watch,) if isinstance(watch, str) else watch
-        assert tuple(adapted._guard.detectors) == names
+        assert tuple(adapted._state.current.guard) == names
         assert not guard.values  # its settings are used, not itself
     guard = fasttta.ShiftDetector(watch="gap")
     adapted = fasttta.adapt(tiny_model(), "abpem", guard=guard, **options)
@@ -89,7 +89,7 @@ def test_saved_with_the_state(tiny_model, tiny_batch, tmp_path):
         assert same(loaded.step(*batch), expected)
         assert same(twin.step(*batch), expected)
     loaded.reset()
-    assert not loaded._guard.detectors
+    assert not loaded._state.current.guard
 
 
 def test_bad_guards(tiny_model):

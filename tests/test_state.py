@@ -99,13 +99,14 @@ def test_damaged_saves(tiny_model, tiny_batch, tmp_path):
     with pytest.raises(ValueError, match="checksum"):
         fasttta.load(model, tmp_path)
     state.unlink()
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(FileNotFoundError, match="missing") as error:
         fasttta.load(model, tmp_path)
+    assert isinstance(error.value, ValueError)
     text = record.read_text()
     for broken, match in (
         (text[:50], "damaged"),
         ("{}", "no record"),
-        (text.replace('"format": 1', '"format": 99'), "format 99"),
+        (text.replace('"format": 2', '"format": 99'), "format 99"),
     ):  # fmt: skip
         record.write_text(broken)
         with pytest.raises(ValueError, match=match):
@@ -119,9 +120,9 @@ def test_interrupted_save_keeps_the_earlier_one(tiny_model, tiny_batch, tmp_path
     adapted.save(tmp_path)
     saved = fasttta.load(model, tmp_path).tuned
     adapted(*tiny_batch(seed=2))
-    from fasttta.engine import delta
+    from fasttta.engine import folder
 
-    replace, calls = delta.os.replace, []
+    replace, calls = folder.os.replace, []
 
     def interrupted(source, target):
         calls.append(target)
@@ -129,7 +130,7 @@ def test_interrupted_save_keeps_the_earlier_one(tiny_model, tiny_batch, tmp_path
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(delta.os, "replace", interrupted)
+    monkeypatch.setattr(folder.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapted.save(tmp_path)
     found = fasttta.load(model, tmp_path).tuned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,7 +62,8 @@ class GraphStep(Step):
         self.current: Plan | None = None
         self.rows: list[int] = []  # samples in each place of the window, oldest first
         self.place = 0  # of the newest
-        self.published: dict[str, Tensor] | None = None
+        self.past: list[tuple[Tensor, Tensor]] = []  # tokens and counts of the last places
+        self.published: Mapping[str, Tensor] | None = None
         self.pool = torch.cuda.graph_pool_handle() if capture else None
         self.failed: list[torch.cuda.CUDAGraph] = []
         self.ahead = None  # the window is one pass here
@@ -78,7 +80,9 @@ class GraphStep(Step):
             return super()._eager(inputs, features, trace)
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan(inputs, features)
-            if plan is not self.current or self.state.method is not self.published:
+            # until the next is published, the buffers are of no state: a step may be interrupted
+            published, self.published = self.published, None
+            if plan is not self.current or self.state.method is not published:
                 self._enter(plan)
             size = len(inputs[0])
             for buffer, x in zip(plan.inputs, inputs, strict=True):
@@ -186,7 +190,7 @@ class GraphStep(Step):
             )
         if not self.capture:
             return plan
-        method, restore = self.state.method, self.state.snapshot()
+        method, restore = self.state.method, self.state.journal()
         blank = {name: x.clone() for name, x in plan.state.items()}
         try:
             with torch.cuda.device(self.device):
@@ -239,7 +243,7 @@ class GraphStep(Step):
 
     def _enter(self, plan: Plan) -> None:
         """Takes the method's state, as eager steps and saved files have it, into the buffers."""
-        state = {name: x.clone() for name, x in self.state.method.items()}  # may lie in the buffers
+        state = self.state.method
         if self._window:
             plan.state["counts"].zero_()
             past = [state[f"queue.{i}"] for i in range(sum(n.startswith("queue.") for n in state))]
@@ -250,6 +254,7 @@ class GraphStep(Step):
             for i, (place, n) in enumerate(self._order()):
                 plan.state["ring"][place, :n] = past[i]
                 plan.state["counts"][place, :n] = state[f"valid.{i}"]
+            self.past = [(tokens, state[f"valid.{i}"]) for i, tokens in enumerate(past)]
         else:
             blank = self.method.blank_state(plan.present.new_zeros(0), self._classes(plan))
             for name, buffer in plan.state.items():
@@ -272,17 +277,18 @@ class GraphStep(Step):
         return [((self.place - last + i) % self._window, n) for i, n in enumerate(self.rows)]
 
     def _publish(self, plan: Plan) -> None:
-        """The method's state as eager steps have it: views of the buffers."""
+        """The method's state as eager steps have it, apart from the buffers."""
         if self._window:
-            past = self._order()[-(self._window - 1) :]
             ring, counts = plan.state["ring"], plan.state["counts"]
-            self.state.method = {
-                f"queue.{i}": ring[place, :n] for i, (place, n) in enumerate(past)
-            } | {f"valid.{i}": counts[place, 0] for i, (place, _) in enumerate(past)}
-            self.state.method["place"] = torch.tensor(self.place, device="cpu")
+            newest = ring[self.place, : self.rows[-1]].clone(), counts[self.place, 0].clone()
+            self.past = [*self.past, newest][-(self._window - 1) :]
+            method = {f"queue.{i}": tokens for i, (tokens, _) in enumerate(self.past)}
+            method |= {f"valid.{i}": count for i, (_, count) in enumerate(self.past)}
+            method["place"] = torch.tensor(self.place, device="cpu")
         else:
-            self.state.method = dict(plan.state)
-        self.published = self.state.method
+            method = {name: x.clone() for name, x in plan.state.items()}
+        self.state.method = method
+        self.published = method
 
     def _taken(self, plan: Plan, size: int) -> StepResult:
         """Fresh copies of the static results, of the samples that are there."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..functional import entropy
-from .state import State
 from .step import StepResult
 
 
@@ -52,12 +51,15 @@ class ShiftDetector:
         threshold: float = 5.0,
         watch: str | Sequence[str] | None = None,
     ) -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 2:
-            raise ValueError(f"window={window!r}: needed an integer of at least 2")
-        if not isinstance(threshold, (int, float)) or not threshold > 0:
-            raise ValueError(f"threshold={threshold!r}: needed a number above 0")
+        if isinstance(window, bool) or not isinstance(window, int) or not 2 <= window <= 10**6:
+            raise ValueError(f"window={window!r}: needed an integer from 2 to 1000000")
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not 0 < threshold < math.inf:
+            raise ValueError(f"threshold={threshold!r}: needed a finite number above 0")
+        threshold = float(threshold)
         watch = (watch,) if isinstance(watch, str) else watch
-        if watch is not None and not (watch and all(isinstance(name, str) for name in watch)):
+        named = isinstance(watch, Sequence) and watch and all(isinstance(x, str) for x in watch)
+        if watch is not None and not named:
             raise ValueError(f"watch={watch!r}: needed names of stats or losses, or None")
         self.window, self.threshold = window, threshold
         self.watch = None if watch is None else tuple(watch)
@@ -88,52 +90,35 @@ class ShiftDetector:
 
 
 class Guard:
-    """A detector for each value that is watched of an adapted model's steps.
+    """Watches an adapted model's steps with a detector for each value. It holds no values itself:
+    they are a part of the state.
 
     Args:
-        like: whose window, threshold and watch they have.
+        like: whose window, threshold and watch its detectors have.
     """
 
     def __init__(self, like: ShiftDetector) -> None:
         self.like = like
-        self.detectors: dict[str, ShiftDetector] = {}
-        self._checked = False
 
-    def step(self, run: Callable[[], StepResult], state: State) -> StepResult:
-        """A step, and behind it, where it shows a shift, a reset of the state it was on; its
-        ``.stats["reset"]`` says which.
+    def after(
+        self, values: Mapping[str, tuple[float, ...]], result: StepResult
+    ) -> tuple[dict[str, tuple[float, ...]], bool]:
+        """The values of the last batches with those of a step, and whether one of them has left
+        its range; then all begin anew.
 
         Raises:
-            ValueError: the step has no value of a name that is to be watched; it is undone.
+            ValueError: the step has no value of a name that is to be watched.
         """
-        restore = None if self._checked else state.snapshot()
-        result = run()
-        if restore is not None:
-            try:
-                self._check(result)
-            except ValueError:
-                restore()
-                raise
-            self._checked = True
-        shifted = self.shifted(result)
-        if shifted:
-            state.reset()
-        with torch.inference_mode(False):
-            result.stats["reset"] = torch.tensor(shifted, device=result.logits.device)
-        return result
-
-    def shifted(self, result: StepResult) -> bool:
-        """Takes a step's values; true: one of them has left its range, and all begin anew."""
-        found = False
+        self._check(result)
+        taken, shifted = dict(values), False
         for name, value in self._values(result).items():
             if not math.isfinite(value):  # of a batch that did not count
                 continue
-            if name not in self.detectors:
-                self.detectors[name] = ShiftDetector(self.like.window, self.like.threshold)
-            found |= self.detectors[name].update(value)
-        if found:
-            self.reset()
-        return found
+            detector = ShiftDetector(self.like.window, self.like.threshold)
+            detector.values.extend(values.get(name, ()))
+            shifted |= detector.update(value)
+            taken[name] = tuple(detector.values)
+        return ({} if shifted else taken), shifted
 
     def _check(self, result: StepResult) -> None:
         reported = result.losses | result.stats
@@ -155,25 +140,38 @@ class Guard:
                 return {"entropy": float(entropy(result.logits_before).mean())}
             return {name: float(reported[name].double().mean()) for name in names}
 
-    def reset(self) -> None:
-        """Forgets all values."""
-        self.detectors = {}
+    # ------------------------------------------------------------------ files
 
-    def record(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+    def settings(self) -> dict[str, Any]:
+        """JSON-ready, without values."""
         like = self.like
-        return {
-            "window": like.window,
-            "threshold": like.threshold,
-            "watch": like.watch,
-            "values": {name: list(d.values) for name, d in self.detectors.items()},
-        }
+        watch = None if like.watch is None else list(like.watch)
+        return {"window": like.window, "threshold": like.threshold, "watch": watch}
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Guard:
-        """What ``record`` returned."""
-        guard = cls(ShiftDetector(record["window"], record["threshold"], record["watch"]))
-        for name, values in record["values"].items():
-            guard.detectors[name] = ShiftDetector(record["window"], record["threshold"])
-            guard.detectors[name].values.extend(values)
-        return guard
+    def of(cls, settings: Mapping[str, Any]) -> Guard:
+        """A guard of what ``settings`` returned.
+
+        Raises:
+            ValueError, TypeError: a setting is out of range.
+        """
+        return cls(ShiftDetector(**{n: settings[n] for n in ("window", "threshold", "watch")}))
+
+    def check_values(self, values: object) -> dict[str, tuple[float, ...]]:
+        """Values of the last batches from a file.
+
+        Raises:
+            ValueError: they are not such values.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"guard.values: needed an object, found {values!r:.60}")
+        for name, past in values.items():
+            if self.like.watch is not None and name not in self.like.watch:
+                raise ValueError(f"guard.values: {name!r} is not watched")
+            good = isinstance(past, (list, tuple)) and len(past) <= self.like.window
+            if not good or not all(type(x) in (int, float) and math.isfinite(x) for x in past):
+                raise ValueError(
+                    f"guard.values.{name}: needed at most {self.like.window} finite numbers, found "
+                    f"{past!r:.60}"
+                )
+        return {name: tuple(map(float, past)) for name, past in values.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..methods.base import Method
 from ..protocols import Slot
 from .precision import Precision
+from .snapshot import Snapshot
 
 
 def working_copy(
@@ -90,6 +91,11 @@ def structural_copy(
 class State:
     """Tuned tensors, optimiser moments, method state and random state of one adapted model.
 
+    ``current`` is the state: an immutable snapshot, replaced by one assignment. The attributes
+    below are where steps run, at fixed addresses, as captured steps need it. ``sync`` brings them
+    to ``current``; a step makes them ahead of it until ``commit``. A step that is interrupted
+    anywhere leaves ``current`` as it was, and the next ``sync`` undoes what the step had done.
+
     Attributes:
         leaves: the tuned parameters by their name in the module.
         slots: tuned name -> parameter, or rows of one.
@@ -107,13 +113,13 @@ class State:
         constants: dict[str, Tensor],
         seed: int,
     ) -> None:
-        self.leaves, self.slots, self.seed = leaves, dict(slots), seed
-        self.constants = constants
+        self.leaves, self.slots = leaves, dict(slots)
+        self.constants: Mapping[str, Tensor] = constants
         self.source = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-        self.start = self.source  # of every episode
-        self.method: dict[str, Tensor] = {}
+        self.start: Mapping[str, Tensor] = self.source  # of every episode
+        self.method: Mapping[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.episodic = method.episodic
+        self.episodic, self.updates = method.episodic, method.updates
         self.optimizer = method.optimizer(leaves.values()) if leaves else None
         if leaves:  # what it warns of is meant: the same optimiser runs in and out of a capture
             self.optimizer._warned_capturable_if_run_uncaptured = True
@@ -125,6 +131,8 @@ class State:
                 "exp_avg": torch.zeros_like(leaf),
                 "exp_avg_sq": torch.zeros_like(leaf),
             }
+        self.first = self.current = self._captured({}, _copies(self._written()))
+        self._live: Snapshot | None = self.first  # what the tensors above hold; None: not known
 
     # ------------------------------------------------------------------ tuned tensors
 
@@ -136,40 +144,35 @@ class State:
             views[name] = tensor if slot.rows is None else tensor[slot.rows[0] : slot.rows[1]]
         return views
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The tuned parameters of ``current`` by their name in the module, not to be written to."""
+        return {name: self.current.written[f"tuned.{name}"] for name in self.leaves}
+
     def tuned(self) -> dict[str, Tensor]:
         """Copies of the tuned tensors by name."""
-        return {
-            name: view.clone()
-            for name, view in self.named({n: p.detach() for n, p in self.leaves.items()}).items()
-        }
+        return {name: view.clone() for name, view in self.named(self.parameters()).items()}
 
     def load_tuned(self, values: Mapping[str, Tensor]) -> None:
         """Sets some or all tuned tensors; checks all of them before it changes any."""
-        views, ready = self.named({n: p.detach() for n, p in self.leaves.items()}), {}
-        for name, value in values.items():
-            if name not in views:
-                known = ", ".join(list(views)[:6]) or "none: this method tunes nothing"
-                raise ValueError(f"{name!r} is not tuned; tuned: {known}")
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a floating point tensor, found {found}")
-            if value.shape != views[name].shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, needed {tuple(views[name].shape)}"
-                )
-            if value.device.type == "meta":
-                raise ValueError(f"{name} is on meta: it holds no values")
-            ready[name] = value.detach().to(views[name])
-            if not torch.isfinite(ready[name]).all():
-                raise ValueError(f"{name} holds non-finite values")
+        # of episodes not what the last one made of the others
+        begin = self.current.start if self.episodic else self.parameters()
         with torch.inference_mode(False), torch.no_grad():
-            if self.episodic:  # not what the last episode made of the others
-                for name, leaf in self.leaves.items():
-                    leaf.copy_(self.start[name])
-            for name, value in ready.items():
-                views[name].copy_(value)
-            if self.episodic:  # or the next episode would not begin with them
-                self.start = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+            tuned = {name: begin[name].clone() for name in self.leaves}
+            views = self.named(tuned)
+            for name, value in values.items():
+                if name not in views:
+                    known = ", ".join(list(views)[:6]) or "none: this method tunes nothing"
+                    raise ValueError(f"{name!r} is not tuned; tuned: {known}")
+                views[name].copy_(checked_value(name, value, views[name]))
+        written = {f"tuned.{name}": x for name, x in tuned.items()}
+        self.publish(
+            replace(
+                self.current,
+                written={**self.current.written, **written},
+                # or the next episode would not begin with them
+                start=tuned if self.episodic else self.current.start,
+            )
+        )
 
     # ------------------------------------------------------------------ snapshots
 
@@ -181,9 +184,57 @@ class State:
                 tensors[f"adam.{kind}.{name}"] = value
         return tensors
 
-    def snapshot(self) -> Callable[[], None]:
-        """Remembers the state; the function returned puts it back."""
-        saved = {name: tensor.clone() for name, tensor in self._written().items()}
+    def _captured(
+        self, guard: Mapping[str, tuple[float, ...]], written: Mapping[str, Tensor]
+    ) -> Snapshot:
+        return Snapshot(
+            written, self.method, self.start, self.constants, self.generator.get_state(), guard
+        )
+
+    def sync(self) -> None:
+        """Brings the tensors that steps run on to ``current``, where they are not there."""
+        wanted = self.current
+        if self._live is wanted:
+            return
+        self._live = None
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self._written().items():
+                tensor.copy_(wanted.written[name])
+        self.method, self.start, self.constants = wanted.method, wanted.start, wanted.constants
+        self.generator.set_state(wanted.random)
+        self._live = wanted
+
+    def begin(self) -> None:
+        """From here on the tensors may be ahead of ``current``, until ``commit`` or ``sync``."""
+        self.sync()
+        self._live = None
+
+    def commit(self, guard: Mapping[str, tuple[float, ...]]) -> None:
+        """Makes what a step has left in the tensors the state."""
+        written = self.current.written
+        if self.updates:
+            with torch.inference_mode(False), torch.no_grad():
+                written = _copies(self._written())
+        snapshot = self._captured(guard, written)
+        self.current = snapshot
+        self._live = snapshot
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Makes a snapshot the state."""
+        self.current = snapshot
+        self.sync()
+
+    def reset(self) -> None:
+        """The state at the start, bit for bit."""
+        self.publish(self.fresh())
+
+    def fresh(self) -> Snapshot:
+        """The state at the start; constants are those that are current."""
+        return replace(self.first, constants=self.current.constants)
+
+    def journal(self) -> Callable[[], None]:
+        """Remembers what the tensors hold within a step; the function returned puts it back."""
+        saved = _copies(self._written())
         method, random = self.method, self.generator.get_state()
 
         def restore() -> None:
@@ -195,17 +246,6 @@ class State:
 
         return restore
 
-    def reset(self) -> None:
-        """The state at the start, bit for bit."""
-        with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self._written().items():
-                if name.startswith("tuned."):
-                    tensor.copy_(self.source[name.removeprefix("tuned.")])
-                else:
-                    tensor.zero_()
-        self.start, self.method = self.source, {}
-        self.generator.manual_seed(self.seed)
-
     def recover(self, flag: Tensor) -> None:
         """Tuned tensors and optimiser at an episode's start where a 0-d flag is true; decided on
         the device."""
@@ -216,55 +256,45 @@ class State:
 
     # ------------------------------------------------------------------ files
 
-    def _fixed(self) -> dict[str, Tensor]:
-        """What is saved besides what steps write to."""
-        tensors = {f"constant.{name}": value for name, value in self.constants.items()}
-        if self.episodic:
-            tensors |= {f"start.{name}": value for name, value in self.start.items()}
-        return tensors
-
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of everything that a later session needs to go on, by name, on the CPU."""
-        tensors = self._written() | {"random": self.generator.get_state()}
-        tensors |= {f"method.{name}": value for name, value in self.method.items()}
-        tensors |= self._fixed()
-        # `.cpu()` alone gives the live memory on a CPU, which the next step writes to
+        """Everything that a later session needs to go on, by name: copies on the CPU."""
+        now = self.current
+        tensors = {**now.written, "random": now.random}
+        tensors |= {f"method.{name}": value for name, value in now.method.items()}
+        tensors |= {f"constant.{name}": value for name, value in now.constants.items()}
+        if self.episodic:
+            tensors |= {f"start.{name}": value for name, value in now.start.items()}
+        # `.cpu()` alone gives the memory of the state on a CPU, which nobody may write to
         layout = torch.contiguous_format
         return {
             name: tensor.detach().to("cpu", copy=True, memory_format=layout)
             for name, tensor in tensors.items()
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what ``tensors`` returned; checks everything before it changes anything.
 
-        Raises:
-            ValueError: names or shapes are not this state's.
-        """
-        written = self._written()
-        fixed = written | self._fixed()
-        found = {n for n in tensors if not n.startswith("method.") and n != "random"}
-        if found != fixed.keys() or "random" not in tensors:
-            odd = sorted((found ^ fixed.keys()) | ({"random"} - tensors.keys()))
-            raise ValueError(f"the saved state is of another model or method: {', '.join(odd[:3])}")
-        for name, tensor in fixed.items():
-            if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
-                raise ValueError(
-                    f"{name} was saved as {_describe(tensors[name])}, needed {_describe(tensor)}"
-                )
-        with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in written.items():
-                tensor.copy_(tensors[name])
-            device = next(iter(self.leaves.values())).device if self.leaves else "cpu"
-            if self.episodic:
-                self.start = {n: tensors[f"start.{n}"].to(device) for n in self.leaves}
-            self.method = {
-                name.removeprefix("method."): tensor.to(device)
-                for name, tensor in tensors.items()
-                if name.startswith("method.")
-            }
-        self.generator.set_state(tensors["random"])
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies by name; on a GPU in a few launches for all."""
+    copies = {name: torch.empty_like(x) for name, x in tensors.items()}
+    with torch.no_grad():
+        if copies:
+            torch._foreach_copy_(list(copies.values()), list(tensors.values()))
+    return copies
 
 
-def _describe(tensor: Tensor) -> Any:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def checked_value(name: str, value: object, like: Tensor) -> Tensor:
+    """A value for a tuned tensor, in its type and on its device.
+
+    Raises:
+        TypeError, ValueError: not a floating point tensor of its shape with finite values.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating point tensor, found {found}")
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, needed {tuple(like.shape)}")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} is on meta: it holds no values")
+    ready = value.detach().to(like)
+    if not torch.isfinite(ready).all():
+        raise ValueError(f"{name} holds non-finite values")
+    return ready

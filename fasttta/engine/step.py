@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,25 +115,14 @@ class Step:
         drawn: tuple[Tensor, ...] | None = None,
     ) -> StepResult:
         """One step on prepared inputs (``features``: already encoded ones; ``drawn``: in place of
-        what the method draws at random)."""
-        with self._complete(inputs, drawn) as inputs:
-            return self._eager(inputs, features, trace)
-
-    @contextlib.contextmanager
-    def _complete(
-        self, inputs: tuple[Tensor, ...], drawn: tuple[Tensor, ...] | None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """The inputs with what the method draws for them; where a step fails, nothing is drawn."""
-        generator = self.state.generator
-        before = generator.get_state()
-        try:
-            if drawn is None:
-                with torch.inference_mode(False):
-                    drawn = self.method.draw(self.model, inputs, generator)
-            yield (*inputs, *drawn)
-        except BaseException:
-            generator.set_state(before)
-            raise
+        what the method draws at random), between the state's ``begin`` and ``commit``: one that
+        fails leaves the tensors as they are then."""
+        if drawn is None:
+            with torch.inference_mode(False):
+                drawn = self.method.draw(self.model, inputs, self.state.generator)
+        result = self._eager((*inputs, *drawn), features, trace)
+        self.state.method = _apart(self.state.method, inputs)
+        return result
 
     def _eager(self, inputs: tuple[Tensor, ...], features: Any, trace: bool) -> StepResult:
         if features is None:
@@ -149,12 +137,7 @@ class Step:
                     objective.state, finite, self.state.method
                 )
                 return self._result(objective, objective.logits, valid, 0, {}, trace)
-            restore = self.state.snapshot()
-            try:
-                return self._adapt(features, valid, trace)
-            except BaseException:
-                restore()
-                raise
+            return self._adapt(features, valid, trace)
 
     def _logits(self, features: Any) -> Tensor:
         return self.method.score(self.model, features)
@@ -192,7 +175,8 @@ class Step:
                 objective, grads = self._second_pass(features, objective, grads, leaves, carried)
             finite = self._finite(objective, valid)
             for grad in grads:
-                finite = finite * torch.isfinite(grad).all()
+                # Adam keeps the square: where that overflows, the tensor never moves again
+                finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()
             all_finite = all_finite * finite
             with span("update"):
                 self._update(leaves, grads, finite, objective.apply)
@@ -274,8 +258,8 @@ class Step:
         if self.host_checks:
             if not finite:
                 warn(
-                    "the loss or a gradient is not finite although the input is; this update was "
-                    "skipped (n_used = 0)",
+                    "the loss or a gradient is not finite although the input is (or its square is "
+                    "not); this update was skipped (n_used = 0)",
                     RuntimeWarning,
                 )
             if not finite or not apply:
@@ -325,3 +309,13 @@ class Step:
             if trace
             else None,
         )
+
+
+def _apart(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    """The method's state without memory of the caller's, who may refill it."""
+    theirs = {x.untyped_storage().data_ptr() for x in inputs}
+    shared = {n: x for n, x in state.items() if x.untyped_storage().data_ptr() in theirs}
+    if not shared:
+        return state
+    with torch.inference_mode(False), torch.no_grad():
+        return {**state, **{name: x.clone() for name, x in shared.items()}}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .abpem import ABPEM
 from .atpt import ATPT
-from .base import Method
+from .base import Method, Objective
 from .brimpr import BriMPR
 from .eata import EATA
+from .episodic import Episode, Episodic
 from .mta import MTA
 from .prompt_tuning import CTPT, RTPT, TPT
 from .rada import RAda
@@ -22,7 +23,7 @@ _METHODS: tuple[type[Method], ...] = (
 
 __all__ = [
     "ABPEM", "ATPT", "CTPT", "EATA", "MTA", "READ", "RTPT", "SAR", "TPT", "TTC", "BriMPR",
-    "Method", "RAda", "Source", "Tent", "by_name", "names",
+    "Episode", "Episodic", "Method", "Objective", "RAda", "Source", "Tent", "by_name", "names",
 ]  # fmt: skip
 
 
@@ -30,6 +31,16 @@ def names(family: str | None = None) -> list[str]:
     """Names that ``fasttta.adapt`` takes as ``method``: all, or those for the models of a family,
     ``"fusion"``, ``"vision-language"`` or ``"features"``."""
     return [method.name for method in _METHODS if family in (None, *method.families)]
+
+
+def is_built_in(cls: type[Method]) -> bool:
+    """Whether a class is found by its name alone."""
+    return cls in _METHODS
+
+
+def path_of(cls: type) -> str:
+    """The import path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def by_name(name: str) -> type[Method]:

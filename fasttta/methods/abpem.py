@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..protocols import FusionModel, SourceStats
+from ..protocols import FusionModel, Promptable, SourceStats
 from .base import Method, Objective, require, require_int, require_number
-from .window import Queue, Ring, dropped, joined
+from .window import Queue, Ring, check_queue, dropped, joined
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,22 @@ class ABPEM(Method):
                 "(heads, modalities)"
             )
         return {"anchor_mean": mean, "anchor_std": std}
+
+    def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
+        needed = set() if self.anchor == "self" else {"anchor_mean", "anchor_std"}
+        if constants.keys() != needed:
+            odd = sorted(constants.keys() ^ needed)[0]
+            raise ValueError(f"constant.{odd} is missing, or of another method or model")
+        if needed:
+            pair = constants["anchor_std"], constants["anchor_mean"]
+            name = "scores_per_head" if self.heads == "each" else "scores"
+            self.constants(model, {"source_stats": SourceStats(**{name: pair})})
+
+    def check_state(self, model: FusionModel, state: Mapping[str, Tensor]) -> None:
+        tokens = None
+        if isinstance(model, Promptable):  # of others the width is known after the first batch
+            tokens = sum(model.spans), model.feature_shapes()["joint"][1]
+        check_queue(state, self.window, tokens)
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         valid = valid * torch.isfinite(features).all()

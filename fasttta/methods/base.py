@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import FusionModel, Slot
+from .contract import check_class, check_layout
 from .window import joined, pieces
 
 
@@ -36,20 +37,30 @@ def sample_weight(valid: Tensor) -> Tensor | None:
 
 def require(condition: bool, name: str, value: Any, needed: str) -> None:
     if not condition:
-        raise ValueError(f"{name}={value!r}: needed {needed}")
+        raise ValueError(f"{name}={value!r:.80}: needed {needed}")
 
 
-def require_int(name: str, value: Any, least: int) -> None:
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        name, value, f"an integer of at least {least}",
-    )  # fmt: skip
+_MOST = 10**6  # of any count: more than a machine can do
+_STEPS = 10_000
+_RATE = 1e6  # of a learning rate: tuned tensors stay finite
+_LARGEST = 2.0**63  # of any number: sums and products of a few stay finite in float32
 
 
-def require_number(name: str, value: Any, *, positive: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    require(good and (value > 0 or not positive), name, value,
+def require_int(name: str, value: Any, least: int, most: int = _MOST) -> None:
+    good = isinstance(value, int) and not isinstance(value, bool)
+    require(good and value >= least, name, value, f"an integer of at least {least}")
+    require(value <= most, name, value, f"an integer of at most {most}")
+
+
+def require_number(
+    name: str, value: Any, *, positive: bool = False, most: float = _LARGEST
+) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # compared, not converted: math.isfinite raises OverflowError for a large integer
+    finite = good and -math.inf < value < math.inf
+    require(finite and (value > 0 or not positive), name, value,
             "a finite number" + (" above 0" if positive else ""))  # fmt: skip
+    require(abs(value) <= most, name, value, f"a number of at most {most:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +90,22 @@ class Method:
     steps: int = 1
     score_at: str = "before"
 
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
+        """Refuses a method with a missing part when its class is made; ``class Base(Method,
+        abstract=True)`` is a base of methods and may lack any.
+
+        Raises:
+            TypeError: a part is missing, or is of the wrong kind.
+        """
+        super().__init_subclass__(**kwargs)
+        check_class(cls, Method, abstract)
+
     def __post_init__(self) -> None:
-        require_int("steps", self.steps, 1)
+        require_int("steps", self.steps, 1, _STEPS)
         require(self.score_at in ("before", "after"), "score_at", self.score_at,
                 '"before" or "after"')  # fmt: skip
-        require_number("lr", self.lr, positive=self.group is not None)
+        if self.group is not None or hasattr(self, "lr"):
+            require_number("lr", self.lr, positive=self.group is not None, most=_RATE)
 
     @classmethod
     def preset(cls, name: str) -> Method:
@@ -167,6 +189,28 @@ class Method:
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors fixed at the start, from what ``RESOURCES`` names; saved with the state."""
         return {}
+
+    def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
+        """Whether tensors from a file (floating point, finite) are what ``constants`` makes for
+        this model. Methods with ``RESOURCES`` say more.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if not self.RESOURCES:
+            check_layout("constant", constants, self.constants(model, {}))
+
+    def check_state(self, model: FusionModel, state: Mapping[str, Tensor]) -> None:
+        """Whether a method state from a file (finite) is one that ``objective`` can go on with:
+        by default, none yet, or what ``blank_state`` describes.
+
+        Raises:
+            ValueError: it is not.
+        """
+        blank = self.blank_state(torch.zeros(0), model.num_classes or 0)
+        if blank and state:
+            known = model.num_classes is not None
+            check_layout("method", state, blank, shapes=known)
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """Adam (0.9, 0.999), no weight decay: what all published runs of this benchmark use."""

@@ -78,7 +78,7 @@ class BriMPR(Method):
         require(pair, "prompts", self.prompts, "two integers (audio, video)")
         object.__setattr__(self, "prompts", tuple(self.prompts))
         for count in self.prompts:
-            require_int("prompts", count, 1)
+            require_int("prompts", count, 1, 10_000)
         require_number("mask_ratio", self.mask_ratio)
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "at least 0 and below 1")
         require_number("temperature", self.temperature, positive=True)
@@ -158,6 +158,15 @@ class BriMPR(Method):
             found = type(source_stats).__name__
             raise TypeError(f"source_stats must be fasttta.SourceStats, found {found}")
         return source_stats.features(model.feature_shapes())
+
+    def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
+        shapes = model.feature_shapes()
+        needed = {f"{name}.{part}" for name in shapes for part in ("std", "mean")}
+        if constants.keys() != needed:
+            odd = sorted(constants.keys() ^ needed)[0]
+            raise ValueError(f"constant.{odd} is missing, or of another method or model")
+        pairs = {n: (constants[f"{n}.std"], constants[f"{n}.mean"]) for n in shapes}
+        SourceStats(**pairs).features(shapes)
 
     # ------------------------------------------------------------------ masks
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .base import Method, Objective, require, require_number
+from .contract import check_layout
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class EATA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.e_margin is not None:
-            require_number("e_margin", self.e_margin, positive=True)
+            # no entropy of C classes is above ln C; exp(margin) weighs the gradients
+            require_number("e_margin", self.e_margin, positive=True, most=20)
         require_number("d_margin", self.d_margin, positive=True)
         require_number("fisher_weight", self.fisher_weight)
         require(self.fisher_weight >= 0, "fisher_weight", self.fisher_weight, "at least 0")
@@ -92,6 +94,21 @@ class EATA(Method):
                 raise ValueError(f"fisher[{name!r}] must be finite and not negative")
             constants |= {f"fisher.{name}": weights, f"source.{name}": value}
         return constants
+
+    def check_constants(self, model, constants: Mapping[str, Tensor]) -> None:
+        if not constants:
+            return
+        fisher = {
+            name.removeprefix("fisher."): x
+            for name, x in constants.items()
+            if name.startswith("fisher.")
+        }
+        made = self.constants(model, {"fisher": fisher})
+        check_layout("constant", constants, made)
+        for name, x in constants.items():
+            own = made[name].to("cpu", x.dtype)
+            if name.startswith("source.") and not torch.equal(x.cpu(), own):
+                raise ValueError(f"constant.{name} is not what this model's source values are")
 
     def blank_state(self, features, num_classes) -> dict[str, Tensor]:
         return {"average": features.new_zeros(num_classes)}

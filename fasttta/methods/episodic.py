@@ -12,6 +12,7 @@ from torch import Tensor
 from ..protocols import VisionLanguageModel
 from ..views import Views
 from .base import Method, require, require_int
+from .contract import check_episodes
 
 
 @dataclass
@@ -41,7 +42,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Episodic(Method):
+class Episodic(Method, abstract=True):
     """Options that every method of vision-language models has, ``prompt`` and ``prompt_length``
     besides those of ``Method``; subclasses place them.
 
@@ -58,6 +59,10 @@ class Episodic(Method):
     group: ClassVar[str | None] = None
 
     score_at: str = field(default="after", kw_only=True)
+
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(abstract=abstract, **kwargs)
+        check_episodes(cls, Episodic)
 
     def __post_init__(self) -> None:
         super().__post_init__()

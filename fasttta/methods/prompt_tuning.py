@@ -17,7 +17,7 @@ from .reliability import ensemble_logits, entropy, marginal_entropy, similarity_
 
 
 @dataclass(frozen=True)
-class PromptTuning(Episodic):
+class PromptTuning(Episodic, abstract=True):
     """Options of methods that tune a prompt.
 
     Args:

@@ -131,3 +131,43 @@ def dropped(
     kept = state[f"valid.{newest}"] * counts
     tokens = finite(state[f"queue.{newest}"], kept, past)
     return {**state, f"queue.{newest}": tokens, f"valid.{newest}": kept}
+
+
+def check_queue(
+    state: Mapping[str, Tensor], window: int, sample: tuple[int, ...] | None = None
+) -> None:
+    """Whether a saved state (finite) is a window's: ``queue.0`` to the newest, ``valid.0`` to the
+    newest, and ``place`` where steps were captured.
+
+    Args:
+        window: batches, the current one included.
+        sample: shape of a sample's tokens; None: not known.
+
+    Raises:
+        ValueError: it is not; names the tensor.
+    """
+    count = sum(name.startswith("queue.") for name in state)
+    if count > window - 1:
+        raise ValueError(f"method.queue holds {count} batches, needed at most {window - 1}")
+    names = [f"{kind}.{i}" for i in range(count) for kind in ("queue", "valid")]
+    odd = sorted(state.keys() - {*names, "place"}) + [name for name in names if name not in state]
+    if odd:
+        raise ValueError(f"method.{odd[0]} is missing, or of another method")
+    for i in range(count):
+        tokens, valid = state[f"queue.{i}"], state[f"valid.{i}"]
+        sample = tuple(tokens.shape[1:]) if sample is None else sample
+        good = tokens.ndim > 1 and len(tokens) and tokens.is_floating_point()
+        if not good or tuple(tokens.shape[1:]) != sample:
+            raise ValueError(
+                f"method.queue.{i} is {tokens.dtype} {list(tokens.shape)}, needed samples "
+                f"{list(sample)} of floating point"
+            )
+        if valid.shape not in ((), tokens.shape[:1]) or not valid.is_floating_point():
+            raise ValueError(f"method.valid.{i} has shape {list(valid.shape)}, needed []")
+        if not ((valid == 0) | (valid == 1)).all():
+            raise ValueError(f"method.valid.{i}: needed 0 or 1")
+    place = state.get("place")
+    if place is not None and not (
+        place.dtype == torch.int64 and not place.ndim and 0 <= int(place) < max(window, 1)
+    ):
+        raise ValueError(f"method.place: needed an integer from 0 to {window - 1}")

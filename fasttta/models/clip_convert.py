@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def convert_hugging_face(module: nn.Module) -> CLIP:
     )
     end = getattr(config.text_config, "eos_token_id", 2)
     if end != 2:  # 2: their published models, whose features are at the largest id
-        clip.find_end = _first_of(int(end))
+        clip.find_end = functools.partial(_first_of, int(end))  # can be pickled
     return clip
 
 
@@ -165,11 +166,9 @@ def _one_activation(found: set[str]) -> str:
     return found.pop()
 
 
-def _first_of(end: int) -> Callable[[Tensor], Tensor]:
-    def find(ids: Tensor) -> Tensor:
-        here = ids == end
-        if not here.any(1).all():
-            raise ValueError(f"class {int((~here.any(1)).int().argmax())} has no end token {end}")
-        return here.int().argmax(1)
-
-    return find
+def _first_of(end: int, ids: Tensor) -> Tensor:
+    """Where the first end token of every row of ids [C, L] is: [C]."""
+    here = ids == end
+    if not here.any(1).all():
+        raise ValueError(f"class {int((~here.any(1)).int().argmax())} has no end token {end}")
+    return here.int().argmax(1)

@@ -1,0 +1,122 @@
+"""What the class of a method must have, and what its saved tensors must look like."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+_PARTS = {
+    "name": 'the name that adapt and save know it by, for example name = "mine"',
+    "group": 'what it tunes ("norm", "fusion_qkv", ...), or group = None',
+    "frozen_encoder": "whether everything before fuse is frozen, frozen_encoder = True or False",
+}
+
+
+def check_class(cls: type, base: type, abstract: bool = False) -> None:
+    """Checks that a subclass of a base of methods is complete, unless it is a base itself: made
+    with ``abstract=True``, with ``abc.ABC`` or with abstract methods.
+
+    Raises:
+        TypeError: a part is missing, or is of the wrong kind; says what to write.
+    """
+    if (
+        abstract
+    ):  # kept for the copy of the class that dataclass(slots=True) makes, without keywords
+        cls._abstract = True  # type: ignore[attr-defined]
+    if _is_base(cls):
+        return
+    for name, what in _PARTS.items():
+        if not hasattr(cls, name):
+            raise TypeError(f"{cls.__name__} lacks {name}: needed {what}")
+    if not isinstance(cls.name, str) or not cls.name.strip():
+        raise TypeError(f"{cls.__name__}.name is {cls.name!r}: needed {_PARTS['name']}")
+    if cls.group is not None and not (isinstance(cls.group, str) and cls.group):
+        raise TypeError(f"{cls.__name__}.group is {cls.group!r}: needed {_PARTS['group']}")
+    if not isinstance(cls.frozen_encoder, bool):
+        raise TypeError(
+            f"{cls.__name__}.frozen_encoder is {cls.frozen_encoder!r}: needed True or False"
+        )
+    families = cls.families
+    if not (
+        isinstance(families, (tuple, list))
+        and families
+        and all(isinstance(x, str) for x in families)
+    ):
+        raise TypeError(
+            f"{cls.__name__}.families is {families!r}: needed a tuple of the kinds of models that "
+            'it adapts, for example ("fusion",)'
+        )
+    if cls.group is not None and not _declared(cls, "lr"):
+        raise TypeError(
+            f"{cls.__name__} tunes {cls.group} and lacks lr: needed its learning rate, for example "
+            "lr: float = 1e-4"
+        )
+    if cls.objective is base.objective and not hasattr(cls, "run") and _of_steps(cls):
+        raise TypeError(
+            f"{cls.__name__} lacks objective: needed a method that turns features into losses, "
+            "def objective(self, model, features, *, state, constants, valid) -> Objective"
+        )
+
+
+def _is_base(cls: type) -> bool:
+    return (
+        "_abstract" in vars(cls)
+        or abc.ABC in cls.__bases__
+        or any(
+            getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
+        )
+    )
+
+
+def check_episodes(cls: Any, base: Any) -> None:
+    """Checks that a subclass of the base of episodes runs them.
+
+    Raises:
+        TypeError: a part is missing.
+    """
+    if _is_base(cls):
+        return
+    if cls.run is base.run:
+        raise TypeError(
+            f"{cls.__name__} lacks run: needed an episode for every image, "
+            "def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode"
+        )
+    for name, example in (
+        ("prompt", 'str = "a photo of a"'), ("prompt_length", "int | None = None"),
+    ):  # fmt: skip
+        if not _declared(cls, name):
+            raise TypeError(f"{cls.__name__} lacks the option {name}: needed {name}: {example}")
+
+
+def _declared(cls: type, name: str) -> bool:
+    return hasattr(cls, name) or any(name in inspect.get_annotations(c) for c in cls.__mro__)
+
+
+def _of_steps(cls: Any) -> bool:
+    """Whether steps of fusion models would run it."""
+    return any(family != "vision-language" for family in cls.families) or cls.group is not None
+
+
+def check_layout(
+    kind: str, tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], shapes: bool = True
+) -> None:
+    """Whether tensors have the names, and the shapes, of others.
+
+    Raises:
+        ValueError: they do not; names the first of them.
+    """
+    odd = sorted(tensors.keys() ^ needed.keys())
+    if odd:
+        state = "is missing" if odd[0] in needed else "is of another method or model"
+        raise ValueError(f"{kind}.{odd[0]} {state}")
+    for name, x in tensors.items():
+        if x.is_floating_point() != needed[name].is_floating_point():
+            raise ValueError(f"{kind}.{name} is {x.dtype}, needed {needed[name].dtype}")
+        if (shapes and x.shape != needed[name].shape) or x.ndim != needed[name].ndim:
+            raise ValueError(
+                f"{kind}.{name} has shape {list(x.shape)}, needed {list(needed[name].shape)}"
+            )
