@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method
+from ..models.wrapped import how_to_unwrap
 from ..protocols import Slot
+from .hooks import copy_hooks, rebind_attributes
 from .precision import Precision
 from .snapshot import Snapshot
+
+#: "grad_checkpointing" (timm, open_clip), "gradient_checkpointing" (transformers), "use_checkpoint"
+#: (Swin), "with_cp" (OpenMMLab)
+_CHECKPOINTING = re.compile("checkpointing|(use|grad|gradient|activation)_checkpoint|^with_cp$")
 
 
 def working_copy(
@@ -24,6 +31,9 @@ def working_copy(
 
     Returns:
         The copy in evaluation mode, and its tuned parameters by name.
+
+    Raises:
+        ValueError: a name of ``tuned`` is no parameter of the model.
     """
     shared: dict[int, nn.Parameter] = {}
     leaves: dict[str, nn.Parameter] = {}
@@ -44,6 +54,8 @@ def working_copy(
         return shared[id(parameter)]
 
     copy = structural_copy(model, own)
+    for name in sorted(tuned - leaves.keys()):
+        raise ValueError(f"{name} cannot be tuned: {how_to_unwrap(model, name)}")
     for module in copy.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:  # what a forward writes there must not reach the user's module
@@ -58,26 +70,32 @@ def structural_copy(
     parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None],
     hooks: bool = False,
 ) -> nn.Module:
-    """The module tree anew, in evaluation mode and (unless ``hooks``) without hooks, which stay
-    with the user's module; parameters as ``parameter(name, theirs)`` says, everything else shared.
-    Unlike ``copy.deepcopy`` it takes modules that hold on to activations, locks or files."""
-    twins: dict[int, nn.Module] = {}
+    """The module tree anew, in evaluation mode; parameters as ``parameter(name, theirs)`` says,
+    everything else shared. Unlike ``copy.deepcopy`` it takes modules that hold on to activations,
+    locks or files.
+
+    Hooks that belong to the model go with it (``copy_hooks``); those that others have registered
+    stay with the user's module, unless ``hooks``. With them goes the flag by which transformers 5
+    knows that a model has its hooks, so that a copy installs its own.
+    """
+    twins: dict[int, tuple[nn.Module, nn.Module]] = {}
+    off = () if hooks else ("_output_capturing_hooks_installed",)
 
     def twin(module: nn.Module, prefix: str) -> nn.Module:
         if id(module) in twins:  # one object under several names stays one
-            return twins[id(module)]
-        new = twins[id(module)] = module.__class__.__new__(module.__class__)
+            return twins[id(module)][1]
+        new = module.__class__.__new__(module.__class__)
+        twins[id(module)] = module, new
         new.__dict__ = {
-            key: (type(value)() if "_hooks" in key and not hooks else value.copy())
+            key: (type(value)() if "_hooks" in key else value.copy())
             if isinstance(value, dict)
+            else False
+            if key in off
             else value
             for key, value in vars(module).items()
         }
         # of Module.compile(): it is bound to the original
         new.__dict__.pop("_compiled_call_impl", None)
-        own = vars(module).get("forward")
-        if isinstance(own, MethodType) and own.__self__ is module:
-            new.__dict__["forward"] = MethodType(own.__func__, new)
         for name, theirs in module._parameters.items():
             new._parameters[name] = parameter(prefix + name, theirs)
         for name, child in module._modules.items():
@@ -85,7 +103,27 @@ def structural_copy(
         new.training = False
         return new
 
-    return twin(model, "")
+    copied = twin(model, "")
+    if not hooks:
+        without_checkpointing(copied)
+    rebind_attributes(twins)
+    copy_hooks(twins, every=hooks)
+    return copied
+
+
+def without_checkpointing(model: nn.Module) -> bool:
+    """Switches gradient checkpointing off where a flag says so: it computes the same, and what it
+    computes again must not run after the pass, when kept results are no longer given.
+
+    Returns:
+        Whether there was such a flag.
+    """
+    switched = False
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if value is True and _CHECKPOINTING.search(name):
+                module.__dict__[name], switched = False, True
+    return switched
 
 
 class State:
