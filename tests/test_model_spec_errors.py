@@ -149,7 +149,7 @@ def test_attention_that_is_not_plain(what):
             q, k, v = qkv
             if what == "normalised":
                 q, k = nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1)
-            mask = torch.zeros(9, 9, dtype=x.dtype) if what == "mask" else None
+            mask = torch.eye(9, dtype=x.dtype) if what == "mask" else None
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=what == "causal"
             )
@@ -181,7 +181,7 @@ class Multihead(nn.Module):
         elif self.how == "cross":
             y, _ = self.attn(x, 2 * x, x)
         elif self.how == "mask":
-            y, _ = self.attn(x, x, x, attn_mask=torch.zeros(7, 7, dtype=x.dtype))
+            y, _ = self.attn(x, x, x, attn_mask=torch.eye(7, dtype=x.dtype))
         else:
             y, _ = self.attn(x, x, x, need_weights=False)
         return self.head((y if self.attn.batch_first else y.transpose(0, 1)).mean(dim=1))

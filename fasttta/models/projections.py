@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..protocols import Slot
+from .attended import Attending
 from .spec import ModelSpec
 
 PACKED = ("qkv", "in_proj", "qkv_proj", "Wqkv", "to_qkv", "c_attn", "query_key_value")
@@ -56,40 +56,9 @@ class Projections:
                 slots[f"{self.path}.{which}.{part}"] = Slot(packed, (i * width, (i + 1) * width))
         return slots
 
-    @contextlib.contextmanager
-    def capture(self, model: nn.Module, found: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """While it lasts, q and k of every call are added to ``found``, [.., T, H d] each."""
-        if not self.modules:
-            attention = model.get_submodule(self.path)
-            attention.forward = _multihead(attention, found)
-            try:
-                yield
-            finally:
-                del attention.forward
-            return
-        pending: dict[int, Tensor] = {}
-
-        def packed(_module, _inputs, output):
-            found.append(tuple(output.chunk(3, dim=-1)[:2]))
-
-        def separate(which: int):
-            def hook(_module, _inputs, output):
-                pending[which] = output
-                if len(pending) == 2:
-                    found.append((pending.pop(0), pending.pop(1)))
-
-            return hook
-
-        hooks = [packed] if len(self.modules) == 1 else [separate(0), separate(1)]
-        handles = [
-            model.get_submodule(name).register_forward_hook(hook)
-            for name, hook in zip(self.modules[:2], hooks, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def attending(self, model: nn.Module) -> Attending:
+        """While it lasts, q and k of every call are kept, [.., T, H d] each."""
+        return Attending(model, self.path, self.modules)
 
     def heads(self, x: Tensor, batch: int, stop: int, sequence_first: bool) -> Tensor:
         """[B, T, H d] (or [T, B, H d]) -> [B, H, T, d].
@@ -121,40 +90,6 @@ class Projections:
 def _parameter(model: nn.Module, name: str) -> Tensor | None:
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf, None)
-
-
-def _multihead(attention: nn.MultiheadAttention, found: list[tuple[Tensor, Tensor]]):
-    """nn.MultiheadAttention's self-attention, keeping q and k, which its own forward hides."""
-
-    def forward(
-        query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-        average_attn_weights=True, is_causal=False,
-    ):  # fmt: skip
-        if query is not key or key is not value:
-            raise ValueError(
-                "fusion: this nn.MultiheadAttention is called with different queries and keys "
-                "(cross-attention); needed self-attention over the tokens of all modalities"
-            )
-        if key_padding_mask is not None or attn_mask is not None or is_causal:
-            raise ValueError(
-                "fusion: this nn.MultiheadAttention is called with a mask, under which statistics "
-                "of raw scores would count hidden tokens; needed attention over all tokens"
-            )
-        x = query if attention.batch_first else query.transpose(0, 1)
-        q, k, v = nnf.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-        found.append((q, k))
-        q, k, v = (y.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        weights = None
-        if need_weights:
-            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-            out = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-        else:
-            out = nnf.scaled_dot_product_attention(q, k, v)
-        out = attention.out_proj(out.transpose(1, 2).flatten(2))
-        return (out if attention.batch_first else out.transpose(0, 1)), weights
-
-    return forward
 
 
 def resolve(model: nn.Module, spec: ModelSpec) -> tuple[Projections, ...]:

@@ -118,7 +118,7 @@ class Replay:
             raise ValueError("the model calls other submodules for two samples than for one")
         time = cut(two, fusion)
         single = {(c.name, c.index): c.output for c in one.calls}
-        chosen = _repeatable(two, single, time, tuned, names)
+        chosen = _repeatable(two, single, time, tuned, names, _around_hooks(module))
         leaves, numbers = [], {}
         identities = [id(x) for x in inputs]
         for x, version in zip(inputs, versions, strict=True):
@@ -237,6 +237,18 @@ class Replay:
                     submodule.forward = before
 
 
+def _around_hooks(module: nn.Module) -> set[str]:
+    """Names of modules that hold one with hooks: the model may read what these record. (Those of
+    ``torch.nn.utils`` compute a weight.)"""
+    around: set[str] = set()
+    for name, child in module.named_modules():
+        hooks = (*child._forward_hooks.values(), *child._forward_pre_hooks.values())
+        if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+            parts = name.split(".")
+            around |= {".".join(parts[:i]) for i in range(1, len(parts))}
+    return around
+
+
 class _Number(int):
     """Of a leaf, in the place of its tensor."""
 
@@ -247,11 +259,12 @@ def _repeatable(
     time: int,
     tuned: set[str],
     names: tuple[str, ...] | None,
+    around_hooks: set[str],
 ) -> list[Call]:
     """The outermost calls whose results can be given again: the same for one sample and for two but
     for the batch axis of their tensors. (Others, which return constants or shapes, are looked
-    into.)"""
-    without: set[tuple[str, int]] = set()
+    into; so are those around hooks, which run only where a module is called.)"""
+    without = {(call.name, call.index) for call in two.calls if call.name in around_hooks}
     while True:
         chosen = finished(two, time, tuned, names, without)
         odd = set()

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..protocols import Slot
 from ..trace import span
+from .attended import Attended, plain_multihead
 from .projections import Projections, resolve, without_fast_path
 from .replay import Replay
-from .scores import check_scores
+from .scores import check_scores, hidden
 from .spec import ModelSpec
 from .trees import described, rebuilt, tensors
-from .watch import watch
+from .watch import Watch, watch
 
 _ANY = 16  # inputs that a forward(*args) may take
 _PARTS = ("weight", "bias")
@@ -32,6 +33,7 @@ class _Found:
     num_classes: int | None = None
     sequence_first: bool = False  # the projections' results are [T, B, H d]
     rich: bool = False  # the module returns more than logits
+    crosses: bool = False  # queries and keys are of different tokens
 
 
 class SpecifiedModel(nn.Module):
@@ -194,19 +196,18 @@ class SpecifiedModel(nn.Module):
             ValueError: the spec does not fit what was seen.
         """
         two = tuple(torch.cat((x, x)) if len(x) == 1 else x[:2].clone() for x in inputs)
-        captured: list[tuple[Tensor, Tensor]] = []
         last, pair = self.projections[-1], self._pair
+        attending = last.attending(self.module)
         with self._running(), torch.no_grad():
-            capture = last.capture(self.module, captured) if last.modules else nullcontext()
             if pair:
                 tokens = [pair[0](self.module, *(x[:n].clone() for x in two)) for n in (1, 2)]
                 run = functools.partial(pair[1], self.module)
-                with capture:
+                with attending:
                     for x in tokens:
                         seen = watch(self.module, run, (x,))
                 output, replay = self.module(*two), None
             else:
-                with capture:
+                with attending:
                     replay, seen = Replay.find(
                         self.module,
                         two,
@@ -215,15 +216,39 @@ class SpecifiedModel(nn.Module):
                         self.spec.encode,
                     )
                 output = seen.output
-        if captured:
-            # of one sample, then of two: which axis grows is that of the batch
-            one, q = (captured[i][0].shape for i in (len(captured) // 2 - 1, -1))
-            self._found.sequence_first = len(one) == 3 and one[0] == q[0] and one[1] != q[1]
-        if captured and check:
-            heads = [last.heads(x, 2, self._stop, self._found.sequence_first) for x in captured[-1]]
-            check_scores(last, seen, *heads)
+        self._learn_attention(attending.calls, seen, check)
         self._found.replay = replay
         return output
+
+    def _learn_attention(self, calls: list[Attended], seen: Watch, check: bool) -> None:
+        """From the calls of passes over one sample, then over two."""
+        last = self.projections[-1]
+        calls = [call for call in calls if call.q is not None and call.k is not None]
+        if not calls:
+            return
+        two = calls[-1]
+        if last.modules:
+            # which axis grows is that of the batch
+            one, q = calls[len(calls) // 2 - 1].q.shape, two.q.shape
+            self._found.sequence_first = len(one) == 3 and one[0] == q[0] and one[1] != q[1]
+        self._found.crosses = two.crosses()
+        if not last.modules:
+            if self._found.crosses:
+                raise ValueError(
+                    "fusion: this nn.MultiheadAttention is called with different queries and keys "
+                    "(cross-attention); needed self-attention over the tokens of all modalities"
+                )
+            if any(bool(mask) for mask in two.hidden):
+                raise ValueError(
+                    "fusion: this nn.MultiheadAttention is called with a mask, under which "
+                    "statistics of raw scores would count hidden tokens; needed attention over "
+                    "all tokens"
+                )
+            if plain_multihead(self.module.get_submodule(last.path)):
+                return
+        if check and not self._found.crosses:
+            heads = [last.heads(x, 2, self._stop, self._sequence_first) for x in (two.q, two.k)]
+            check_scores(last, seen, *heads)
 
     def encode(self, *inputs: Tensor) -> Tensor:
         """One batch -> what ``fuse`` needs of it, [B, values] (a pair of functions: as it says)."""
@@ -234,38 +259,66 @@ class SpecifiedModel(nn.Module):
                 return self._pair[0](self.module, *(x.clone() for x in inputs))
             return self._found.replay.encode(self.module, inputs)
 
-    def fuse_attention(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
-        """Features -> logits [B, C] and (q [B,H,T,d], k, scale) over the tokens of all spans."""
-        found: list[tuple[Tensor, Tensor]] = []
-        with span("fuse"), self._running(), ExitStack() as stack:
-            captured = None
-            for projections in self.projections:
-                captured = [] if projections is self.projections[-1] else found
-                stack.enter_context(projections.capture(self.module, captured))
+    def _pass(self, features: Tensor) -> Tensor:
+        """Logits of the fusion part, in the wider of their type and the weights'."""
+        with ExitStack() as stack:
             if self._pair:
                 output = self._pair[1](self.module, features.clone())
             else:
                 inputs = stack.enter_context(self._found.replay.given(self.module, features))
                 output = self.module(*inputs)
-        if not captured:
-            raise ValueError(f"{self.projections[-1].path} was not called by the fusion part")
         logits = self._logits(output)
         self._found.rich = output is not logits
         if self.outputs is not None:
             kept = {id(x): x.detach() for x in tensors(output)}
             theirs = kept.get(id(logits))
             self.outputs.append((len(features), theirs, rebuilt(output, lambda x: kept[id(x)])))
-        logits = logits.to(torch.promote_types(logits.dtype, next(self.parameters()).dtype))
-        return logits, self._attention(*captured[-1], len(features))
+        return logits.to(torch.promote_types(logits.dtype, next(self.parameters()).dtype))
+
+    def fuse_attention(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
+        """Features -> logits [B, C] and (q [B,H,T,d], k, scale) over the tokens of all spans.
+
+        Raises:
+            ValueError: queries and keys are of different tokens, or a mask hides some of them.
+                (On a GPU all results of such a batch are NaN: the step skips its update.)
+        """
+        last = self.projections[-1]
+        attending = last.attending(self.module)
+        with span("fuse"), self._running(), attending:
+            logits = self._pass(features)
+        calls = [call for call in attending.calls if call.q is not None and call.k is not None]
+        if not calls:
+            names = ", ".join(last.modules) or last.path
+            raise ValueError(
+                f"{names} was not called by the fusion part: does {last.path} use its weights "
+                "without calling it? Needed projections that are called as modules"
+            )
+        if self._found.crosses:
+            raise ValueError(
+                f"{last.path} projects queries and keys of different tokens (cross-attention), so "
+                "that its scores have no self-attention blocks; needed attention over the tokens "
+                "of all modalities, or a method that needs no scores (read, tent, eata, source)"
+            )
+        batch, call = len(features), calls[-1]
+        q, k = (last.heads(x, batch, self._stop, self._sequence_first) for x in (call.q, call.k))
+        flag = hidden(last, call, q, k)
+        q, k, scale = self._of_spans(q, k)
+        if flag.device.type != "cpu":  # not asked for, which would wait for the device
+            logits, q, k = (torch.where(flag, torch.nan, x) for x in (logits, q, k))
+        return logits, (q, k, scale)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Features -> logits [B, C]."""
-        return self.fuse_attention(features)[0]
+        with span("fuse"), self._running():
+            return self._pass(features)
 
-    def _attention(self, q: Tensor, k: Tensor, batch: int) -> tuple[Tensor, Tensor, float]:
+    @property
+    def _sequence_first(self) -> bool:
+        return bool(self.projections[-1].modules) and self._found.sequence_first
+
+    def _of_spans(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
+        """q and k [B, H, T, d] of the spans' tokens, in their order, and the scale."""
         last, spans = self.projections[-1], list(self.spec.spans.values())
-        sequence_first = bool(last.modules) and self._found.sequence_first
-        q, k = (last.heads(x, batch, self._stop, sequence_first) for x in (q, k))
         joined = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         if joined:
             q, k = (x[:, :, spans[0][0] : spans[-1][1]] for x in (q, k))

@@ -12,6 +12,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .attended import SOFTMAX
 from .trees import tensors
 
 # asking a tensor for these reads none of its values
@@ -23,7 +24,6 @@ _QUESTIONS = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point,
     Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__, Tensor.get_device,
 }  # fmt: skip
-_SOFTMAX = {nnf.softmax, torch.softmax, Tensor.softmax}
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class Watch(TorchFunctionMode):
             given = {id(x) for x in tensors((args, kwargs)) if self.known.get(id(x)) is x}
             if given:
                 self.uses.append((self.stack, given))
-        if func in _SOFTMAX or func is nnf.scaled_dot_product_attention:
+        if func in SOFTMAX or func is nnf.scaled_dot_product_attention:
             self.scores.append((self.stack, func, args, kwargs))
         return func(*args, **kwargs)
 
