@@ -82,6 +82,9 @@ class Adapted(Stateful):
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
         # model, nor move tensors from under the optimiser
         self._hidden = (model, working, None if fusion is known.fusion else fusion)
+        if fusion is known.fusion:
+            known.tuned = frozenset(state.leaves)
+            known.all_used = method.group == "fusion_qkv"
         self._known, self._verified = known, known.module is None
         self._state = state
         self._holders = {name: _owner(working, name) for name in leaves}

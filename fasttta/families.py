@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .engine.precision import Precision, environment
-from .engine.state import structural_copy
+from .engine.state import structural_copy, without_checkpointing
+from .families_check import check_gradients, check_returned, gradients_of, hook_advice
 from .families_dual import refuse_meta
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
 from .models.rational import FeatureClassifier
 from .models.spec import ModelSpec
 from .models.specified import SpecifiedModel
+from .models.trees import rebuilt
 from .protocols import FusionModel
 
 _CAVMAE_PARTS = (
@@ -41,7 +44,9 @@ class Recognised:
         prefix: where it lies in the user's module (``"module."``).
         split: names of separate copies of the q, k, v projections that the module keeps.
         module: the part that was recognised, to be compared with on the first batch; None if it
-            is ``fusion`` itself.
+            is ``fusion`` itself, without hooks.
+        tuned: names of the parameters of ``fusion`` that the method tunes, whose gradients are
+            compared too; all_used: the logits must depend on each of them.
     """
 
     family: str
@@ -49,53 +54,100 @@ class Recognised:
     prefix: str = ""
     split: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False)
+    tuned: frozenset[str] = frozenset()
+    all_used: bool = False
 
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:
         """Compares with the module's own forward, in float64 on a copy of its structure, for the
-        first samples of a batch. (READ's and ABPEM's code changes its weights' storage on the
-        first forward: the module itself is not run.)
+        first samples of a batch: logits, and gradients of what is tuned. (READ's and ABPEM's code
+        changes its weights' storage on the first forward: the module itself is not run.)
 
         Returns:
             Whether it could be told: not from non-finite input.
 
         Raises:
-            ValueError: the two differ by more than 1e-6 of the largest logit, or its forward
-                fails: the module computes something else than its structure says.
+            ValueError: the two differ by more than 1e-6 of the largest logit or gradient, or its
+                forward fails: the module computes something else than its structure says.
         """
         if self.module is None:
             return True
-        inputs = tuple(x[:2].double() for x in inputs)
+        inputs = tuple(x[:2].double() if x.is_floating_point() else x[:2] for x in inputs)
         if not all(torch.isfinite(x).all() for x in inputs):
             return False
         exact = Precision("fp64", torch.float64, torch.float64)
         with environment(inputs[0].device, exact, grad=False):
-            ours = structural_copy(self.fusion, _converted(torch.float64))
-            ours = ours.fuse(ours.encode(*inputs))  # the copy is gone before the next is made
-            own = self._own_logits(structural_copy(self.module, _converted(torch.float64)), inputs)
-        if not isinstance(own, Tensor) or own.shape != ours.shape:
-            found = list(own.shape) if isinstance(own, Tensor) else type(own).__name__
-            raise ValueError(
-                f"recognised as {self.family}, but its forward returns {found}, needed logits "
-                f"{list(ours.shape)} (or a tuple that begins with them)"
-            )
-        tolerance = 1e-6 * max(1.0, own.abs().max().item())
-        error = (own.double() - ours).abs().max().item()
-        if not error <= tolerance:
-            raise ValueError(
-                f"recognised as {self.family}, but its own forward differs from that "
-                f"architecture's by {error:.1e}, needed at most {tolerance:.1e}: is its attention "
-                "or forward patched?"
-            )
+            # one copy at a time is held
+            ours, our_grads = self._graded(_in_type(self.fusion, torch.float64), inputs, True)
+            twin = structural_copy(self.module, _converted(torch.float64), hooks=True)
+            _own_buffers(twin, torch.float64)
+            without_checkpointing(twin)
+            own, own_grads = self._graded(twin, inputs, False)
+            if not isinstance(own, Tensor) or own.shape != ours.shape:
+                found = list(own.shape) if isinstance(own, Tensor) else type(own).__name__
+                raise ValueError(
+                    f"recognised as {self.family}, but its forward returns {found}, needed logits "
+                    f"{list(ours.shape)} (or a tuple that begins with them)"
+                )
+            tolerance = 1e-6 * max(1.0, own.abs().max().item())
+            error = (own.double() - ours).abs().max().item()
+            if not error <= tolerance:
+                raise ValueError(
+                    f"recognised as {self.family}, but its own forward differs from that "
+                    f"architecture's by {error:.1e}, needed at most {tolerance:.1e}: is its "
+                    f"attention or forward patched?{hook_advice(self.module)}"
+                )
+            if self.tuned:
+                check_gradients(f"recognised as {self.family}", sorted(self.tuned), own_grads,
+                                our_grads, 1e-6, self.module, self.all_used)  # fmt: skip
         return True
+
+    def _graded(
+        self, twin: nn.Module, inputs: tuple[Tensor, ...], cut: bool
+    ) -> tuple[Any, list[Tensor | None]]:
+        """Logits and gradients of the tuned tensors, through encode and fuse (``cut``) or through
+        the module's own forward, which runs once: its hooks are the user's."""
+        returned: list[Any] = []
+
+        def run() -> Any:
+            out = twin.fuse(twin.encode(*inputs)) if cut else self._own_logits(twin, inputs)
+            returned.append(out)
+            return out
+
+        if not self.tuned:
+            return run(), []
+        leaves = [
+            [twin.get_parameter(part) for part in ([name] if cut else self._parts_of(name))]
+            for name in sorted(self.tuned)
+        ]
+        flat = [leaf.requires_grad_(True) for parts in leaves for leaf in parts]
+        with torch.enable_grad():
+            grads = iter(gradients_of(run, flat))
+        joined: list[Tensor | None] = []
+        for parts in leaves:
+            whole, *split = (next(grads) for _ in parts)
+            if any(x is not None for x in split):  # computed with the copies of q, k and v
+                split = [torch.zeros_like(p) if x is None else x
+                         for p, x in zip(parts[1:], split, strict=True)]  # fmt: skip
+                whole = torch.cat(split) + (0 if whole is None else whole)
+            joined.append(whole)
+        logits = returned[-1]
+        return logits.detach() if isinstance(logits, Tensor) else logits, joined
+
+    def _parts_of(self, name: str) -> list[str]:
+        """A tuned parameter's name in the module, and those of its separate copies' rows."""
+        if not self.split or ".attn.qkv." not in name or not name.startswith("blocks_u."):
+            return [name]
+        return [name, *(name.replace(".qkv.", f".{x}.") for x in _used(list(self.split)))]
 
     def _own_logits(self, twin: nn.Module, inputs: tuple[Tensor, ...]) -> object:
         """What the module predicts. Modules with split projections compute with them in
         ``forward_eval`` (ABPEM's takes its script's arguments besides) and not in ``forward``."""
         name = "forward_eval" if self.split and hasattr(twin, "forward_eval") else "forward"
-        call = getattr(twin, name)
+        count = len(inspect.signature(getattr(twin, name)).parameters)
+        call = twin if name == "forward" else twin.forward_eval  # hooks run around a call only
         arguments = (*inputs, "multimodal", SimpleNamespace(use_cache=False))
         try:
-            out = call(*arguments[: min(4, len(inspect.signature(call).parameters))])
+            out = call(*arguments[: min(len(inputs) + 2, count)])
         except Exception as error:
             raise ValueError(
                 f"recognised as {self.family}, but its {name}(audio, video, 'multimodal') fails: "
@@ -137,27 +189,62 @@ class Specified(Recognised):
     def _compare(self, two: tuple[Tensor, ...], dtype: torch.dtype, tolerance: float) -> None:
         two = tuple(x.to(dtype) if x.is_floating_point() else x for x in two)
         exact = Precision("exact", dtype, dtype)
+        kind = f"{type(self.module).__name__} cut as its ModelSpec says"
         with environment(two[0].device, exact, grad=False):
             twin = _in_type(self.fusion, dtype)
             # with the module's hooks, which its own calls run and ours do not
             hooked = structural_copy(self.module, _converted(dtype), hooks=True)
             _own_buffers(hooked, dtype)
-            own = twin.own_logits(hooked(*(x.clone() for x in two)))
+            without_checkpointing(hooked)
+            output, own_grads = self._own(twin, hooked, two)
+            own = twin.own_logits(output).detach()
             twin.own_logits(twin.learn(two, check=dtype == torch.float64))
             tokens = [twin.encode(*(x[i : i + 1] for x in two)) for i in (0, 1)]
-            ours = twin.fuse(torch.cat(tokens)), torch.cat([twin.fuse(x) for x in tokens])
-        tolerance *= max(1.0, own.abs().max().item())
+            alone = torch.cat([twin.fuse(x) for x in tokens])
+            twin.outputs = []
+            together = twin.fuse(torch.cat(tokens))
+            returned = twin.returned(together, 0)
+        limit = tolerance * max(1.0, own.abs().max().item())
         error = max(
-            (own - x).abs().max().item() if own.shape == x.shape else float("inf") for x in ours
+            (own - x).abs().max().item() if own.shape == x.shape else float("inf")
+            for x in (alone, together)
         )
-        if not error <= tolerance:
+        if not error <= limit:
             raise ValueError(
-                f"{type(self.module).__name__} cut as its ModelSpec says differs from its own "
-                f"forward by {error:.1e}, needed at most {tolerance:.1e}: is there something "
-                "random or stateful in its forward, does it mix the samples of a batch, or do "
-                "forward hooks change results? ModelSpec(..., encode=(encode, fuse)) gives the "
-                "cut as two functions"
+                f"{kind} differs from its own forward by {error:.1e}, needed at most {limit:.1e}: "
+                "is there something random or stateful in its forward, does it mix the samples of "
+                "a batch, or do forward hooks change results? ModelSpec(..., encode=(encode, "
+                f"fuse)) gives the cut as two functions.{hook_advice(self.module)}"
             )
+        check_returned(kind, output, returned, tolerance)
+        if self.tuned:
+            twin.outputs = None
+            names = sorted(self.tuned)
+            leaves = [twin.get_parameter(name).requires_grad_(True) for name in names]
+            with environment(two[0].device, exact, grad=True):
+                grads = gradients_of(lambda: twin.fuse(twin.encode(*two)), leaves)
+            check_gradients(kind, names, own_grads, grads, tolerance, self.module, self.all_used)
+
+    def _own(
+        self, twin: SpecifiedModel, hooked: nn.Module, two: tuple[Tensor, ...]
+    ) -> tuple[Any, list[Tensor | None]]:
+        """What the module returns and gradients of the tuned tensors, from one run: its hooks are
+        the user's."""
+        leaves = [hooked.get_parameter(name.removeprefix("module.")) for name in sorted(self.tuned)]
+        returned: list[Any] = []
+
+        def run() -> Tensor:
+            returned.append(hooked(*(x.clone() for x in two)))
+            return twin.own_logits(returned[-1])
+
+        if not leaves:
+            run()
+            return returned[-1], []
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        with torch.enable_grad():
+            grads = gradients_of(run, leaves)
+        return rebuilt(returned[-1], Tensor.detach), grads
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
         module.get_parameter(self.prefix + name.removeprefix("module.")).copy_(value)

@@ -300,7 +300,7 @@ def test_modules_in_odd_states(tiny_model, tiny_batch):
     adapted = fasttta.adapt(module, "read")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.allclose(adapted(*tiny_batch()), expected, atol=1e-6)
-    assert seen == []
+    assert len(seen) == 1  # the comparison on the first batch, with the module's hooks
     with pytest.raises(ValueError, match="cannot be copied, which merge=True needs"):
         adapted.unwrap(merge=True)
     made = _user_module("read", tiny_model(), 3)
