@@ -38,26 +38,42 @@ class Attended:
     """One call of a fusion attention.
 
     Attributes:
-        q, k: what its projections gave, [.., T, H d] each.
-        inputs: what these projections were given.
+        parts: what its projections gave, by their number; of an nn.MultiheadAttention empty.
+        inputs: what the projections of queries and keys were given.
+        module: the nn.MultiheadAttention, whose queries and keys are projected a second time.
         hidden: 0-d bool tensors, or bools: whether a mask hides something.
         seen: how many times the call gave scores to a softmax or to fused attention.
         softmax: the scores among them that are tensors.
     """
 
-    q: Tensor | None = None
-    k: Tensor | None = None
-    inputs: tuple[Tensor | None, Tensor | None] = (None, None)
+    parts: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    module: nn.MultiheadAttention | None = None
     hidden: list[Tensor | bool] = field(default_factory=list)
     seen: int = 0
     softmax: list[Softmax] = field(default_factory=list)
 
+    @property
+    def complete(self) -> bool:
+        """Whether queries and keys are known."""
+        return self.module is not None or len(self.parts) == 1 or {0, 1} <= self.parts.keys()
+
+    def projected(self, packed: bool) -> tuple[Tensor, Tensor]:
+        """q and k, [.., T, H d] each. Called behind the pass: what is computed inside it would be
+        missing where gradient checkpointing computes the pass again."""
+        if self.module is not None:
+            return _second_projection(self.module, self.inputs[0], self.inputs[1])
+        if packed:
+            q, k, _ = self.parts[0].chunk(3, dim=-1)
+            return q, k
+        return self.parts[0], self.parts[1]
+
     @torch.no_grad()
     def crosses(self) -> bool:
         """Whether queries and keys are projected from different tokens."""
-        a, b = self.inputs
-        if a is None or b is None or a is b:
+        if len(self.inputs) < 2 or self.inputs[0] is self.inputs[1]:
             return False
+        a, b = self.inputs[0], self.inputs[1]
         return a.shape != b.shape or not torch.equal(a, b)
 
 
@@ -127,13 +143,10 @@ class Attending(TorchFunctionMode):
                 if not self._pending:
                     self._pending.append(Attended())
                 call = self._pending[-1]
+            call.parts[which] = output
             given = next(tensors((args, kwargs)), None)
-            if self._packed:
-                call.q, call.k = output.chunk(3, dim=-1)[:2]
-            elif which == 0:
-                call.q, call.inputs = output, (given, call.inputs[1])
-            else:
-                call.k, call.inputs = output, (call.inputs[0], given)
+            if given is not None:
+                call.inputs[which] = given
 
         return hook
 
@@ -175,19 +188,7 @@ def _multihead(
             f"{path} ({type(module).__name__}) is called with something else than batches of "
             "queries and keys [B, T, D]; needed self-attention over the tokens of all modalities"
         )
-    query, key = (x if module.batch_first else x.transpose(0, 1) for x in (query, key))
-    call.inputs = query, key
-    if given["query"] is given["key"]:
-        call.inputs = query, query
-    width = module.embed_dim
-    weight, bias = module.in_proj_weight, module.in_proj_bias
-    parts = (bias[:width], bias[width : 2 * width]) if bias is not None else (None, None)
-    if call.inputs[0] is call.inputs[1]:
-        both = None if bias is None else bias[: 2 * width]
-        call.q, call.k = nnf.linear(query, weight[: 2 * width], both).chunk(2, dim=-1)
-    else:
-        call.q = nnf.linear(query, weight[:width], parts[0])
-        call.k = nnf.linear(key, weight[width : 2 * width], parts[1])
+    call.module, call.inputs = module, {0: query, 1: key}
     call.seen += plain_multihead(module)
     for name in ("key_padding_mask", "attn_mask"):
         mask = given.get(name)
@@ -195,3 +196,24 @@ def _multihead(
             call.hidden.append((mask if mask.dtype == torch.bool else mask != 0).any())
     if given.get("is_causal") and given.get("attn_mask") is None:
         call.hidden.append(True)
+
+
+def _second_projection(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q and k [B, T, H d] of what an nn.MultiheadAttention was called with."""
+    width, weight, bias = module.embed_dim, module.in_proj_weight, module.in_proj_bias
+    rows = slice(0, width), slice(width, 2 * width)
+    if not module.batch_first:
+        same = query is key
+        query = query.transpose(0, 1)
+        key = query if same else key.transpose(0, 1)
+    if query is key:
+        both = slice(0, 2 * width)
+        q, k = nnf.linear(query, weight[both], None if bias is None else bias[both]).chunk(2, -1)
+        return q, k
+    q, k = (
+        nnf.linear(x, weight[part], None if bias is None else bias[part])
+        for x, part in zip((query, key), rows, strict=True)
+    )
+    return q, k

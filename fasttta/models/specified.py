@@ -159,10 +159,9 @@ class SpecifiedModel(nn.Module):
                 c.__name__.endswith(("RMSNorm", "LayerNorm")) for c in type(module).__mro__
             )
             if kind and wanted(path):
-                names = [
-                    f"{path}.{part}" for part in _PARTS if module._parameters.get(part) is not None
-                ]
-                slots |= {name: Slot(name) for name in names}
+                # one that is computed (parametrised) is named too, to be refused and not dropped
+                parts = [p for p in _PARTS if isinstance(getattr(module, p, None), Tensor)]
+                slots |= {f"{path}.{part}": Slot(f"{path}.{part}") for part in parts}
         return slots
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
@@ -223,13 +222,13 @@ class SpecifiedModel(nn.Module):
     def _learn_attention(self, calls: list[Attended], seen: Watch, check: bool) -> None:
         """From the calls of passes over one sample, then over two."""
         last = self.projections[-1]
-        calls = [call for call in calls if call.q is not None and call.k is not None]
+        calls = [call for call in calls if call.complete]
         if not calls:
             return
         two = calls[-1]
         if last.modules:
             # which axis grows is that of the batch
-            one, q = calls[len(calls) // 2 - 1].q.shape, two.q.shape
+            one, q = calls[len(calls) // 2 - 1].parts[0].shape, two.parts[0].shape
             self._found.sequence_first = len(one) == 3 and one[0] == q[0] and one[1] != q[1]
         self._found.crosses = two.crosses()
         if not last.modules:
@@ -247,8 +246,7 @@ class SpecifiedModel(nn.Module):
             if plain_multihead(self.module.get_submodule(last.path)):
                 return
         if check and not self._found.crosses:
-            heads = [last.heads(x, 2, self._stop, self._sequence_first) for x in (two.q, two.k)]
-            check_scores(last, seen, *heads)
+            check_scores(last, seen, *self._heads(two, 2))
 
     def encode(self, *inputs: Tensor) -> Tensor:
         """One batch -> what ``fuse`` needs of it, [B, values] (a pair of functions: as it says)."""
@@ -286,8 +284,9 @@ class SpecifiedModel(nn.Module):
         attending = last.attending(self.module)
         with span("fuse"), self._running(), attending:
             logits = self._pass(features)
-        calls = [call for call in attending.calls if call.q is not None and call.k is not None]
-        if not calls:
+            calls = [call for call in attending.calls if call.complete]
+            heads = self._heads(calls[-1], len(features)) if calls else None
+        if heads is None:
             names = ", ".join(last.modules) or last.path
             raise ValueError(
                 f"{names} was not called by the fusion part: does {last.path} use its weights "
@@ -299,10 +298,8 @@ class SpecifiedModel(nn.Module):
                 "that its scores have no self-attention blocks; needed attention over the tokens "
                 "of all modalities, or a method that needs no scores (read, tent, eata, source)"
             )
-        batch, call = len(features), calls[-1]
-        q, k = (last.heads(x, batch, self._stop, self._sequence_first) for x in (call.q, call.k))
-        flag = hidden(last, call, q, k)
-        q, k, scale = self._of_spans(q, k)
+        flag = hidden(last, calls[-1], *heads)
+        q, k, scale = self._of_spans(*heads)
         if flag.device.type != "cpu":  # not asked for, which would wait for the device
             logits, q, k = (torch.where(flag, torch.nan, x) for x in (logits, q, k))
         return logits, (q, k, scale)
@@ -315,6 +312,15 @@ class SpecifiedModel(nn.Module):
     @property
     def _sequence_first(self) -> bool:
         return bool(self.projections[-1].modules) and self._found.sequence_first
+
+    def _heads(self, call: Attended, batch: int) -> tuple[Tensor, Tensor]:
+        """q and k of a call, [B, H, T, d]."""
+        last = self.projections[-1]
+        q, k = (
+            last.heads(x, batch, self._stop, self._sequence_first)
+            for x in call.projected(len(last.modules) == 1)
+        )
+        return q, k
 
     def _of_spans(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
         """q and k [B, H, T, d] of the spans' tokens, in their order, and the scale."""
