@@ -23,6 +23,7 @@ from .episodes import as_list, given_views, made_views, result
 from .families_clip import RecognisedCLIP
 from .methods.base import Method
 from .methods.episodic import Episode, Episodic, zero_shot
+from .ops.dense import dense
 from .views import Views
 
 _VIEWS = 256  # computed together, of several images; more are taken in turns
@@ -332,6 +333,8 @@ def items_of(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:
 
 
 def _rows_of(noise: Tensor | None, rows: slice) -> Tensor | None:
+    if isinstance(noise, Tensor):
+        noise = dense("noise", noise)
     return noise if noise is None or len(noise) == 1 else noise[rows]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .engine.step import StepResult
 from .methods.base import Method
 from .methods.episodic import Episode
+from .ops.dense import dense
 from .views import Views, make_views
 
 
@@ -19,12 +21,15 @@ def as_list(images: Any) -> tuple[bool, Sequence[Any]]:
 
     Raises:
         ValueError: there are none.
+        TypeError: a tensor that is not dense.
     """
     if isinstance(images, (list, tuple)):
         if not len(images):
             raise ValueError("images is an empty list; needed at least one image")
         return False, images
-    if isinstance(images, Tensor) and images.ndim == 4:
+    if isinstance(images, Tensor):
+        images = dense("images", images)
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
         if not len(images):
             raise ValueError(f"images is an empty batch {list(images.shape)}")
         return False, list(images)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dense import dense
 from ..views.types import check_range
 
 KNOWLEDGE = (
@@ -121,14 +122,15 @@ def _check_settings(eps: float, step_size: float, steps: int, restarts: int) -> 
         raise ValueError(f"restarts is {restarts}; needed at least 1")
 
 
-def _check_pixels(pixels: Tensor) -> None:
+def _check_pixels(pixels: Tensor) -> Tensor:
     if not isinstance(pixels, Tensor):
         raise TypeError(f"pixels is a {type(pixels).__name__}; needed a tensor [B, 3, H, W]")
+    pixels = dense("pixels", pixels)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.numel() == 0:
         raise ValueError(f"pixels has shape {list(pixels.shape)}; needed [B, 3, H, W], none empty")
     if pixels.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"pixels is {pixels.dtype}; needed float32 or float64 in [0, 1]")
-    check_range(pixels=pixels)
+    return pixels.clamp(0.0, 1.0) if check_range(pixels=pixels.detach()) else pixels
 
 
 def _labels(labels: Tensor | Literal["pseudo"], logits: Tensor) -> Tensor:
@@ -137,6 +139,8 @@ def _labels(labels: Tensor | Literal["pseudo"], logits: Tensor) -> Tensor:
         if labels != "pseudo":
             raise ValueError(f'labels is {labels!r}; needed int64 [{n}] or "pseudo"')
         return logits.argmax(1)
+    if isinstance(labels, Tensor):
+        labels = dense("labels", labels)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
         found = (
             f"{labels.dtype} with shape {list(labels.shape)}"
@@ -200,11 +204,13 @@ def pgd(
     """
     step_size = eps / 4 if step_size is None else step_size
     _check_settings(eps, step_size, steps, restarts)
-    _check_pixels(pixels)
+    pixels = _check_pixels(pixels)
     if generator is None and restarts > 1:
         raise ValueError(
             f"restarts is {restarts} without a generator; needed one for random starts"
         )
+    if isinstance(start, Tensor):
+        start = dense("start", start)
     if start is not None and (not isinstance(start, Tensor) or start.shape != pixels.shape):
         found = list(getattr(start, "shape", [])) or type(start).__name__
         raise ValueError(f"start is {found}; needed noise {list(pixels.shape)}")

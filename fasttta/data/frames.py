@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dense import dense
+from ..views.types import ROUNDING, shown
+
 
 def _resized(height: int, width: int, size: int) -> tuple[int, int]:
     """torchvision's rule: the short side becomes ``size``, the long one is rounded down."""
@@ -52,6 +55,7 @@ def _pixels(image: Any) -> tuple[Tensor, bool]:
                 "or a numpy array"
             )
         image = torch.from_numpy(image.copy())  # the copy is writable and has positive strides
+    image = dense("image", image)
     shape = list(image.shape)
     if image.dtype == torch.uint8:
         if image.ndim != 3 or shape[2] != 3:
@@ -72,12 +76,12 @@ def _pixels(image: Any) -> tuple[Tensor, bool]:
     if pixels.numel() == 0:
         raise ValueError(f"image has shape {shape}; needed at least one pixel")
     low, high = (bound.item() for bound in torch.aminmax(pixels))
-    if not (low >= 0 and high <= 1):  # written so that NaN fails too
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # written so that NaN fails too
         raise ValueError(
-            f"image has pixels from {low:.4g} to {high:.4g}; needed [0, 1]. "
+            f"image has pixels {shown(low, high)}; needed [0, 1]. "
             "Is it already normalised, or in 0..255? Pass it before normalising, divided by 255"
         )
-    return pixels, image.dtype == torch.uint8
+    return pixels.clamp(0.0, 1.0), image.dtype == torch.uint8
 
 
 def _resize_tensor(pixels: Tensor, size: int, levels: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.dense import dense
 from ..protocols import FusionModel
 
 
@@ -19,7 +20,8 @@ def prepare(
     """Checked inputs in a precision, usable by autograd; the caller's tensors are kept.
 
     Raises:
-        ValueError, TypeError: they cannot be one batch, or (check_finite) are not finite.
+        ValueError, TypeError: they cannot be one batch, are no dense tensors, or (check_finite) are
+            not finite.
     """
     names = model.input_names
     required = getattr(model, "required_inputs", len(names))
@@ -29,6 +31,10 @@ def prepare(
             f"needed {needed} inputs ({', '.join(names)}), found {len(inputs)}; "
             "labels and the like stay out of it"
         )
+    inputs = tuple(
+        dense(name, x) if isinstance(x, Tensor) else x
+        for name, x in zip(names, inputs, strict=False)
+    )
     model.check_inputs(*inputs)
     prepared = []
     with torch.inference_mode(False), torch.no_grad():

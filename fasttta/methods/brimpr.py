@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.dense import dense
 from ..protocols import FusionModel, Promptable, SourceStats, Streams
 from . import realignment
 from .base import Method, Objective, require, require_int, require_number, sample_weight
@@ -196,6 +197,7 @@ class BriMPR(Method):
             raise TypeError(f"keep must be token ids of each modality ({', '.join(names)})")
         checked = []
         for name, ids, tokens in zip(names, keep, model.spans, strict=True):
+            ids = dense(f"keep of {name}", ids) if isinstance(ids, Tensor) else ids
             if not isinstance(ids, Tensor) or ids.dtype not in (
                 torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
             ):  # fmt: skip

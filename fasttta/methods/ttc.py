@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..ops.dense import dense
 from .base import require, require_int, require_number
 from .episodic import Episode, Episodic, zero_shot
 
@@ -76,10 +77,15 @@ class TTC(Episodic):
             kind = {"dtype": torch.float64, "device": "cpu"}
             row = torch.rand(x.shape[1:], generator=generator, **kind)
             return (self.eps * (2 * row - 1)).to(x).expand_as(x)
-        if not isinstance(noise, Tensor) or noise.shape[1:] != x.shape[1:]:
+        if isinstance(noise, Tensor):
+            noise = dense("noise", noise).detach()
+        fits = isinstance(noise, Tensor) and noise.ndim == 4 and len(noise) in (1, len(x))
+        if not fits or noise.shape[1:] != x.shape[1:]:
             found = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
             raise ValueError(f"noise must be [{len(x)}, {', '.join(map(str, x.shape[1:]))}] or one "
                              f"for all images, found {found}")  # fmt: skip
+        if not torch.isfinite(noise).all():
+            raise ValueError("noise holds non-finite values (NaN or infinity)")
         return noise.to(x).expand_as(x)
 
     def _counterattack(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..views.types import shown
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,6 +30,6 @@ def check_pixels(pixels: Tensor, size: int, device: torch.device, name: str = "p
         if not torch.isfinite(pixels).all():
             raise ValueError(f"{name} holds non-finite values (NaN or infinity)")
         raise ValueError(
-            f"{name} runs from {low:.3g} to {high:.3g}, needed [0, 1]: it looks like normalised "
+            f"{name} runs {shown(low, high)}, needed [0, 1]: it looks like normalised "
             "input; CLIP normalises inside: give the image as before Normalize"
         )

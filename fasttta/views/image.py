@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.dense import dense
 from .types import check_range
 
 
@@ -29,8 +31,8 @@ def read_image(image: Any, name: str, device: torch.device | str | None = None) 
     """A PIL image or tensor as uint8 levels or floats in [0, 1], [3, H, W] either way.
 
     Args:
-        image: a PIL image with 8 bits per channel, a uint8 tensor [H, W, 3], or a floating one
-            [3, H, W] in [0, 1]. Half precision becomes float32.
+        image: a PIL image with 8 bits per channel, a uint8 tensor or array [H, W, 3], or a floating
+            one [3, H, W] in [0, 1]. Half precision becomes float32.
         name: what errors call it.
         device: where the result lies; None: where the image is, a PIL image on the CPU.
 
@@ -38,6 +40,10 @@ def read_image(image: Any, name: str, device: torch.device | str | None = None) 
         TypeError: it is none of these.
         ValueError: its shape or its values are wrong.
     """
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image.copy())  # writable, without negative strides
+    if isinstance(image, Tensor):
+        image = dense(name, image)
     if _is_pil(image):
         pixels = _from_pil(image, name)
     elif not isinstance(image, Tensor):
@@ -58,8 +64,9 @@ def read_image(image: Any, name: str, device: torch.device | str | None = None) 
                 f"{name} has shape {list(image.shape)}; needed [3, H, W] with at least one pixel, "
                 "from [H, W, 3]: image.permute(2, 0, 1)"
             )
-        check_range(**{name: image})
         pixels = image.detach()
+        if check_range(**{name: pixels}):
+            pixels = pixels.clamp(0.0, 1.0)
         if pixels.dtype != torch.float64:
             pixels = pixels.float()
     else:

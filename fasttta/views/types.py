@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.dense import dense
+
 _RANGES = {
     "weight": "needed [0, 1]",
     "region": "needed 2 (high), 1 (between) or 0 (low)",
@@ -17,32 +19,58 @@ _PIXELS = (
 )
 
 
-def check_range(**tensors: Tensor) -> None:
-    """Every value in [0, 1], a region's in 0..2; NaN is not. One read from the device for all.
+# what rounding may be off by: 1 + 2^-23, the float above 1, is still an image
+ROUNDING = 1e-6
+
+
+def shown(low: float, high: float, top: float = 1.0) -> str:
+    """ "from .. to .." in few digits, or in as many as show what lies outside [0, top]."""
+
+    def digits(value: float) -> str:
+        short = f"{value:.4g}"
+        hidden = not 0 <= value <= top and 0 <= float(short) <= top
+        return f"{value:.7g}" if hidden else short
+
+    return f"from {digits(low)} to {digits(high)}"
+
+
+def check_range(**tensors: Tensor) -> bool:
+    """Every value in [0, 1], up to rounding, a region's in 0..2; NaN is not. One read from the
+    device for all.
+
+    Returns:
+        Whether some value lies outside by rounding, so that it has to be clamped.
 
     Raises:
         ValueError: some value is outside; the message names the argument.
     """
     bounds = [bound.double() for x in tensors.values() for bound in torch.aminmax(x.detach())]
     bounds = torch.stack(bounds).view(-1, 2).tolist()
+    rounded = False
     for name, (low, high) in zip(tensors, bounds, strict=True):
         top = 2 if name == "region" else 1
-        if not (low >= 0 and high <= top):  # written so that NaN fails too
+        # written so that NaN fails too
+        if not (low >= -ROUNDING and high <= top + ROUNDING):
             kind = "values" if name in _RANGES else "pixels"
             raise ValueError(
-                f"{name} has {kind} from {low:.4g} to {high:.4g}; {_RANGES.get(name, _PIXELS)}"
+                f"{name} has {kind} {shown(low, high, top)}; {_RANGES.get(name, _PIXELS)}"
             )
+        rounded = rounded or low < 0 or high > top
+    return rounded
 
 
-def _check_tensor(value: Tensor, name: str, shape: list[int | None], layout: str) -> None:
+def _check_tensor(value: Tensor, name: str, shape: list[int | None], layout: str) -> Tensor:
+    """The tensor, without a class of the caller's."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; needed a tensor {layout}")
+    value = dense(name, value)
     found = list(value.shape)
     fits = len(found) == len(shape) and all(
         needed in (None, size) for size, needed in zip(found, shape, strict=True)
     )
     if not fits or value.numel() == 0:
         raise ValueError(f"{name} has shape {found}; needed {layout}, none of them empty")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +101,23 @@ class Views:
     region: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_tensor(self.base, "base", [None, 3, None, None], "[N, 3, R, R]")
+        def check(name: str, shape: list[int | None], layout: str) -> None:
+            value = _check_tensor(getattr(self, name), name, shape, layout)
+            object.__setattr__(self, name, value)
+
+        check("base", [None, 3, None, None], "[N, 3, R, R]")
         n, _, rows, columns = self.base.shape
         if rows != columns:
             raise ValueError(f"base has shape {list(self.base.shape)}; needed square views")
-        _check_tensor(self.mix, "mix", [n, 3, rows, rows], f"[{n}, 3, {rows}, {rows}] as base")
-        _check_tensor(self.weight, "weight", [n], f"[{n}], one a view")
+        check("mix", [n, 3, rows, rows], f"[{n}, 3, {rows}, {rows}] as base")
+        check("weight", [n], f"[{n}], one a view")
         for name in ("base", "mix", "weight"):
             if not getattr(self, name).is_floating_point():
                 raise TypeError(f"{name} is {getattr(self, name).dtype}; needed floating point")
         if self.mix.dtype != self.base.dtype:
             raise TypeError(f"mix is {self.mix.dtype} and base {self.base.dtype}; needed one type")
         if self.region is not None:
-            _check_tensor(self.region, "region", [n, rows, rows], f"[{n}, {rows}, {rows}]")
+            check("region", [n, rows, rows], f"[{n}, {rows}, {rows}]")
             if self.region.dtype != torch.uint8:
                 raise TypeError(f"region is {self.region.dtype}; needed uint8")
         for name in ("mix", "weight", "region"):
@@ -95,7 +127,9 @@ class Views:
                     f"{name} is on {value.device} and base on {self.base.device}; needed one device"
                 )
         region = {} if self.region is None else {"region": self.region}
-        check_range(base=self.base, mix=self.mix, weight=self.weight, **region)
+        if check_range(base=self.base, mix=self.mix, weight=self.weight, **region):
+            for name in ("base", "mix", "weight"):
+                object.__setattr__(self, name, getattr(self, name).clamp(0.0, 1.0))
 
     @classmethod
     def trusted(
