@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import golden_root
-from safetensors.torch import load_file
+from clips import ClipGolden
 
 from fasttta.data.attack import ThreatModel, pgd
+from fasttta.models import CLIP
 
 # Signs of gradients decide, so the images of the official run come out bit for bit; logits have
 # the rounding of a scale of 100 (measured 4e-5 and 6e-14).
@@ -36,23 +36,9 @@ def _generator(seed=0):
 @pytest.fixture(scope="module")
 def clip():
     """The official tiny ViT, its inputs and what the official attack made of the anchor."""
-    models = pytest.importorskip("fasttta.models")
-    root = golden_root() / "atpt"
-    if not hasattr(models, "CLIP"):
-        pytest.skip("fasttta.models has no CLIP")
-    if not root.is_dir():
-        pytest.skip(f"no golden vectors at {root}")
-    state = load_file(root / "vit_model.safetensors")
-    rows, values = (state.pop(f"token_embedding.{part}") for part in ("rows", "values"))
-    state["token_embedding.weight"] = torch.zeros(49408, values.shape[1])
-    state["token_embedding.weight"][rows] = values
-    inputs = load_file(root / "vit_inputs.safetensors")
-    expected = {
-        dtype: load_file(root / f"vit_expected_{name}.safetensors")
-        for dtype, name in ((torch.float32, "f32"), (torch.float64, "f64"))
-    }
-    label = json.loads((root / "golden.json").read_text())["vit"]["label"]
-    return models.CLIP, state, inputs, expected, label
+    golden = ClipGolden("vit")
+    expected = {torch.float32: golden.expected["fp32"], torch.float64: golden.expected["fp64"]}
+    return CLIP, golden.state_dict(), golden.inputs, expected, golden.config["label"]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

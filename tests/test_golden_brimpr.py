@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from cases import snapshot
-from conftest import golden_root
+from goldens import require
 from safetensors.torch import load_file
 
 import fasttta
@@ -22,14 +22,10 @@ TERMS = {
 # own float64 run by; kinds that the file names no difference of have that of what they come from
 FACTOR = 5
 
-pytestmark = pytest.mark.skipif(
-    not (golden_root() / "brimpr").is_dir(), reason="no vectors of BriMPR here"
-)
-
 
 class Vectors:
     def __init__(self, name: str) -> None:
-        path = golden_root() / "brimpr" / name
+        path = require(f"brimpr/{name}.safetensors", f"brimpr/{name}.json") / "brimpr" / name
         self.tensors = load_file(path.with_suffix(".safetensors"))
         self.json = json.loads(path.with_suffix(".json").read_text())
         self.config, self.hints = self.json["config"], self.json[

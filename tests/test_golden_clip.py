@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from clips import ClipGolden, near
-from conftest import golden_root
+from goldens import require_data
 
 import fasttta
 from fasttta.data import Views
 
-ROOT = golden_root() / "atpt"
-pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason="no golden vectors of A-TPT here")
 PRECISIONS = ("fp32", "fp64")
 # absolute, of what follows a given region map; float32: golden/atpt's README
 TOLERANCES = {
@@ -28,7 +26,7 @@ TOLERANCES = {
 
 @pytest.fixture(scope="module")
 def vit():
-    return ClipGolden(ROOT, "vit")
+    return ClipGolden("vit")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def vit_model(vit):
 
 @pytest.fixture(scope="module")
 def rn():
-    return ClipGolden(ROOT, "rn")
+    return ClipGolden("rn")
 
 
 def adapted(golden, model, method, precision, device, task="", **options):
@@ -382,9 +380,7 @@ def test_resnet(rn, device, precision):
 def test_names_give_the_same_tokens(vit, vit_model):
     """Class names through the merges file against the tokens of the official tokeniser."""
     pytest.importorskip("tokenizers")
-    merges = ROOT.parent.parent / "data" / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
-    if not merges.is_file():
-        pytest.skip("no merges file here")
+    merges = require_data("clip_bpe/bpe_simple_vocab_16e6.txt.gz")
     for task, names, prompt in (
         ("", "classes", "init"), ("_task2", "classes2", "init2"),
     ):  # fmt: skip

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from clips import near
-from conftest import golden_root
-from safetensors.torch import load_file
-
-ROOT = golden_root() / "atpt"
-pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason="no golden vectors of A-TPT here")
 
 
-def test_kernels():
+def test_kernels(atpt_kernels):
     from fasttta.methods import reliability as r
     from fasttta.methods.mta import MTA
     from fasttta.models import rollout as m
 
-    k = load_file(ROOT / "kernels_f64.safetensors")
+    k = atpt_kernels
     tokens, grads = (
         [k[f"rollout.{what}_{layer}"] for layer in ("prev", "last")] for what in ("tokens", "grads")
     )
@@ -66,11 +60,11 @@ def test_kernels():
     near(scale * mode @ text.T, k["mta.final_logits"], 1e-9)
 
 
-def test_loss_and_optimiser_kernels():
+def test_loss_and_optimiser_kernels(atpt_kernels):
     from fasttta.methods import CTPT, RTPT
     from fasttta.methods.episodic import unit
 
-    k = load_file(ROOT / "kernels_f64.safetensors")
+    k = atpt_kernels
     text, image = (k[f"head.{name}_raw"].clone().requires_grad_() for name in ("text", "image"))
     logits = k["head.scale"] * unit(image) @ unit(text).T
     near(logits.detach(), k["head.logits"], 1e-9)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import golden_root
+from goldens import require
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,13 +17,10 @@ CASES = ("eft_init", "eft_warm", "adapter", "coop", "ivlp", "promptsrc", "align"
 # the official numbers are float32's: held to 5x what these differ from its own float64 run by
 FACTOR = 5
 
-pytestmark = pytest.mark.skipif(
-    not (golden_root() / "rada").is_dir(), reason="no vectors of RAda here"
-)
-
 
 def _load(case: str, dtype: torch.dtype):
-    path = golden_root() / "rada" / f"rada_{case}"
+    name = f"rada/rada_{case}"
+    path = require(f"{name}.safetensors", f"{name}.json") / name
     tensors = {
         name: x.to(dtype) if x.is_floating_point() else x
         for name, x in load_file(path.with_suffix(".safetensors")).items()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from fasttta.kernels import plan
 from kernels_here import DEVICE, KERNELS, among_nan, check, poisoned  # noqa: F401
-from safetensors.torch import load_file
 
 # one row, one column, one pixel, less and more than a tile on either axis
 SHAPES = [(3, 14, 14), (2, 1, 7), (2, 6, 1), (1, 1, 1), (2, 33, 20), (2, 17, 259)]
@@ -82,32 +79,26 @@ def test_same_bits_twice():
         assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@pytest.fixture(scope="module")
-def vectors(golden):
-    path = Path(golden.root).parent / "atpt" / "kernels_f64.safetensors"
-    if not path.exists():
-        pytest.skip("these golden vectors have no atpt folder")
-    return load_file(path)
-
-
 @pytest.mark.parametrize("case", ["0", "1", "2", "3", "4", "5", "ties"])
-def test_goldens(vectors, case):
-    x = vectors[f"tv.{case}.map"].to(DEVICE, torch.float32)
-    upstream = vectors.get(f"tv.{case}.cotangent", torch.ones(len(x))).to(DEVICE, torch.float32)
+def test_goldens(atpt_kernels, case):
+    x = atpt_kernels[f"tv.{case}.map"].to(DEVICE, torch.float32)
+    upstream = atpt_kernels.get(f"tv.{case}.cotangent", torch.ones(len(x))).to(
+        DEVICE, torch.float32
+    )
     tv, grad = KERNELS["total_variation"](x), KERNELS["total_variation_backward"](upstream, x)
     for found, name in ((tv, "tv"), (grad, "grad_map")):
-        expected = vectors[f"tv.{case}.{name}"].double()
+        expected = atpt_kernels[f"tv.{case}.{name}"].double()
         assert (found.cpu() - expected).abs().max() <= 4e-7 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("temperature", ["0.25", "1.0"])
-def test_ensemble_goldens(vectors, temperature):
+def test_ensemble_goldens(atpt_kernels, temperature):
     """Maps of one row whose total variation is the golden one."""
-    tv = vectors["ens.tv"].to(DEVICE, torch.float32)
+    tv = atpt_kernels["ens.tv"].to(DEVICE, torch.float32)
     maps = torch.stack((torch.zeros_like(tv), tv), dim=-1).unsqueeze(1)  # [N, 1, 2]
-    logits = vectors["ens.logits"].to(DEVICE, torch.float32)
+    logits = atpt_kernels["ens.logits"].to(DEVICE, torch.float32)
     probability, found, weights = KERNELS["reliability_ensemble"](maps, logits, float(temperature))
     assert torch.equal(found, tv)
     for x, name in ((probability, "probs"), (weights, "weights")):
-        expected = vectors[f"ens.temp{temperature}.{name}"]
+        expected = atpt_kernels[f"ens.temp{temperature}.{name}"]
         assert (x.cpu() - expected).abs().max() < 2e-6 * expected.abs().max(), name

@@ -7,16 +7,14 @@ import json
 import pytest
 import torch
 from cases import METHODS
-from conftest import golden_root
+from goldens import require
 
 import fasttta
 
-VECTORS = golden_root() / "brimpr" / "brimpr_continual_detector.json"
 
-
-@pytest.mark.skipif(not VECTORS.is_file(), reason="no vectors of the detector here")
 def test_official_sequence():
-    about, resets = json.loads(VECTORS.read_text()), []
+    name = "brimpr/brimpr_continual_detector.json"
+    about, resets = json.loads((require(name) / name).read_text()), []
     lengths = []
     detectors = {
         name: fasttta.ShiftDetector(about["window_size"], about["threshold"]) for name in "av"

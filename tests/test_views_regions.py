@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import golden_root
+from goldens import require
 from safetensors.torch import load_file
 
 from fasttta.views import Views, mix_views, region_map
@@ -23,10 +23,17 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def golden():
-    root = golden_root() / "atpt"
-    if not root.is_dir():
-        pytest.skip(f"no golden vectors at {root}")
-    return lambda name: load_file(root / f"{name}.safetensors")
+    """Loads a file of A-TPT's vectors."""
+
+    def load(name):
+        # the files of a tower are those of one run
+        parts = ("inputs", "expected_f32", "expected_f64")
+        tower = name.partition("_")[0]
+        run = [f"{tower}_{part}" for part in parts] if tower in ("vit", "rn") else [name]
+        place = require(*(f"atpt/{file}.safetensors" for file in run))
+        return load_file(place / "atpt" / f"{name}.safetensors")
+
+    return load
 
 
 @pytest.mark.parametrize("case", CASES)
