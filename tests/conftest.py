@@ -1,4 +1,4 @@
-"""Shared fixtures: golden vectors, the small official model, tolerances."""
+"""Shared fixtures: golden vectors, the small official model; how tests are spread over cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import goldens
 import pytest
 
 # threads that spin while they wait make tiny models ten times slower on a busy machine
@@ -20,24 +21,39 @@ ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the checkout on sys.path, and with it a top-level `kernels`
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# the workers of one run share the cores: a worker with as many threads as there are cores would
+# wait for the others at every operation
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, min(2, CORES // WORKERS)))
+
+MOST_WORKERS = 8  # each one needs a GiB
 
 
-def golden_root() -> Path:
-    """The fullest set of golden vectors there is."""
-    places = [ROOT / ".golden", ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden"]
-    if named := os.environ.get("FASTTTA_GOLDEN"):
-        if not Path(named, "abpem").is_dir():
-            raise FileNotFoundError(f"FASTTTA_GOLDEN={named!r} holds no abpem folder")
-        return Path(named)
-    return next(p for p in places if (p / "abpem").is_dir())
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Runs on a worker a core where no -n is given: not for a single file, which is done before the
+    workers have imported PyTorch, and not on a GPU, whose memory they would share."""
+    option = config.option
+    if getattr(option, "numprocesses", 0) is not None or hasattr(config, "workerinput"):
+        return  # asked for, without xdist, or a worker itself
+    paths = {Path(arg.partition("::")[0]).resolve() for arg in config.args}
+    few = len(paths) == 1 and not any(path.is_dir() for path in paths)
+    if not (few or option.usepdb or option.collectonly or torch.cuda.is_available()):
+        option.numprocesses = min(CORES, MOST_WORKERS) if CORES > 1 else 0
+        if option.dist == "no":
+            option.dist = "worksteal"
 
 
 class Golden:
     """The vectors of the audio-visual methods."""
 
+    FILES = ("abpem", "abpem_attn_only", "abpem_cache", "abpem_softbal", "inputs", "kernels",
+             "model", "read", "tent_eta_sar")  # fmt: skip
+
     def __init__(self) -> None:
-        self.root = golden_root() / "abpem"
+        files = [f"abpem/{name}.safetensors" for name in self.FILES]
+        self.root = goldens.require("abpem/golden.json", *files) / "abpem"
         self.json = json.loads((self.root / "golden.json").read_text())
         self.inputs = self.load("inputs")
         self.steps = sum(f"step{s}.audio" in self.inputs for s in range(3))
@@ -57,7 +73,8 @@ def golden() -> Golden:
 @pytest.fixture(scope="session")
 def atpt_kernels() -> dict[str, torch.Tensor]:
     """Float64 vectors of A-TPT's operations: total variation, ensemble, losses."""
-    return load_file(golden_root() / "atpt" / "kernels_f64.safetensors")
+    file = "atpt/kernels_f64.safetensors"
+    return load_file(goldens.require(file) / file)
 
 
 @pytest.fixture(scope="session")
