@@ -35,6 +35,7 @@ machine = _module("machine").machine
 _SECONDS = 4.0  # of one bench, both sides together, where its rounds are not given
 _SHORT = 0.5  # s, both sides together
 _SERIES = 3  # in which a result may reach the stored one
+ROUNDING = 16 * torch.finfo(torch.float32).eps  # differences that are never an error, in float32
 
 _ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 _STORED = pytest.StashKey[dict[str, dict[str, Any]]]()
@@ -63,6 +64,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="with --benchmark: also what takes minutes each on a CPU",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """One process, also where -n is set: benches on several would time each other."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.numprocesses = 0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -100,8 +108,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """Which benches --check-results had nothing to compare with."""
-    measured = {entry["id"] for entry in config.stash.get(_ENTRIES, [])}
+    """Each bench beside its reference, and which ones --check-results had nothing to compare with.
+
+    A bench whose outputs disagree with its reference's has failed and is no row of the table.
+    """
+    entries = config.stash.get(_ENTRIES, [])
+    if entries:
+        terminalreporter.write_sep("-", "against the reference, whose outputs agree")
+        rows = [entry | {"headline": True} for entry in entries]
+        terminalreporter.write_line(report.short({"machine": machine(), "benches": rows}))
+    measured = {entry["id"] for entry in entries}
     missing = sorted(measured - config.stash[_STORED].keys())
     if config.option.check_results and missing:
         terminalreporter.write_sep("-", "no stored result")
@@ -149,18 +165,23 @@ def _agreement(
     expected: tuple[Tensor, ...],
     exact: tuple[Tensor, ...] | None,
     tolerance: float | None,
+    rounding: float = ROUNDING,
+    noise: dict[int, float] | None = None,
 ) -> tuple[float, float]:
     """Errors of the outputs against ``exact``, else the reference; fails where they disagree.
 
     Without a tolerance the reference's own error in the same type is the measure: four times that,
-    or 16 units in the last place of float32.
+    and at least ``rounding``, as a reference may come close to the exact value by chance. ``noise``
+    keeps the largest such error of each output from one call to the next: a loss that drifts from
+    the exact one through several steps also crosses it.
     """
-    errors = []
+    errors, noise = [], {} if noise is None else noise
     truth = expected if exact is None else exact
     for i, (found, reference, wanted) in enumerate(zip(outputs, expected, truth, strict=True)):
         allowed = tolerance
         if allowed is None:
-            allowed = max(4 * difference(reference, wanted)[1], 16 * torch.finfo(torch.float32).eps)
+            noise[i] = max(noise.get(i, 0.0), difference(reference, wanted)[1])
+            allowed = max(4 * noise[i], rounding)
         errors.append(difference(found, wanted))
         apart = difference(found, reference)[1]
         assert errors[-1][1] <= allowed, f"output {i} is {errors[-1][1]:.1e} off, not {allowed:.1e}"
@@ -180,8 +201,9 @@ def measure(
         *,
         parts: Sequence[tuple[float, clock.Run]] = (),
         check: tuple[clock.Run, clock.Run] | None = None,
-        exact: tuple[Tensor, ...] | None = None,
+        exact: tuple[Tensor, ...] | clock.Run | None = None,
         tolerance: float | None = None,
+        rounding: float = ROUNDING,
         checks: int = 1,
         rounds: int | None = None,
         warmup: int = 1,
@@ -198,9 +220,11 @@ def measure(
             parts: in place of a reference that takes minutes: (how often it does something, that),
                 timed once each in turn; its time is their sum and its peak memory the largest.
             check: then ``run`` and the whole reference on something smaller, to be compared.
-            exact: float64 outputs, possibly of the first samples only.
+            exact: outputs in a better precision, possibly of the first samples only; or what
+                computes them, and then is called in turn with the two sides.
             tolerance: allowed difference, a share of the largest output; None: four times the
                 reference's own error.
+            rounding: without a tolerance the least difference that is allowed.
             checks: calls after each of which the outputs are compared.
             rounds: repeats of each side; None: as many as fit into some seconds, 5 to 200.
             queued: see ``clock.DeviceClock``.
@@ -214,10 +238,12 @@ def measure(
         if threads is not None:
             torch.set_num_threads(threads)
         checked, whole = check or (run, reference)
+        noise: dict[int, float] = {}
         for _ in range(checks):
             outputs = checked()
             expected = outputs if whole is None else whole()
-            errors = _agreement(outputs, expected, exact, tolerance)
+            truth = exact() if callable(exact) else exact
+            errors = _agreement(outputs, expected, truth, tolerance, rounding, noise)
         if not full:
             benchmark.pedantic(lambda: None)  # the checks were the smoke test
             return
@@ -310,7 +336,7 @@ def measure(
             "min_ratio": round(min(turns) / best, 3),
             "max_abs_error": errors[0],
             "relative_error": errors[1],
-            "against": "reference" if exact is None else "float64",
+            "against": "reference" if exact is None else str(truth[0].dtype)[6:],
             "peak_bytes": peak,
             "reference_peak_bytes": reference_peak,
             "launches": launches,

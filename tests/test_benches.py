@@ -134,6 +134,7 @@ def test_a_fall_of_a_tenth_is_noticed(report, clock, us, reference_us, falls):
     assert ("bench_attention[mean-8] has fallen to 89 %" in found) if falls else found is None
 
 
+@pytest.mark.slow
 def test_results_are_checked_on_request(report, tmp_path):
     """Against a file that claims the impossible of one bench, and nothing of another."""
     shutil.copytree(BENCHES, tmp_path / "benches", ignore=shutil.ignore_patterns("results"))
@@ -218,6 +219,7 @@ def test_pages_show_the_committed_results(report, page):
     assert report.main(["--check", str(ROOT / page)]) == 0
 
 
+@pytest.mark.slow
 def test_ceilings_are_plausible():
     """A copy and a product of this machine: more than a bicycle, less than a data centre."""
     ceiling, cpu = load("ceiling"), torch.device("cpu")
@@ -230,22 +232,71 @@ def test_ceilings_are_plausible():
     assert ceiling.bound_seconds(10**9, 1, cpu, torch.float32, 1) == memory
 
 
-def test_ids_of_the_benches():
-    """Unique over all files, because a results file knows a bench by its id; a CPU's results are of
-    benches that there are."""
-    command = [sys.executable, "-P", "-m", "pytest", "benches", "--collect-only", "-q",
-               "--benchmark", "--compile", "--long", "-p", "no:cacheprovider"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ids = Counter(line.split("::", 1)[1] for line in done.stdout.splitlines() if "::" in line)
-    assert len(ids) > 10, done.stdout
+class Collected:
+    """What a run of pytest has collected: ids of benches, those left out by the options too."""
+
+    def __init__(self, *options: str) -> None:
+        self.ids: list[str] = []
+        self.deselected: list[str] = []
+        command = ["benches", "--collect-only", "-qq", "-s", "--benchmark", "-m", "",
+                   "-p", "no:cacheprovider", "-p", "no:xdist"]  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.delenv("PYTEST_XDIST_WORKER", raising=False)
+            assert pytest.main([*command, *options], plugins=[self]) == pytest.ExitCode.OK
+
+    def pytest_deselected(self, items) -> None:
+        self.deselected += [item.name for item in items]
+
+    def pytest_collection_finish(self, session) -> None:
+        self.ids += [item.name for item in session.items]
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """In this process, as a new one takes seconds to import PyTorch and every bench."""
+    setting = torch.backends.cudnn.conv.fp32_precision
+    yield Collected("--compile")
+    torch.backends.cudnn.conv.fp32_precision = setting
+
+
+def test_ids_of_the_benches(collected):
+    """Unique over all files, because a results file knows a bench by its id."""
+    ids = Counter(collected.ids + collected.deselected)
+    assert len(ids) > 10
     assert set(ids.values()) == {1}, ids.most_common(3)
-    if not torch.cuda.is_available():  # a GPU has other settings
-        fewer = [x for x in command if x != "--long"]
-        short = subprocess.run(fewer, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert "bench_step[" in short
-        assert "bench_brimpr[" in done.stdout
-        assert "bench_brimpr[" not in short
-        for path in (BENCHES / "results").glob("cpu-*.json"):
-            stored = {entry["id"] for entry in json.loads(path.read_text())["benches"]}
-            assert stored <= ids.keys(), sorted(stored - ids.keys())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has other settings")
+def test_long_benches_are_left_out_on_a_cpu(collected):
+    kept, left_out = (
+        {name.partition("[")[0] for name in names}
+        for names in (collected.ids, collected.deselected)
+    )
+    assert "bench_step" in kept
+    assert "bench_brimpr" in left_out - kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has other settings")
+def test_committed_results_are_of_benches_that_there_are(collected):
+    """On every processor: one without products in bf16 skips these benches but collects them."""
+    ids, files = set(collected.ids + collected.deselected), 0
+    assert {"bench_step[latency-bf16-eager]", "bench_step[latency-fp32-eager]"} <= ids
+    for path in (BENCHES / "results").glob("cpu-*.json"):
+        stored = {entry["id"] for entry in json.loads(path.read_text())["benches"]}
+        assert stored <= ids, sorted(stored - ids)
+        files += 1
+    assert files
+
+
+def test_noise_of_earlier_steps_counts():
+    """A reference that crosses the exact value is not exact, and its earlier error is its noise."""
+    agreement, noise = load("conftest")._agreement, {}
+    exact = torch.ones(1)
+    agreement((exact * 1.01,), (exact * 1.01,), (exact,), None, 1e-3, noise)
+    agreement((exact * 1.02,), (exact,), (exact,), None, 1e-3, noise)
+    for wrong in (exact * 1.05, exact * 0.9):
+        with pytest.raises(AssertionError, match="off"):
+            agreement((wrong,), (exact,), (exact,), None, 1e-3, noise)
+    with pytest.raises(AssertionError, match="off"):
+        agreement((exact * 1.02,), (exact,), (exact,), None, 1e-3)
