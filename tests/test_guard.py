@@ -68,10 +68,14 @@ def test_what_is_watched_can_be_named(tiny_model, tiny_batch):
         names = (watch,) if isinstance(watch, str) else watch
         assert tuple(adapted._state.current.guard) == names
         assert not guard.values  # its settings are used, not itself
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "source"])
+def test_a_step_that_reports_nothing_of_the_name_is_undone(tiny_model, tiny_batch, name):
     guard = fasttta.ShiftDetector(watch="gap")
-    adapted = fasttta.adapt(tiny_model(), "abpem", guard=guard, **options)
+    adapted = fasttta.adapt(tiny_model(), name, guard=guard, **METHODS[name])
     before = snapshot(adapted)
-    with pytest.raises(ValueError, match="watch='gap' is nothing .* it reports entropy, "):
+    with pytest.raises(ValueError, match="watch='gap' is nothing .* it reports "):
         adapted.step(*tiny_batch())
     assert differing(before, adapted) == []
 

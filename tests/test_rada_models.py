@@ -13,6 +13,7 @@ from test_rada import some_head
 
 import fasttta
 from fasttta import inspection
+from fasttta.engine.step import Step
 from fasttta.models import RationalCAVMAE, RationalCLIP
 
 OPTIONS = {"heads": 3, "views": 6, "select": 0.5, "lr": 1e-2}
@@ -149,6 +150,38 @@ def test_converted_clips(tmp_path):
 
     with pytest.raises(ValueError, match="is something in its forward patched"):
         adapt(Patched()).step(images(1))
+
+
+@pytest.mark.parametrize("where", ["image", "step"])
+def test_a_refused_image_undoes_those_before_it(clip, monkeypatch, where):
+    """An episode's state is that of the image stepped last; so these are three different ones."""
+    adapted, twin = trained(adapt(clip)), trained(adapt(clip))
+    for each in (adapted, twin):
+        each.step(images(1, seed=1))
+    before = snapshot(adapted)
+    other = images(2, seed=2)
+    stepped = adapt(clip)
+    trained(stepped).step(other[:1])
+    assert {name.split(".")[0] for name in differing(before, stepped)} >= {"tuned", "adam"}
+    if where == "image":
+        with pytest.raises(ValueError, match="image 1: "):
+            adapted.step([other[0], 9 * other[1]])
+    else:
+        run, calls = Step.__call__, []
+
+        def dies(self, *inputs, **options):
+            calls.append(inputs)
+            if len(calls) == 2:
+                assert differing(before, adapted) != []
+                raise KeyboardInterrupt
+            return run(self, *inputs, **options)
+
+        monkeypatch.setattr(Step, "__call__", dies)
+        with pytest.raises(KeyboardInterrupt):
+            adapted.step(other)
+        monkeypatch.undo()
+    assert differing(before, adapted) == []
+    assert same(adapted.step(other), twin.step(other))
 
 
 def test_bad_images(clip):

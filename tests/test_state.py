@@ -11,8 +11,8 @@ from cases import METHODS, differing, same, snapshot, state_equal
 from safetensors.torch import load_file
 
 import fasttta
-from fasttta import methods
 from fasttta.engine.ahead import Ahead
+from fasttta.engine.step import Step
 
 
 def test_reset_is_bitwise(tiny_model, tiny_batch, method):
@@ -230,22 +230,40 @@ def test_moving_is_refused(tiny_model):
     assert "tuned=468 values" in repr(adapted)
 
 
-@pytest.mark.parametrize("method", ["read", "abpem"])
-def test_failure_after_the_update_rolls_back(tiny_model, tiny_batch, monkeypatch, method):
-    """A step whose second forward dies leaves the state as it was."""
-    adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
-    adapted(*tiny_batch())
-    before = snapshot(adapted)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "source"])
+@pytest.mark.parametrize(
+    ("place", "error"), [("forward", RuntimeError), ("forward", KeyboardInterrupt),
+                         ("result", KeyboardInterrupt)],
+)  # fmt: skip
+def test_failure_after_the_update_rolls_back(
+    tiny_model, tiny_batch, monkeypatch, method, place, error
+):
+    """A step whose second forward dies, or what makes its result, leaves the state as it was."""
+    options = {**METHODS[method], "score_at": "after"}
+    if method == "eata":  # else it finds no sample that counts
+        options |= {"e_margin": 5.0, "d_margin": 2.0}
+    adapted = fasttta.adapt(tiny_model(), method, **options)
+    twin = fasttta.adapt(tiny_model(), method, **options)
+    for each in (adapted, twin):
+        each.step(*tiny_batch())
+    before, changed = snapshot(adapted), []
 
     def dies(self, *_):
-        raise RuntimeError("out of memory")
+        changed.extend(differing(before, adapted))
+        raise error("out of memory")
 
-    monkeypatch.setattr(methods.READ, "logits", dies)
-    monkeypatch.setattr(Ahead, "predict", dies)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    if place == "forward":
+        monkeypatch.setattr(Step, "_logits", dies)
+        monkeypatch.setattr(Ahead, "predict", dies)
+    else:
+        monkeypatch.setattr(Step, "_result", dies)
+    with pytest.raises(error, match="out of memory"):
         adapted.step(*tiny_batch(seed=2))
     monkeypatch.undo()
+    for part in ("tuned.", "adam.exp_avg.", "adam.exp_avg_sq.", "adam.step."):
+        assert any(name.startswith(part) for name in changed), part
     assert differing(before, adapted) == []
+    assert same(adapted.step(*tiny_batch(seed=3)), twin.step(*tiny_batch(seed=3)))
 
 
 def test_deepcopy_is_independent(tiny_model, tiny_batch):
