@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import sys
 from typing import TYPE_CHECKING
 
 # what type checkers and editors read; at run time each name is imported on its first use
@@ -54,6 +57,32 @@ _HOMES = {
     "collect_fisher": "collect",
 }
 _MODULES = ("data", "evaluate", "functional", "methods", "models")
+
+
+def _find_in_checkout(room: str) -> None:
+    """Makes ``fasttta.<room>`` importable from a checkout that is on the path but not installed:
+    there the room lies beside this folder, and an installation would put it inside."""
+    name = f"{__name__}.{room}"
+    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folder = os.path.join(checkout, room)
+    ours = all(
+        os.path.exists(os.path.join(checkout, *parts))
+        for parts in (("pyproject.toml",), ("kernels", "plan.py"), ("csrc", "__init__.py"))
+    )
+    if not ours or importlib.util.find_spec(name) is not None:
+        return
+    spec = importlib.util.spec_from_file_location(
+        name, os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+    )
+    assert spec is not None  # the name ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = globals()[room] = module
+    spec.loader.exec_module(module)
+
+
+for _room in ("kernels", "csrc"):
+    _find_in_checkout(_room)
 
 # a type checker that saw this function would accept every name
 if not TYPE_CHECKING:

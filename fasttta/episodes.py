@@ -64,6 +64,7 @@ def made_views(
         )
     except (ValueError, TypeError) as error:
         raise type(error)(f"image {index}: {error}") from error
+    assert isinstance(views, Views)  # of one image
     return _cast(views, dtype)
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from .engine.state import structural_copy
 from .models import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalHead
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")
+Tuned = TypeVar("Tuned", bound=RationalHead | FeatureClassifier)
 WARM_UP = 1e-5  # learning rate of the first epoch, whatever ``lr`` is
 
 
@@ -72,13 +73,13 @@ class FineTuning:
         weight_decay: float = 5e-4,
         epochs: int = 5,
     ) -> None:
-        for name, value, known in (
+        for name, choice, known in (
             ("optimizer", optimizer, _OPTIMIZERS), ("penalty", penalty, _PENALTIES),
             ("objective", objective, _OBJECTIVES),
         ):  # fmt: skip
-            if value not in known:
+            if choice not in known:
                 raise ValueError(
-                    f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}"
+                    f"{name}={choice!r} is unknown; known: {', '.join(map(repr, known))}"
                 )
         for name, value, least in (
             ("alpha", alpha, 0), ("lr", lr, 0), ("weight_decay", weight_decay, 0),
@@ -156,7 +157,7 @@ class FineTuning:
 
 
 def finetune(
-    model: RationalHead | FeatureClassifier,
+    model: Tuned,
     features: Tensor | tuple[Tensor, ...],
     labels: Tensor,
     text: Tensor | None = None,
@@ -169,7 +170,7 @@ def finetune(
     epochs: int = 5,
     seed: int = 0,
     **options: Any,
-) -> RationalHead | FeatureClassifier:
+) -> Tuned:
     """A fine-tuned copy of a head, or of a model with one.
 
     Args:
@@ -206,16 +207,20 @@ def finetune(
     if not isinstance(labels, Tensor) or labels.shape != inputs[0].shape[:1]:
         raise ValueError(f"labels must be a tensor [{len(inputs[0])}]")
     with torch.inference_mode(False):
-        if not whole:
+        tuned: RationalHead | FeatureClassifier
+        words: Callable[[], Tensor] | None = None
+        if not isinstance(model, FeatureClassifier):
+            assert text is not None  # _check_model
             tuned = copy.deepcopy(model).requires_grad_(True)
             scale = 100.0 if scale is None else scale
             tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
         else:
-            tuned = structural_copy(model, _own(encoders))
+            tuned = cast(FeatureClassifier, structural_copy(model, _own(encoders)))
             with torch.no_grad():
                 inputs = inputs if encoders else (_encoded(tuned, inputs, batch),)
-            also, words = _encoder_parameters(tuned, classes) if encoders else [], None
+            also = _encoder_parameters(tuned, classes) if encoders else []
             if classes is not None:
+                assert isinstance(tuned, RationalCLIP)  # _check_model
                 prompts = tuned.model.prompts(classes)
                 words = lambda: prompts.features()[0]  # noqa: E731
             for parameter in (*tuned.head.parameters(), *also):
@@ -232,12 +237,13 @@ def finetune(
                 index = index.to(labels.device)
                 tuning.step(index if whole and encoders else inputs[0][index], labels[index])
             tuning.end_epoch()
-        if whole and classes is not None:
+        if words is not None:
+            assert isinstance(tuned, RationalCLIP)
             with torch.no_grad():
                 text = words()
                 tuned.text = (text / text.norm(dim=-1, keepdim=True)).to(tuned.text.dtype)
                 tuned.model.class_features = tuned.text.clone()
-    return tuned.requires_grad_(False) if whole else tuned
+    return cast(Tuned, tuned.requires_grad_(False) if whole else tuned)
 
 
 def _check_model(model, inputs, text, scale, encoders, classes) -> bool:

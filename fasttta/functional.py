@@ -94,8 +94,8 @@ def gaussian_kl(
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating point tensor, found {found}")
-    found = tuple(map(reference.wide, (mean_p, std_p, mean_q, std_q)))
-    return call("gaussian_kl", backend, *found)
+    moments = map(reference.wide, (mean_p, std_p, mean_q, std_q))
+    return call("gaussian_kl", backend, *moments)
 
 
 @overload
@@ -156,7 +156,7 @@ def attention_bootstrap(
     """
     spans, scale, per_head = checks.scores(q, k, spans, scale, heads)
     checks.one_of("pair", pair, checks.PAIRS)
-    anchors = ()
+    anchors: tuple[Tensor, ...] = ()
     if anchor is not None:
         shape = (q.shape[1], len(spans)) if per_head else (len(spans),)
         for name, x in zip(("mean", "std"), anchor, strict=True):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import defect, read_file, regular_file
 
@@ -26,8 +26,13 @@ class FusionModel(Protocol):
     """A model of several modalities that is cut into ``encode`` (frozen for some methods) and
     ``fuse``, whose attention runs over all modalities' tokens."""
 
-    num_classes: int | None  #: None: not known before the first batch
-    num_heads: int
+    @property
+    def num_classes(self) -> int | None:
+        """None: not known before the first batch."""
+
+    @property
+    def num_heads(self) -> int:
+        """Of the fusion's attention."""
 
     @property
     def spans(self) -> tuple[int, ...]:
@@ -37,10 +42,10 @@ class FusionModel(Protocol):
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, for messages."""
 
-    def check_inputs(self, *inputs: Tensor) -> None:
+    def check_inputs(self, *inputs: Any, **named: Any) -> None:
         """Raises ValueError or TypeError, naming the input, if a batch cannot be used."""
 
-    def encode(self, *inputs: Tensor) -> Tensor:
+    def encode(self, *inputs: Any, **named: Any) -> Tensor:
         """Inputs -> tokens [B, T, D] (or whatever else, batch first, ``fuse`` needs)."""
 
     def fuse(self, tokens: Tensor) -> Tensor:
@@ -55,6 +60,12 @@ class FusionModel(Protocol):
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in the weights' own), converting frozen weights."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As of every ``nn.Module``."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As of every ``nn.Module``."""
 
 
 @runtime_checkable

@@ -53,7 +53,7 @@ def contrast(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
 
 def fog(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Covers each image with fog of four octaves: (x + w fog) / (1 + w), w = 0.3 severity."""
-    layers = 0.0
+    layers = x.new_zeros(())
     for octave in (2, 4, 8, 16):
         cells = torch.rand(len(x), 1, octave, octave, generator=generator)
         layers = layers + F.interpolate(cells, size=32, mode="bilinear") * (2 / octave)
@@ -160,8 +160,8 @@ def hum(power: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     harmonic = torch.arange(1, 41)
     strength = torch.empty(n, 40).exponential_(generator=generator) / harmonic**2
     is_60 = torch.rand(n, 1, generator=generator) < 0.5
-    profiles = (strength @ _mel_response(mains * harmonic).T for mains in (60, 50))
-    noise = torch.where(is_60, *profiles)  # [n, 32]
+    of_60, of_50 = (strength @ _mel_response(mains * harmonic).T for mains in (60, 50))
+    noise = torch.where(is_60, of_60, of_50)  # [n, 32]
     return _add(power, noise[:, None].expand_as(power), 35 - 4 * severity)
 
 

@@ -31,7 +31,12 @@ def draw(charts: Sequence[Chart], title: str, legend: Sequence[tuple[str, int]])
     cells = figure.add_gridspec(down, across)
     for i, chart in enumerate(charts):
         cell = cells[i // across, i % across]
-        {Lines: _lines, Dots: _dots, Heat: _heat}[type(chart)](figure, cell, chart)
+        if isinstance(chart, Lines):
+            _lines(figure, cell, chart)
+        elif isinstance(chart, Dots):
+            _dots(figure, cell, chart)
+        else:
+            _heat(figure, cell, chart)
     if legend:
         handles = [
             Line2D([], [], color=_colour(style), marker=_marker(style), label=name)

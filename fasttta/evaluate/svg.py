@@ -20,7 +20,9 @@ Scale = Callable[[float], float]
 
 def draw(chart: Chart) -> str:
     """One <svg> element."""
-    return {Lines: _lines, Dots: _dots, Heat: _heat}[type(chart)](chart)
+    if isinstance(chart, Lines):
+        return _lines(chart)
+    return _dots(chart) if isinstance(chart, Dots) else _heat(chart)
 
 
 def marker(x: float, y: float, style: int, title: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Objective:
     n_used: Tensor | int  # samples that entered the loss
     stats: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)  # method state once the step succeeds
-    trace: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
+    trace: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
     apply: Tensor | float = 1.0  # 0: the method leaves this update out
     recover: Tensor | None = None  # 0-d bool, true: back to the start after this update
     passes: int = 1  # of the fusion, the last of which holds the current batch
@@ -88,7 +88,12 @@ class Method:
     frozen_encoder: ClassVar[bool]
 
     steps: int = 1
-    score_at: str = "before"
+    score_at: str | None = "before"
+
+    if TYPE_CHECKING:  # a field of every subclass, which places it
+
+        @property
+        def lr(self) -> float | None: ...
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         """Refuses a method with a missing part when its class is made; ``class Base(Method,
@@ -108,7 +113,7 @@ class Method:
             require_number("lr", self.lr, positive=self.group is not None, most=_RATE)
 
     @classmethod
-    def preset(cls, name: str) -> Method:
+    def preset(cls, name: str) -> Self:
         """The method with published settings; the class docstring gives their source."""
         if name not in cls.PRESETS:
             known = ", ".join(map(repr, cls.PRESETS)) or "none"
@@ -216,6 +221,7 @@ class Method:
         """Adam (0.9, 0.999), no weight decay: what all published runs of this benchmark use."""
         parameters = list(parameters)
         cuda = parameters[0].is_cuda
+        assert self.lr is not None  # settled by ``fitted``
         return torch.optim.Adam(parameters, lr=self.lr, fused=True, capturable=cuda)
 
     def features(self, model: FusionModel, inputs: tuple[Tensor, ...]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -129,7 +129,8 @@ class BriMPR(Method):
             )
         return self  # fresh ones hold nothing that drawing others would lose
 
-    def extend(self, model: Promptable, seed: int) -> FusionModel:
+    def extend(self, model: FusionModel, seed: int) -> FusionModel:
+        assert isinstance(model, Promptable)  # check_model
         # another sequence than the one that masks are drawn from
         generator = torch.Generator().manual_seed((seed + 0x5EED) % 2**63)
         weight = next(model.parameters())
@@ -148,6 +149,7 @@ class BriMPR(Method):
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         self.check_model(model)
+        assert isinstance(model, Promptable)
         source_stats = resources.get("source_stats")
         if source_stats is None:
             raise ValueError(
@@ -240,14 +242,15 @@ class BriMPR(Method):
         joint = moved("joint", streams.joint.unsqueeze(1))
         temperature = 1 + self.teacher_scale / (1 + torch.exp(self.teacher_offset - joint))
         target, terms, masked = realignment.teacher(streams.logits, temperature), [], []
+
+        def recombined(share: Tensor) -> Callable[[Tensor, slice], Tensor]:
+            return lambda logits, rows: realignment.recombination(
+                target, logits, share, weight, rows
+            )
+
         with torch.set_grad_enabled(grad and self.recombination_weight != 0):
             for i, share in enumerate(realignment.shares(distances)):
-                term, logits = streams.masked(
-                    i,
-                    lambda found, rows, share=share: realignment.recombination(
-                        target, found, share, weight, rows
-                    ),
-                )
+                term, logits = streams.masked(i, recombined(share))
                 terms.append(term)
                 masked.append(logits)
         with torch.set_grad_enabled(grad and self.contrast_weight != 0):

@@ -82,7 +82,7 @@ class EATA(Method):
                 f"fisher is of another model: {', '.join(odd[:3])} in one of them only; make it "
                 "with fasttta.collect_fisher(model, loader)"
             )
-        constants = {}
+        constants: dict[str, Tensor] = {}
         for name, weights in fisher.items():
             value = model.get_parameter(tuned[name].parameter).detach()
             if weights.shape != value.shape:

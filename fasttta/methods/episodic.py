@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,13 @@ class Episodic(Method, abstract=True):
     group: ClassVar[str | None] = None
 
     score_at: str = field(default="after", kw_only=True)
+
+    if TYPE_CHECKING:  # fields of every subclass, which places them
+
+        @property
+        def prompt(self) -> str: ...
+        @property
+        def prompt_length(self) -> int | None: ...
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(abstract=abstract, **kwargs)

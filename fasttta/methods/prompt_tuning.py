@@ -131,7 +131,8 @@ class PromptTuning(Episodic, abstract=True):
             weights = self.loss_weights(stats, selected)
             prompt = torch.nn.Parameter(prompts.initial.repeat(b, 1, 1))
         optimizer = self.optimizer([prompt])
-        first, used = None, torch.ones(b, dtype=torch.bool, device=before.device)
+        first: dict[str, Tensor] = {}
+        used = torch.ones(b, dtype=torch.bool, device=before.device)
         for step in range(self.steps):
             at = start if step == 0 else prompts.linearise(prompt.detach())
             with torch.enable_grad():
@@ -145,7 +146,7 @@ class PromptTuning(Episodic, abstract=True):
                 prompt.grad, kept = grad, prompt.detach().clone()
                 optimizer.step()
                 prompt.copy_(torch.where(finite[:, None, None], prompt, kept))
-                if first is None:
+                if step == 0:
                     first, used = losses, finite
                     grads = grad
         with torch.no_grad():

@@ -100,7 +100,8 @@ class RAda(Method):
                 self.prompt, "words such as \"a photo of a\"")  # fmt: skip
 
     def fitted(self, model: Any) -> Method:
-        own = {"loss": self.loss or ("entropy" if getattr(model, "spans", ()) else "views")}
+        of_streams = "entropy" if getattr(model, "spans", ()) else "views"
+        own: dict[str, Any] = {"loss": self.loss or of_streams}
         head = getattr(model, "head", None)
         for name in ("heads", "temperature", "scale_multiplier"):
             if not hasattr(head, name):
@@ -142,6 +143,7 @@ class RAda(Method):
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         parameters = list(parameters)
+        assert self.lr is not None  # settled by ``fitted``
         return torch.optim.AdamW(
             parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True,
             capturable=parameters[0].is_cuda,
@@ -155,7 +157,8 @@ class RAda(Method):
         if self.episodic:
             return self._views(model, features, state, weight)
         logits = model.fuse(features)
-        entropy, used = F.entropy(logits), len(logits) if weight is None else weight.sum()
+        entropy = F.entropy(logits)
+        used: Tensor | int = len(logits) if weight is None else weight.sum()
         if weight is not None:
             entropy = torch.where(weight > 0, entropy, 0)
         entropy = entropy.sum() / used
@@ -165,7 +168,6 @@ class RAda(Method):
         self, model: Any, views: Tensor, state: Mapping[str, Tensor], weight: Tensor | None
     ) -> Objective:
         """Views [V, D] of one image. Those chosen by the first step stay chosen in later ones."""
-        count = len(views) if weight is None else weight.sum()
         most = max(1, int(self.select * len(views)))
         with torch.no_grad():
             if "selected" in state:
@@ -179,9 +181,8 @@ class RAda(Method):
         logits = model.fuse(views.index_select(0, chosen))
         log_p = logits.log_softmax(dim=-1)
         if weight is not None:  # fewer views than places: fewer are chosen
-            present = torch.arange(most, device=views.device) < (self.select * count).floor().clamp(
-                min=1
-            )
+            places = (self.select * weight.sum()).floor().clamp(min=1)
+            present = torch.arange(most, device=views.device) < places
             log_p = torch.where(present.unsqueeze(1), log_p, -torch.inf)
             number = present.sum()
         else:

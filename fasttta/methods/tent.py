@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from .. import functional as F
 from .base import Method, Objective, sample_weight
@@ -35,7 +36,8 @@ class Tent(Method):
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = self.logits(model, features)
-        weight, entropy, used = sample_weight(valid), F.entropy(logits), logits.shape[0]
+        weight, entropy = sample_weight(valid), F.entropy(logits)
+        used: Tensor | int = len(logits)
         if weight is not None:
             used = weight.sum()
             entropy = torch.where(weight > 0, entropy * weight, 0)

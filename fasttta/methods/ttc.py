@@ -74,8 +74,7 @@ class TTC(Episodic):
         noise = resources.get("noise")
         if noise is None:
             generator = torch.Generator().manual_seed(resources.get("seed", 0))
-            kind = {"dtype": torch.float64, "device": "cpu"}
-            row = torch.rand(x.shape[1:], generator=generator, **kind)
+            row = torch.rand(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
             return (self.eps * (2 * row - 1)).to(x).expand_as(x)
         if isinstance(noise, Tensor):
             noise = dense("noise", noise).detach()
@@ -95,13 +94,14 @@ class TTC(Episodic):
         delta = first = (x + noise).clamp(0, 1) - x
         steps = torch.arange(self.steps + 1, dtype=torch.float64, device=x.device)
         weights = (self.beta * steps).softmax(0)
-        total, stability = weights[0].to(x) * first, None
+        total = weights[0].to(x) * first
+        stability = clean.new_zeros(len(clean))
         for k in range(self.steps):
             with torch.enable_grad():
                 leaf = delta.detach().requires_grad_()
                 moved = model.encode_image(x + leaf) - clean
                 (grad,) = torch.autograd.grad(moved.square().sum(), leaf)
-            if stability is None:
+            if k == 0:
                 stability = moved.detach().norm(dim=1) / clean.norm(dim=1)
             step = (delta + self.lr * grad.sign()).clamp(-self.eps, self.eps)
             delta = (x + step).clamp(0, 1) - x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class CLIP(nn.Module):
         if activation not in ACTIVATIONS:
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"activation={activation!r} is unknown; known: {known}")
+        self.visual: ModifiedResNet | VisionTransformer
         if "layers" in vision:
             self.visual = ModifiedResNet(**vision, embed_dim=embed_dim)
         else:
@@ -69,7 +70,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.mean, self.std = tuple(mean), tuple(std)
         self.class_features: Tensor | None = None  # [C, E], normalised
-        self.find_end = None  # ids [C, L] -> end positions [C]; None: that of the largest id
+        # ids [C, L] -> end positions [C]; None: that of the largest id
+        self.find_end: Callable[[Tensor], Tensor] | None = None
 
     # ------------------------------------------------------------------ loading
 
@@ -175,7 +177,7 @@ class CLIP(nn.Module):
     def _pieces(self, function, pixels: Tensor, *rows: Tensor):
         """A function of views, a piece at a time where no graph is kept."""
         size = _VIEWS["cuda" if pixels.is_cuda else "cpu"]
-        if self.map_kind == "rollout":
+        if isinstance(self.visual, VisionTransformer):
             size = max(size, _VALUES // self.visual.positional_embedding.numel())
         if len(pixels) <= size or (torch.is_grad_enabled() and pixels.requires_grad):
             return function(pixels, *rows)
@@ -252,29 +254,31 @@ class CLIP(nn.Module):
         """
         from .rational_models import RationalCLIP, fresh_head
 
-        self._check_classes()
-        text = self.class_features
+        text = self._classes()
         return RationalCLIP(self, fresh_head(text.shape[1], text, **options))
 
-    def _check_classes(self) -> None:
+    def _classes(self) -> Tensor:
         if self.class_features is None:
             raise ValueError(
                 "no classes are set: call model.set_classes(ids) first, or fasttta.adapt(model, "
                 "classes=...)"
             )
+        return self.class_features
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [N, C] of images [N, 3, R, R] in [0, 1], over the classes set."""
-        self._check_classes()
+        text = self._classes()
         features = self.encode_image(pixels)
         features = features / features.norm(dim=-1, keepdim=True)
-        return self.logit_scale.exp() * features @ self.class_features.to(features).T
+        return self.logit_scale.exp() * features @ text.to(features).T
 
     # ------------------------------------------------------------------ for methods
 
     def check_maps(self) -> None:
         """Raises ValueError where the image tower has no attention maps: it is too short."""
-        blocks = 2 if self.map_kind == "grad-cam" else len(self.visual.transformer.resblocks)
+        if isinstance(self.visual, ModifiedResNet):
+            return
+        blocks = len(self.visual.transformer.blocks)
         if blocks < 2:
             raise ValueError(
                 f"attention refinement needs an image tower of at least two blocks, found {blocks}"

@@ -4,6 +4,7 @@ last two blocks only (vision transformers), or Grad-CAM (ResNets)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,11 @@ class AttentionMaps:
 
     @classmethod
     def cat(cls, parts: list[AttentionMaps]) -> AttentionMaps:
-        columns = ([getattr(part, f.name) for part in parts] for f in fields(cls))
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+        def joined(name: str) -> Any:
+            column = [getattr(part, name) for part in parts]
+            return None if column[0] is None else torch.cat(column)
+
+        return cls(**{f.name: joined(f.name) for f in fields(cls)})
 
 
 def top_score(features: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,7 @@ def _attend(block: Block, n: Tensor) -> tuple[Tensor, Tensor]:
 def _refined(
     visual: VisionTransformer, x: Tensor, text: Tensor, scale: Tensor, rollout: str
 ) -> AttentionMaps:
-    *early, previous, last = visual.transformer.resblocks
+    *early, previous, last = visual.transformer.blocks
     with torch.no_grad():
         x = visual.embed(x)
         for block in early:
@@ -140,7 +144,7 @@ def _gradient_rollout(
 ) -> AttentionMaps:
     with torch.enable_grad():
         x, probabilities = visual.embed(x).detach().requires_grad_(), []
-        for block in visual.transformer.resblocks:
+        for block in visual.transformer.blocks:
             out, p = _attend(block, block.ln_1(x))
             probabilities.append(p)
             x = x + out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -81,3 +82,8 @@ class Transformer(nn.Module):
     def __init__(self, dim: int, depth: int, heads: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(Block(dim, heads, hidden, activation) for _ in range(depth))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """``resblocks``, with their type."""
+        return cast("list[Block]", list(self.resblocks))

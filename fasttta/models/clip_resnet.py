@@ -33,7 +33,8 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = Conv(channels, planes, 1), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = Conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = Conv(planes, planes * 4, 1), nn.BatchNorm2d(planes * 4)
-        self.stride, self.downsample = stride, None
+        self.stride = stride
+        self.downsample: nn.Sequential | None = None
         if stride > 1 or channels != planes * 4:
             conv, norm = Conv(channels, planes * 4, 1), nn.BatchNorm2d(planes * 4)
             self.downsample = nn.Sequential()
@@ -81,6 +82,11 @@ class ModifiedResNet(nn.Module):
         layers: bottlenecks of each of the four stages.
         embed_dim: E, of the joint space.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self, resolution: int, width: int, layers: Sequence[int], heads: int, embed_dim: int

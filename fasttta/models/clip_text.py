@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..ops import native
 from ..ops.autograd import causal_with_prefix, shared_prefix_attention
 from ..ops.prefix import Layout
 from ..ops.prefix import layout as layout_of
+from .clip_layers import Block, Transformer
 
 # Tokens in one pass. CPU: at 1000 classes (2 cores, width 512) a tenth faster than 512, as fast as
 # 2048, and 243 MiB beyond the weights at its peak; GPU: one pass up to ImageNet's size.
@@ -32,6 +33,16 @@ class Linearised(NamedTuple):
 
     features: Tensor  # [B, C, E], not normalised
     pullback: Callable[[Tensor], Tensor]
+
+
+class TextTower(Protocol):
+    """What ``Prompts`` asks of a model."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: Transformer
+    ln_final: nn.LayerNorm
+    text_projection: nn.Parameter
 
 
 @dataclass
@@ -55,20 +66,20 @@ class Prompts:
     """Class prompts [SOT, prompt, rest, class, ..., EOT] as a function of the prompt's embeddings.
 
     Args:
-        model: has ``token_embedding``, ``positional_embedding``, ``transformer``, ``ln_final``,
-            ``text_projection``.
+        model: a CLIP, or what else has a text tower like its.
         ids: [C, L] int64.
         ends: [C] where each row's end token is; what follows does not matter.
         length: n, tokens after SOT that the prompt replaces, the same in all rows; 0: none.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, ends: Tensor, length: int = 0) -> None:
+    def __init__(self, model: TextTower, ids: Tensor, ends: Tensor, length: int = 0) -> None:
         self.model, self.length = model, length
         # on the host, once a class list
-        device, ends = model.positional_embedding.device, (ends + 1).tolist()
-        rows = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
-        self.prefix = min(_common(rows), min(ends) - 1)  # every class keeps a token of its own
-        order = sorted(range(len(rows)), key=lambda i: ends[i])
+        device = model.positional_embedding.device
+        stops: list[int] = (ends + 1).tolist()
+        rows: list[list[int]] = [row[:n] for row, n in zip(ids.tolist(), stops, strict=True)]
+        self.prefix = min(_common(rows), min(stops) - 1)  # every class keeps a token of its own
+        order = sorted(range(len(rows)), key=lambda i: stops[i])
         self.count = len(rows)
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.tensor(rows[0][: self.prefix], device=device)
@@ -85,7 +96,9 @@ class Prompts:
     def _embedded(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.model.token_embedding.weight)
 
-    def _chunks(self, rows: list[list[int]], order: list[int], device) -> Iterator[Chunk]:
+    def _chunks(
+        self, rows: list[list[int]], order: list[int], device: torch.device
+    ) -> Iterator[Chunk]:
         limit, start, p = _TOKENS[device.type if device.type in _TOKENS else "cpu"], 0, self.prefix
         while start < len(order):
             stop, total = start, 0
@@ -96,7 +109,7 @@ class Prompts:
             yield self._chunk(suffixes, order[start:stop], device)
             start = stop
 
-    def _chunk(self, suffixes: list[list[int]], classes: list[int], device) -> Chunk:
+    def _chunk(self, suffixes: list[list[int]], classes: list[int], device: torch.device) -> Chunk:
         lengths = [len(row) for row in suffixes]
         flat = torch.tensor([token for row in suffixes for token in row], device=device)
         places = torch.tensor([self.prefix + j for n in lengths for j in range(n)], device=device)
@@ -117,12 +130,13 @@ class Prompts:
         """Features [B, c, E] of the only chunk, its tokens and the shared ones in one pass: the
         weights are read once, and a GPU starts half as many kernels."""
         model, (chunk,), p = self.model, self.chunks, self.prefix
-        *blocks, last = model.transformer.resblocks
+        *blocks, last = model.transformer.blocks
         x = torch.cat((self._start(prompt), chunk.tokens.expand(len(prompt), -1, -1)), 1)
         for block in blocks:
             attn = block.attn
-            qkv, layouts = attn.project(block.ln_1(x)), (self.shared, chunk.layout)
-            x = x + attn.out_proj(causal_with_prefix(*qkv, *layouts, attn.heads, attn.scale))
+            q, k, v = attn.project(block.ln_1(x))
+            out = causal_with_prefix(q, k, v, self.shared, chunk.layout, attn.heads, attn.scale)
+            x = x + attn.out_proj(out)
             x = x + block.mlp(block.ln_2(x))
         n = last.ln_1(x)
         pairs = [(y[:, :p], y[:, p:]) for y in last.attn.project(n, "kv")]
@@ -132,40 +146,47 @@ class Prompts:
     def _prefix(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Prompts [B, n, D] -> keys and values [B, P, D] of the shared tokens by block."""
         x, cached = self._start(prompt), []
-        *blocks, last = self.model.transformer.resblocks
+        *blocks, last = self.model.transformer.blocks
         for block in blocks:
-            qkv = block.attn.project(block.ln_1(x))
-            cached.append((qkv[1], qkv[2]))
-            x = x + block.attn.combine(_causal(*map(block.attn.split, qkv), block.attn.scale))
+            q, k, v = block.attn.project(block.ln_1(x))
+            cached.append((k, v))
+            q, k, v = map(block.attn.split, (q, k, v))
+            x = x + block.attn.combine(_causal(q, k, v, block.attn.scale))
             x = x + block.mlp(block.ln_2(x))
-        cached.append(tuple(last.attn.project(last.ln_1(x), "kv")))
+        k, v = last.attn.project(last.ln_1(x), "kv")
+        cached.append((k, v))
         return cached
 
     def _suffix(self, chunk: Chunk, cached: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Features [B, c, E] of a chunk's classes after the shared tokens' keys and values."""
-        *blocks, last = self.model.transformer.resblocks
+        *blocks, last = self.model.transformer.blocks
         x = chunk.tokens.expand(len(cached[0][0]), -1, -1)
         for block, shared in zip(blocks, cached, strict=False):
-            qkv = block.attn.project(block.ln_1(x))
-            x = x + self._attended(block, chunk, *qkv, *shared)
+            q, *own = block.attn.project(block.ln_1(x))
+            x = x + self._attended(block, chunk, q, own, shared)
             x = x + block.mlp(block.ln_2(x))
         n = last.ln_1(x)
         return self._ends(chunk, x, n, last.attn.project(n, "kv"), cached[-1])
 
-    def _attended(self, block: nn.Module, chunk: Chunk, *qkv: Tensor) -> Tensor:
+    def _attended(
+        self, block: Block, chunk: Chunk, q: Tensor, own: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> Tensor:
         """The attention of a chunk's tokens, or of their last ones, projected."""
-        attn = block.attn
-        return attn.out_proj(shared_prefix_attention(*qkv, *chunk.layout, attn.heads, attn.scale))
+        attn, (k, v), (prefix_k, prefix_v) = block.attn, own, shared
+        out = shared_prefix_attention(
+            q, k, v, prefix_k, prefix_v, *chunk.layout, attn.heads, attn.scale
+        )
+        return attn.out_proj(out)
 
     def _ends(
         self, chunk: Chunk, x: Tensor, n: Tensor, own: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> Tensor:
         """The last block, only where a feature is read, of a chunk's tokens x and ln_1 of them with
         their keys and values: [B, c, E]."""
-        model, last = self.model, self.model.transformer.resblocks[-1]
+        model, last = self.model, self.model.transformer.blocks[-1]
         x = x.index_select(1, chunk.last)
         (q,) = last.attn.project(n.index_select(1, chunk.last), "q")
-        x = x + self._attended(last, chunk, q, *own, *shared)
+        x = x + self._attended(last, chunk, q, own, shared)
         x = x + last.mlp(last.ln_2(x))
         return model.ln_final(x) @ model.text_projection
 
@@ -214,7 +235,7 @@ class Prompts:
         # several operations
         saved = 10 if self.initial.device.type == "cpu" and native.load() else 15
         tokens = prompts * (self.prefix + sum(len(chunk.tokens) for chunk in self.chunks))
-        x, blocks = self.initial, len(self.model.transformer.resblocks)
+        x, blocks = self.initial, len(self.model.transformer.blocks)
         return saved * tokens * blocks * x.shape[-1] * x.element_size() <= _KEEP_BYTES
 
     def _again(self, prompt: Tensor) -> Linearised:
@@ -244,8 +265,8 @@ class Prompts:
         if len(prompt) == 1 < len(cotangent):
             return torch.cat([self._pullback(prompt, row[None]) for row in cotangent])
         if len(prompt) > self._together:
-            pairs = zip(prompt.split(self._together), cotangent.split(self._together), strict=True)
-            return torch.cat([self._pullback(*pair) for pair in pairs])
+            groups = zip(prompt.split(self._together), cotangent.split(self._together), strict=True)
+            return torch.cat([self._pullback(*group) for group in groups])
         with torch.enable_grad():
             leaf = prompt.detach().clone().requires_grad_()
             if self._at_once:

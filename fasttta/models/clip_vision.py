@@ -66,14 +66,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pixels [N, 3, R, R] -> features [N, E], not normalised."""
-        *blocks, last = self.transformer.resblocks
+        *blocks, last = self.transformer.blocks
         x = self.embed(x)
         for block in blocks:
             x = block(x)
         # of the last block only the class token is read: 7 % of a ViT-B/16's forward
         n = last.ln_1(x)
-        q, (k, v) = last.attn.project(n[:, :1], "q"), last.attn.project(n, "kv")
-        q, k, v = map(last.attn.split, (*q, k, v))
+        (q,), (k, v) = last.attn.project(n[:, :1], "q"), last.attn.project(n, "kv")
+        q, k, v = map(last.attn.split, (q, k, v))
         cls = x[:, :1] + last.attn.combine(
             F.scaled_dot_product_attention(q, k, v, scale=last.attn.scale)
         )

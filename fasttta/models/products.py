@@ -19,10 +19,10 @@ _ROWS = 64  # below, calls cost more than products
 @functools.cache
 def _works() -> bool:
     """Whether the operations are there and give what they should."""
-    kind = {"dtype": torch.float32, "device": "cpu"}
-    x, w, b, y = (torch.linspace(-1, 2, n, **kind).view(s) for n, s in (
-        (24, (2, 3, 4)), (20, (5, 4)), (5, (5,)), (30, (2, 3, 5)),
-    ))  # fmt: skip
+    x, w, b, y = (
+        torch.linspace(-1, 2, n, dtype=torch.float32, device="cpu").view(shape)
+        for n, shape in ((24, (2, 3, 4)), (20, (5, 4)), (5, (5,)), (30, (2, 3, 5)))
+    )
     right = F.linear(x, w, b)
     try:
         found = (_product(x, w, b), _product(x, w, b, gelu=True), _product(x, w, b, add=y))
@@ -52,7 +52,7 @@ def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and bias.is_contiguous()  # and here strides are ignored
         and x.numel() >= _ROWS * x.shape[-1]
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and _works()
     )
 

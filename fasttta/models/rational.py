@@ -243,6 +243,7 @@ class FeatureClassifier(nn.Module):
         scale, bias: of the logits.
     """
 
+    text: Tensor
     num_heads = 0  # no attention over tokens, for methods that ask
     spans: tuple[int, ...] = ()
     input_names = ("features",)

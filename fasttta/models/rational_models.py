@@ -47,7 +47,7 @@ class RationalCLIP(FeatureClassifier):
     input_names = ("images",)
 
     def __init__(self, model: CLIP, head: RationalHead) -> None:
-        model._check_classes()
+        model._classes()
         scale = model.logit_scale.detach().double().exp().item()
         super().__init__(head, model.class_features.to(head.out_proj.weight), scale)
         self.model = model

@@ -79,11 +79,16 @@ def rollout_gradients(probabilities: list[Tensor], gradients: list[Tensor]) -> T
 
     Product over the layers of I + mean over heads of (dS/dA * A)+ (Chefer et al., ICCV 2021).
     """
-    row = None
-    for a, g in zip(reversed(probabilities), reversed(gradients), strict=True):
-        layer = _plus_identity((a * g).clamp_min(0).mean(1))
-        row = layer[:, :1] if row is None else row @ layer
+    *layers, last = zip(probabilities, gradients, strict=True)
+    row = _positive(*last)[:, :1]
+    for pair in reversed(layers):
+        row = row @ _positive(*pair)
     return row[:, 0, 1:]
+
+
+def _positive(a: Tensor, g: Tensor) -> Tensor:
+    """I + mean over heads of (dS/dA * A)+, [N, T, T]."""
+    return _plus_identity((a * g).clamp_min(0).mean(1))
 
 
 def normalise_map(rows: Tensor, clip: float | None = None) -> Tensor:

@@ -32,7 +32,8 @@ def staged(
     inputs = [*shared, *batched]
     wanted = [i for i, x in enumerate(inputs) if torch.is_grad_enabled() and x.requires_grad]
     total: Any = 0
-    outputs, grads = [], [None] * len(inputs)
+    outputs: list[list[Tensor]] = []
+    grads: list[Tensor | None] = [None] * len(inputs)
     for start in range(0, batch, size):
         rows = slice(start, min(start + size, batch))
         leaves = [x.detach() for x in shared] + [x.detach()[rows] for x in batched]
@@ -48,10 +49,10 @@ def staged(
                     grads[i] = _gathered(grads[i], grad, i < len(shared), rows, inputs[i])
         total = total + value.detach()
         outputs.append([x.detach() for x in found])
-    outputs = tuple(torch.cat(x) if len(outputs) > 1 else x[0] for x in zip(*outputs, strict=True))
+    whole = tuple(torch.cat(x) if len(outputs) > 1 else x[0] for x in zip(*outputs, strict=True))
     if not wanted:
-        return total, outputs
-    return _Known.apply(total, [grads[i] for i in wanted], *(inputs[i] for i in wanted)), outputs
+        return total, whole
+    return _Known.apply(total, [grads[i] for i in wanted], *(inputs[i] for i in wanted)), whole
 
 
 def _gathered(held: Tensor | None, grad: Tensor, whole: bool, rows: slice, like: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def run(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     if threads == 1:
         return [task() for task in tasks]
     results: list[Any] = [None] * len(tasks)
-    left, errors = deque(enumerate(tasks)), []
+    left = deque(enumerate(tasks))
+    errors: list[BaseException] = []
 
     def work() -> None:
         _single(threads)

@@ -42,8 +42,8 @@ def gradients(
         [x.to(g) for x, g in pairs], [inputs[n] for n in wanted], [g for _, g in pairs],
         create_graph=True, allow_unused=True,
     )  # fmt: skip
-    found = dict(zip(wanted, found, strict=True))
-    return tuple(found.get(n) for n in range(len(inputs)))
+    by_input = dict(zip(wanted, found, strict=True))
+    return tuple(by_input.get(n) for n in range(len(inputs)))
 
 
 def refuse(what: str) -> None:

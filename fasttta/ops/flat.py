@@ -57,7 +57,8 @@ def flat_attention_backward(
         dk += p.transpose(-2, -1) @ (times * rows)
         step = (p @ k).mul_(scale * times)
         own.copy_(step if len(own) == len(k) else step.sum(dim=0, keepdim=True))
-    return tuple(x.to(dtype) for x, dtype in zip((dq, dk, dv), types, strict=True))
+    dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), types, strict=True))
+    return dq, dk, dv
 
 
 def _share(top: Tensor, rest: Tensor) -> Tensor:

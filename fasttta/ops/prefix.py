@@ -35,8 +35,8 @@ def layout(lengths: Sequence[int], device: torch.device | str | None = None) -> 
             tiles.append(n)
         starts.append(starts[-1] + length)
     tiles.append(len(lengths))
-    integers = {"dtype": torch.int32, "device": device}
-    return Layout(torch.tensor(starts, **integers), torch.tensor(tiles, **integers), max(lengths))
+    first, split = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, tiles))
+    return Layout(first, split, max(lengths))
 
 
 class _Padded:
@@ -125,6 +125,9 @@ def shared_prefix_attention_backward(
     for own, other in ((ds, q), (p, up)):
         found.append(own.transpose(-2, -1) @ other)  # [B, C, H, P + L, d]
     dq, dk, dv = found
-    own = (pad.packed(x[..., shared:, :]) for x in (dk, dv))
-    prefix = (x[..., :shared, :].sum(1).transpose(1, 2).flatten(2) for x in (dk, dv))
-    return tuple(x.to(dtype).contiguous() for x in (dq, *own, *prefix))
+    dk_own, dv_own = (pad.packed(x[..., shared:, :]) for x in (dk, dv))
+    dk_shared, dv_shared = (x[..., :shared, :].sum(1).transpose(1, 2).flatten(2) for x in (dk, dv))
+    dq, dk, dv, dk_shared, dv_shared = (
+        x.to(dtype).contiguous() for x in (dq, dk_own, dv_own, dk_shared, dv_shared)
+    )
+    return dq, dk, dv, dk_shared, dv_shared

@@ -7,9 +7,13 @@ heads, slices of it. Half-precision inputs are computed in float32.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # it computes with what is here
+    from .prefix import Layout
 
 
 def wide(x: Tensor) -> Tensor:
@@ -43,8 +47,8 @@ def shared_prefix_attention(
     q, k, v, prefix_k, prefix_v = (
         wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v, prefix_k, prefix_v)
     )
-    found, starts = [], starts.tolist()
-    for n, (start, stop) in enumerate(pairwise(starts)):
+    found = []
+    for n, (start, stop) in enumerate(pairwise(starts.tolist())):
         keys = torch.cat((prefix_k, k[:, :, start:stop]), dim=2)
         values = torch.cat((prefix_v, v[:, :, start:stop]), dim=2)
         queries = q[:, :, n : n + 1] if last else q[:, :, start:stop]
@@ -56,7 +60,9 @@ def shared_prefix_attention(
     return torch.cat(found, dim=2).transpose(1, 2).flatten(2).to(dtype)
 
 
-def causal_with_prefix(q, k, v, prefix, packed, heads: int, scale: float) -> Tensor:
+def causal_with_prefix(
+    q: Tensor, k: Tensor, v: Tensor, prefix: Layout, packed: Layout, heads: int, scale: float
+) -> Tensor:
     """Of the prefix's tokens, which lie in front, and of the packed ones after them."""
     n, none = prefix.longest, k[:, :0]
     (q0, q1), (k0, k1), (v0, v1) = ((x[:, :n], x[:, n:]) for x in (q, k, v))

@@ -97,7 +97,7 @@ def _prefix_attention(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads
 
 
 # What torch.compile traces in place of the work: shapes, types and strides of the results.
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "score_moments": _moments,
     "score_moments_backward": lambda gm, gs, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
     "attention_bootstrap": _bootstrap,

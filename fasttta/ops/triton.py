@@ -101,8 +101,8 @@ def _not_for_flat(*tensors: Tensor) -> str | None:
 
 
 def _not_for_prefix(q: Tensor, longest: int, heads: int, *tensors: Tensor) -> str | None:
-    *tensors, starts, tiles = tensors
-    types = [x.dtype for x in tensors[:7]]  # an eighth is the log-sum-exp
+    *others, starts, tiles = tensors
+    types = [x.dtype for x in others[:7]]  # an eighth is the log-sum-exp
     if len(set(types)) > 1:
         return f"it needs tensors of one dtype, found {types}"
     if starts.dtype != torch.int32 or tiles.dtype != torch.int32:
@@ -145,19 +145,19 @@ def _on_scores(name: str, *args):
     _, spans, dense = _SCORES[name]
     per_head = spans + 2
     module = "attention_bootstrap_per_head" if args[per_head] else "attention_bootstrap"
-    args = [
+    given = [
         x.contiguous() if n in dense and x is not None else x
         for n, x in enumerate(args)
         if n != per_head
     ]
-    return getattr(_kernels(module), name)(*args)
+    return getattr(_kernels(module), name)(*given)
 
 
 def _on_heads(name: str, *args):
     if not _installed() or unsuitable(name, *args):
         return getattr(composite, name)(*args)
-    args = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
-    return getattr(_kernels("flat_attention"), name)(*args)
+    given = (x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    return getattr(_kernels("flat_attention"), name)(*given)
 
 
 def _on_packed(name: str, *args):
@@ -165,11 +165,11 @@ def _on_packed(name: str, *args):
     empty = not (args[at].numel() and args[at + 1].numel())
     if empty or not _installed() or unsuitable(name, *args):
         return getattr(composite, name)(*args)
-    args = [
+    given = [
         x.contiguous() if isinstance(x, Tensor) and not (at <= n < at + 5 and _dense(x)) else x
         for n, x in enumerate(args)
     ]
-    return getattr(_kernels("shared_prefix_attention"), name)(*args)
+    return getattr(_kernels("shared_prefix_attention"), name)(*given)
 
 
 def _on_rows(module: str, name: str, *args):

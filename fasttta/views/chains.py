@@ -57,8 +57,7 @@ def _step(images: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> Non
     matrices = [_matrix(*setting, images.shape[-1]) for setting in settings]
     moved = [i for i, matrix in enumerate(matrices) if matrix is not None]
     if moved:
-        kind = {"dtype": torch.float64, "device": "cpu"}
-        rows = torch.tensor([matrices[i] for i in moved], **kind)
+        rows = torch.tensor([matrices[i] for i in moved], dtype=torch.float64, device="cpu")
         apply(torch.tensor(moved, device="cpu"), lambda x: warp.warp(x, rows))
 
 
@@ -70,11 +69,11 @@ def _mix(base: Tensor, draws: ChainDraws) -> Tensor:
         _step(
             images, operation, draws.level[..., i_step].flatten(), draws.sign[..., i_step].flatten()
         )
-    mix = None
+    mix = torch.zeros((), device=base.device)
     for i_chain in range(CHAINS):
         pixels = to_pixels(images[i_chain::CHAINS])
         share = draws.share[:, i_chain].to(pixels.device, pixels.dtype)[:, None, None, None]
-        mix = share * pixels if mix is None else mix.add_(share * pixels)
+        mix = share * pixels if i_chain == 0 else mix.add_(share * pixels)
     return mix.clamp_(max=1.0)  # float32 shares may add up to 1 + 1e-7
 
 

@@ -26,12 +26,13 @@ def _one_image(
     image: Tensor, n: int, size: int, generator: torch.Generator, base_view: str, augment: bool
 ) -> Views:
     anchor = centre_view(image, size)
-    crops, draws = draw(n - 1, *image.shape[1:], generator)
+    height, width = image.shape[1:]
+    crops, draws = draw(n - 1, height, width, generator)
     if base_view == "crop":
-        base = [anchor, *(_crop(image, crop, size) for crop in crops)]
+        views = [anchor, *(_crop(image, crop, size) for crop in crops)]
     else:
-        base = [anchor, *(anchor.flip(2) if crop.flip else anchor for crop in crops)]
-    base = torch.stack(base)
+        views = [anchor, *(anchor.flip(2) if crop.flip else anchor for crop in crops)]
+    base = torch.stack(views)
     pixels = to_pixels(base)
     weight = torch.cat([draws.weight.new_ones(1), draws.weight]).to(pixels.device)
     mix = pixels

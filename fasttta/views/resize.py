@@ -52,11 +52,12 @@ def _resize_levels(levels: Tensor, size: int, dim: int, mode: str) -> Tensor:
     first, weights = (x.to(levels.device) for x in _taps(length, size, mode))
     shape = [1, 1, 1]
     shape[dim] = size
-    total = None  # int32: 255 * 2^22 times a cubic's sum of |weights| (1.3) stays below 2^31
+    # int32: 255 * 2^22 times a cubic's sum of |weights| (1.3) stays below 2^31
+    total = torch.zeros((), dtype=torch.int32, device=levels.device)
     for k in range(weights.shape[1]):
         tap = levels.index_select(dim, (first + k).clamp(max=length - 1)).int()
         tap *= weights[:, k].view(shape)
-        total = tap if total is None else total.add_(tap)
+        total = tap if k == 0 else total.add_(tap)
     return (total + (1 << (_BITS - 1)) >> _BITS).clamp(0, 255).to(torch.uint8)
 
 
