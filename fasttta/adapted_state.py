@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import methods
-from .engine import folder as files
+from .engine import folder as saves
 from .engine import record as records
 from .engine.turn import Turn, exclusive
 from .methods.base import Method
@@ -171,7 +171,7 @@ class Stateful(nn.Module):
             ValueError: a tensor or the metadata is missing, damaged or of another model or method.
         """
         own = {n.removeprefix(prefix): x for n, x in state_dict.items() if n.startswith(prefix)}
-        with files.naming("state_dict"):
+        with saves.naming("state_dict"):
             record, tensors = _unpacked(own)
             self._check_same(record)
             state = self._state_of(record, tensors)
@@ -179,19 +179,14 @@ class Stateful(nn.Module):
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
         """Raises ValueError if a state was made with other settings than this object's."""
-        own = records.as_read(self._record())
-        own.pop("base")
-        guard, theirs = own.pop("guard", None), record.get("guard")
-        for what in ("method", "class", "precision", "seed", "options"):
-            if own.get(what) != record.get(what):
+        pairs = [_named_settings(x) for x in (records.as_read(self._record()), record)]
+        for name in [*pairs[0], *(name for name in pairs[1] if name not in pairs[0])]:
+            ours, theirs = (pair.get(name) for pair in pairs)
+            if ours != theirs:
                 raise ValueError(
-                    f"{what}: it was saved with {record.get(what)!r:.200}, this one has "
-                    f"{own.get(what)!r:.200}; make it alike with fasttta.adapt"
+                    f"{name}: it was saved with {theirs!r:.80}, this one has {ours!r:.80}; make it "
+                    "with the same settings, or read a save of it with fasttta.load"
                 )
-        if _settings(guard) != _settings(theirs):
-            raise ValueError(
-                f"guard: it was saved with {_settings(theirs)}, this one has {_settings(guard)}"
-            )
 
     # ------------------------------------------------------------------ files
 
@@ -207,7 +202,7 @@ class Stateful(nn.Module):
             ValueError: an option of the method has no place in JSON.
             OSError: the folder cannot be written to.
         """
-        files.write(folder, self._record(), self._saved())
+        saves.write(folder, self._record(), self._saved())
 
     @exclusive
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -226,8 +221,14 @@ class Stateful(nn.Module):
         return unpickled, (*given, record, self._saved())
 
 
-def _settings(guard: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if guard is None else {n: x for n, x in guard.items() if n != "values"}
+def _named_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of how its object was made, by name."""
+    named = {name: record.get(name) for name in ("method", "class", "precision", "seed")}
+    guard = (
+        {n: x for n, x in record["guard"].items() if n != "values"} if "guard" in record else None
+    )
+    options = {f"options.{name}": value for name, value in record["options"].items()}
+    return {**named, "guard": guard, **options}
 
 
 def _unpacked(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

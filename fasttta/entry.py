@@ -16,7 +16,7 @@ from .adapted import Adapted
 from .adapted_clip import AdaptedCLIP
 from .adapted_head import AdaptedHead
 from .engine import delta
-from .engine import folder as files
+from .engine import folder as saves
 from .engine.precision import resolve
 from .engine.shift import Guard, ShiftDetector
 from .engine.step import warn
@@ -301,9 +301,9 @@ def load(
     """
     if method is not None and not (isinstance(method, type) and issubclass(method, Method)):
         raise TypeError(f"method must be a subclass of fasttta.methods.Method, found {method!r}")
-    record, tensors = files.read(folder)
-    file = Path(folder) / files.RECORD
-    with files.naming(file):
+    record, tensors = saves.read(folder)
+    file = Path(folder) / saves.RECORD
+    with saves.naming(file):
         chosen = _recorded_method(record, folder, method)
     adapted = _restored(model, spec, chosen, engine, record, tensors, file)
     _warn_of_ranks(model)
@@ -347,7 +347,7 @@ def _restored(
     rational = spec is None and isinstance(model, RationalCLIP)
     adapted: Adapted
     if clip or (rational and isinstance(method, methods.RAda)):
-        with files.naming(where):
+        with saves.naming(where):
             if (clip is None) == ("classes" in tensors):
                 raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
             adapted = _adapted_clip(
@@ -358,7 +358,7 @@ def _restored(
         known = recognise(model, spec)
         parameter = next(known.fusion.parameters())
         engine = _engine(engine, parameter.device)
-        with files.naming(where):
+        with saves.naming(where):
             adapted = Adapted(
                 model,
                 known,
@@ -374,7 +374,7 @@ def _restored(
                 guard=_recorded_guard(record),
             )
     adapted._spec = spec
-    with files.naming(where):
+    with saves.naming(where):
         state = adapted._state_of(record, tensors)
     adapted._publish(state)
     return adapted

@@ -61,7 +61,7 @@ def snapshot(adapted) -> dict[str, torch.Tensor]:
         tensors = {**adapted._state.tensors()}
     else:  # images that are episodes: only the prompt that they start from is kept
         tensors = {f"tuned.{name}": x for name, x in adapted.tuned.items()}
-        tensors["prompt"] = adapted._prompts.initial
+        tensors["prompt"] = adapted._start
         tensors["source"] = adapted._source_prompt
     if getattr(adapted, "_ids", None) is not None:
         tensors["classes"] = adapted._ids
