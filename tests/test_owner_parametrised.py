@@ -1,4 +1,4 @@
-"""Parametrised, pruned and adapter layers: tuned projections are tuned, frozen ones compute right."""
+"""Parametrised, pruned and adapter layers: refused where they are tuned, right where frozen."""
 
 from __future__ import annotations
 
