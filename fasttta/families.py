@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from .engine.precision import Precision, environment
 from .engine.state import structural_copy, without_checkpointing
-from .families_check import check_gradients, check_returned, gradients_of, hook_advice
-from .families_dual import refuse_meta
+from .families_check import (
+    altered,
+    check_gradients,
+    check_returned,
+    gradients_of,
+    hook_advice,
+    refuse_wrapper_hooks,
+)
+from .families_weights import refuse_unusable
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
 from .models.rational import FeatureClassifier
@@ -143,7 +150,10 @@ class Recognised:
         """What the module predicts. Modules with split projections compute with them in
         ``forward_eval`` (ABPEM's takes its script's arguments besides) and not in ``forward``."""
         name = "forward_eval" if self.split and hasattr(twin, "forward_eval") else "forward"
-        count = len(inspect.signature(getattr(twin, name)).parameters)
+        parameters = inspect.signature(getattr(twin, name)).parameters.values()
+        count = len([p for p in parameters if p.kind is not p.VAR_KEYWORD])
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            count = max(count, len(inputs) + 1)
         call = twin if name == "forward" else twin.forward_eval  # hooks run around a call only
         arguments = (*inputs, "multimodal", SimpleNamespace(use_cache=False))
         try:
@@ -261,21 +271,27 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
-    refuse_meta(model)
+    refuse_unusable(model)
     if spec is not None:
         return _by_spec(model, spec)
     if isinstance(model, FeatureClassifier):
-        return Recognised(f"fasttta.models.{type(model).__name__}", model)
+        return _own(f"fasttta.models.{type(model).__name__}", model)
     inner, prefix = model, ""
     while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
         wrapped = _wrapped(inner)
         if wrapped is None:
             raise TypeError(_unknown(model, inner))
+        refuse_wrapper_hooks(inner)
         inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
     if isinstance(inner, CAVMAE):
         _refuse_replaced(inner)
-        return Recognised("fasttta.models.CAVMAE", inner, prefix)
+        return _own("fasttta.models.CAVMAE", inner, prefix)
     return _convert(inner, prefix)
+
+
+def _own(family: str, model: Any, prefix: str = "") -> Recognised:
+    """A model of fasttta's own, which runs as it is; compared where it may be another."""
+    return Recognised(family, model, prefix, module=model if altered(model) else None)
 
 
 def _by_spec(model: nn.Module, spec: ModelSpec) -> Specified:
@@ -283,6 +299,7 @@ def _by_spec(model: nn.Module, spec: ModelSpec) -> Specified:
         raise TypeError(f"spec must be a fasttta.ModelSpec, found {type(spec).__name__}")
     inner, prefix = model, ""
     while (wrapped := _wrapped(inner)) not in (None, "va_model"):
+        refuse_wrapper_hooks(inner)
         inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
     _refuse_replaced(inner)
     fusion = SpecifiedModel(inner, spec)
@@ -291,8 +308,9 @@ def _by_spec(model: nn.Module, spec: ModelSpec) -> Specified:
 
 def _wrapped(module: nn.Module) -> str | None:
     """Where a wrapper keeps the module whose forward is its own; None: it is no such wrapper."""
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return "module"
+    for kind in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+        if isinstance(module, kind):  # not a subclass with a forward of its own
+            return "module" if type(module).forward is kind.forward else None
     if type(module).__name__ == "OptimizedModule":  # torch.compile
         return "_orig_mod"
     if _owns(module, "va_model") and _owns(module, "prompts_a") and _owns(module, "prompts_v"):

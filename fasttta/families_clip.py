@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from .engine.state import structural_copy
-from .families_dual import NEEDED, refusal, refuse_meta, towers, traits
+from .families_check import altered, hook_advice, refuse_backward_hooks, refuse_wrapper_hooks
+from .families_dual import NEEDED, refusal, towers, traits
+from .families_weights import refuse_unusable
 from .models import CLIP
 from .models.clip_convert import convert_hugging_face, convert_open_clip
 
@@ -46,33 +50,63 @@ class RecognisedCLIP:
         """
         if self.module is None:
             return
+        refuse_backward_hooks(self.family, self.module)
         clip, dtype = self.clip, next(self.module.parameters()).dtype
         ids = ids[:2].to(pixels.device)
         x = clip._normalised(pixels).to(dtype)
-        own = structural_copy(self.module, lambda name, parameter: parameter)
-        try:
-            theirs = self.outputs(own, x, ids)
-        except Exception as error:
-            raise ValueError(
-                f"recognised as {self.family}, but its own forward fails: {error}"
-            ) from error
+        own = structural_copy(self.module, lambda name, parameter: parameter, hooks=True)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         ours = structural_copy(clip, lambda name, parameter: _as(parameter, wide))
         for name, buffer in ours.named_buffers():
             path, _, leaf = name.rpartition(".")
             if buffer.is_floating_point():
                 ours.get_submodule(path)._buffers[leaf] = buffer.to(wide)
-        found = ours.encode_image(pixels.to(wide)), ours.encode_text(ids)
+        found = [ours.encode_image(pixels.to(wide)), ours.encode_text(ids)]
+        found = [y.double() / y.double().norm(dim=-1, keepdim=True) for y in found]
+        try:
+            if isinstance(own, CLIP):
+                theirs = own.encode_image(pixels.to(dtype)), own.encode_text(ids)
+                own.class_features = found[1].to(dtype)
+                logits = own(pixels.to(dtype))
+            else:
+                assert self.outputs is not None
+                theirs = self.outputs(own, x, ids)
+                logits = _own_logits(own, x, ids)
+        except Exception as error:
+            raise ValueError(
+                f"recognised as {self.family}, but its own forward fails: {error}"
+            ) from error
         limit = _TOLERANCE.get(dtype, 2e-2)
-        for what, a, b in zip(("image", "text"), found, theirs, strict=True):
-            a, b = (y.double() / y.double().norm(dim=-1, keepdim=True) for y in (a, b))
+        pairs = [
+            (what, a, b.double() / b.double().norm(dim=-1, keepdim=True), limit)
+            for what, a, b in zip(
+                ("normalised image", "normalised text"), found, theirs, strict=True
+            )
+        ]
+        if logits is not None:
+            scale = clip.logit_scale.double().exp()
+            pairs.append(("logits", scale * found[0] @ found[1].T, logits.double(), limit * scale))
+        for what, a, b, bound in pairs:
             error = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
-            if not error <= limit:
+            if not error <= bound:
+                what = what if what == "logits" else f"{what} features"
                 raise ValueError(
-                    f"recognised as {self.family}, but its own normalised {what} features differ "
-                    f"from that architecture's by {error:.1e}, needed at most {limit:.0e}: is "
-                    "something in its forward patched?"
+                    f"recognised as {self.family}, but its own {what} differ from that "
+                    f"architecture's by {error:.1e}, needed at most {float(bound):.0e}: is "
+                    f"something in its forward patched?{hook_advice(self.module)}"
                 )
+
+
+def _own_logits(module: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor | None:
+    """Logits [1, 2] of a module's own call; None where it returns something else, or takes it."""
+    if type(module).forward is nn.Module.forward or not isinstance(
+        type(module).forward, FunctionType
+    ):
+        return None
+    names = inspect.signature(module.forward).parameters
+    if "pixel_values" in names and "input_ids" in names:
+        return getattr(module(pixel_values=pixels, input_ids=ids), "logits_per_image", None)
+    return None
 
 
 def _as(parameter: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | None:
@@ -91,8 +125,8 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
     """
     while isinstance(model, nn.Module):
         if isinstance(model, CLIP):
-            refuse_meta(model)
-            return RecognisedCLIP("fasttta.models.CLIP", model)
+            refuse_unusable(model)
+            return RecognisedCLIP("fasttta.models.CLIP", model, model if altered(model) else None)
         if _has(model, _HUGGING_FACE) and hasattr(model, "config"):
             family, convert, outputs = "Hugging Face CLIPModel", convert_hugging_face, _hugging_face
             break
@@ -103,6 +137,8 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
         inner = "module" if isinstance(
             model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
         ) else "_orig_mod" if type(model).__name__ == "OptimizedModule" else None  # fmt: skip
+        if inner is not None:
+            refuse_wrapper_hooks(model)
         if inner is None:
             if reason := refusal(model):
                 raise TypeError(reason)
@@ -115,7 +151,7 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
             "a TorchScript CLIP cannot be adapted as it is; take its weights: "
             "fasttta.models.CLIP.from_checkpoint(model.state_dict())"
         )
-    refuse_meta(model)
+    refuse_unusable(model)
     try:
         clip = convert(model)
     except (ValueError, AttributeError, KeyError) as error:
