@@ -19,6 +19,7 @@ from .engine.step import StepResult
 from .engine.turn import exclusive
 from .episodes import given_views, made_views
 from .families import Recognised
+from .families_check import altered
 from .families_clip import RecognisedCLIP
 from .methods import RAda
 from .models import CLIP
@@ -37,7 +38,8 @@ class _WithClasses(Recognised):
             exact = Precision("exact", torch.float32, torch.float32)
             with environment(inputs[0].device, exact, grad=False):
                 self.clip.verify(inputs[0][:1], self.ids)
-        return True
+            return True
+        return super().verify(inputs)
 
 
 def _classes_of(clip: CLIP, ids: Tensor, precision: Precision) -> CLIP:
@@ -81,7 +83,8 @@ class AdaptedHead(Adapted):
         if known is None:  # a RationalCLIP, which has classes
             if classes is not None:
                 raise ValueError("classes: this model has its own; adapt its .model for others")
-            seen = _WithClasses("fasttta.models.RationalCLIP", model)
+            own = model if altered(model) else None
+            seen = _WithClasses("fasttta.models.RationalCLIP", model, module=own)
         else:
             ids = token_ids(
                 classes, method.prompt, known.clip.context_length, resources.get("tokenizer")

@@ -39,6 +39,33 @@ def hook_advice(module: nn.Module) -> str:
     )
 
 
+def altered(module: nn.Module) -> bool:
+    """Whether a module of fasttta's own may compute something else than its class says: it is of a
+    user's subclass, or has hooks."""
+    own = type(module).__module__.split(".")[0] == "fasttta"
+    return not own or bool(hooked_modules(module))
+
+
+def refuse_wrapper_hooks(wrapper: nn.Module) -> None:
+    """Raises ValueError if a wrapper (DataParallel, DDP, torch.compile), which is looked through,
+    has hooks of its own."""
+    if any(vars(wrapper).get(kind) for kind in CALLED):
+        raise ValueError(
+            f"hooks are registered on the {type(wrapper).__name__} around the model, which fasttta "
+            "does not run; register them on the module inside, or remove them"
+        )
+
+
+def refuse_backward_hooks(family: str, module: nn.Module) -> None:
+    """Raises ValueError if a module that fasttta computes in its own way has backward hooks."""
+    for name, child in module.named_modules():
+        if child._backward_hooks or child._backward_pre_hooks:
+            raise ValueError(
+                f"recognised as {family}, but {name or type(module).__name__} has backward hooks, "
+                "which gradients would have to pass; remove them (handle.remove())"
+            )
+
+
 def gradients_of(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of a fixed weighted sum of logits; None for leaves that they do not reach.
 
