@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from typing import Any
 
 import torch
@@ -69,12 +70,21 @@ def _optional() -> dict[str, dict[str, str | None]]:
 def _native() -> dict[str, Any]:
     """The C++ kernels; builds them if that was not tried, as the first use on a CPU does."""
     outcome, compiler = native.attempt(), native.compiler()
+    try:
+        cache, note = str(native.cache_folder()), native.cache_note()
+    except OSError as error:
+        cache, note = "none", str(error)
+    try:
+        version = compiler and f"{compiler}: {native.version(compiler).splitlines()[0]}"
+    except (OSError, subprocess.SubprocessError, IndexError):
+        version = f"{compiler} (it does not answer --version)"
     return {
         "mode": native.mode(),
         "library": None if outcome.path is None else str(outcome.path),
         "why_not": outcome.reason or None,
-        "compiler": compiler and f"{compiler}: {native.version(compiler).splitlines()[0]}",
-        "cache": str(native.cache_folder()),
+        "compiler": version,
+        "cache": cache,
+        "cache_note": note,
     }
 
 
@@ -140,6 +150,7 @@ def table(state: dict[str, Any]) -> str:
         "torch is a CPU build"
     )  # fmt: skip
     cpp = state["native"]
+    note = f" ({cpp['cache_note']})" if cpp["cache_note"] else ""
     operations = state["operations"]
     width = max(map(len, operations)) + 2
     lines = [
@@ -149,7 +160,7 @@ def table(state: dict[str, Any]) -> str:
         f"GPU         {gpus or f'none that torch can use; {built}'}",
         *(f"engine      {name}: {word}" for name, word in state["engines"].items()),
         f"C++         {cpp['library'] or cpp['why_not']} (FASTTTA_NATIVE={cpp['mode']})",
-        f"compiler    {cpp['compiler'] or 'none'}; cache {cpp['cache']}",
+        f"compiler    {cpp['compiler'] or 'none'}; cache {cpp['cache']}{note}",
         *_optional_lines(state["optional"]),
         "",
         f"{'operation':<{width}}{'on a CPU':<12}on a GPU",

@@ -2,8 +2,9 @@
 
 The library is built against PyTorch's stable ABI for this very processor and kept in
 ``$FASTTTA_CACHE`` (else ``$XDG_CACHE_HOME/fasttta``, ``~/.cache/fasttta``) under a key of
-everything that goes into it: sources, flags, compiler, PyTorch, processor. ``FASTTTA_NATIVE``
-says what happens:
+everything that goes into it: sources, flags, compiler, PyTorch, processor. The folder must be
+the user's alone, or a private one is used; a library that is not what was written is built
+anew (``native_cache``). ``FASTTTA_NATIVE`` says what happens:
 
 ``auto``     build if need be; where that fails, warn once, PyTorch calls serve (the default)
 ``off``      never build nor load
@@ -13,6 +14,7 @@ says what happens:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import logging
@@ -26,13 +28,13 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .. import csrc
+from . import native_cache
 
 NAMES = (
     "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "flat_attention",
@@ -85,18 +87,34 @@ def mode() -> str:
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    if named := os.environ.get("FASTTTA_CACHE"):
-        return Path(named) / "native"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fasttta" / "native"
+    """Where built libraries are kept; it is not made."""
+    return native_cache.folder_and_reason(make=False)[0]
+
+
+def cache_note() -> str | None:
+    """Why ``cache_folder`` is not where it was asked for; None: it is."""
+    return native_cache.folder_and_reason(make=False)[1]
+
+
+def _words(command: str) -> list[str]:
+    """A compiler's path, which may have spaces, or a command with arguments."""
+    if shutil.which(command):
+        return [command]
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quote that does not end
+        return [command]
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler: ``$CXX``, else the first of c++, g++, clang++."""
+    """The C++ compiler's path, or its command where it has arguments: ``$CXX``, else the first of
+    c++, g++, clang++."""
     named = os.environ.get("CXX")
-    found = map(shutil.which, [named] if named else ["c++", "g++", "clang++"])
-    return next(filter(None, found), None)
+    for command in [named] if named and named.strip() else ["c++", "g++", "clang++"]:
+        program, *arguments = _words(command)
+        if path := shutil.which(program):
+            return shlex.join([path, *arguments]) if arguments else path
+    return None
 
 
 def ninja() -> str | None:
@@ -128,13 +146,14 @@ def _sources() -> list[Path]:
 
 def version(compiler: str) -> str:
     """What a compiler says of itself."""
-    command = [compiler, "--version"]
+    command = [*_words(compiler), "--version"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def library_name(compiler: str) -> str:
     """File name of the library that a compiler makes here; it changes with all that goes in."""
     parts = [version(compiler), torch.__version__, platform.machine(), _processor(), *_flags()]
+    parts += _words(compiler)[1:]
     parts += [x for source in _sources() for x in (source.name, source.read_text())]
     return f"fasttta-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
 
@@ -142,16 +161,6 @@ def library_name(compiler: str) -> str:
 def _quoted(*words: object) -> str:
     """Words of a shell command in a ninja file."""
     return shlex.join(map(str, words)).replace("$", "$$")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock of a process that dies."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build(compiler: str, ninja_path: str, target: Path) -> None:
@@ -167,7 +176,7 @@ def _build(compiler: str, ninja_path: str, target: Path) -> None:
     else:
         link = f"-L{_TORCH / 'lib'}", "-ltorch_cpu"
     rules = _NINJA.format(
-        compiler=_quoted(compiler),
+        compiler=_quoted(*_words(compiler)),
         flags=" ".join(_flags()),
         include=_quoted(_TORCH / "include"),
         link=_quoted(*link),
@@ -176,51 +185,109 @@ def _build(compiler: str, ninja_path: str, target: Path) -> None:
     rules += f"build library.so: link {' '.join(f'{unit}.o' for unit in units)}\n"
     (folder / "build.ninja").write_text(rules)
     command = [ninja_path, "-C", folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
-        os.replace(folder / "library.so", target)
+        native_cache.store(folder / "library.so", target)
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
-        log = target.with_suffix(".log")
-        log.write_text(done.stdout + done.stderr)
-        lines = [x for x in log.read_text().splitlines() if "error" in x]
+        log, text = target.with_suffix(".log"), done.stdout + done.stderr
+        log.write_text(text)
+        lines = [x for x in text.splitlines() if "error" in x]
         raise BuildError(f"{compiler} failed: {(lines or ['no error message'])[0]} (see {log})")
 
 
-def _library() -> Path:
-    """The library's path; builds it if it is not there."""
-    found, ninja_path = compiler(), ninja()
-    if found is None:
+def _library(anew: bool = False) -> Path:
+    """The library's path; builds it if it is not there and whole, or (``anew``) in any case."""
+    chosen, ninja_path = compiler(), ninja()
+    if chosen is None:
         wanted = os.environ.get("CXX", "c++, g++ or clang++")
         raise BuildError(f"no C++ compiler: {wanted} is not on PATH")
     if ninja_path is None:
         raise BuildError("no ninja: type pip install ninja")
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / library_name(found)
-    if not path.exists():
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                start = time.perf_counter()
-                _build(found, ninja_path, path)
-                _log.info("built the C++ kernels in %.1f s: %s", time.perf_counter() - start, path)
+    name = library_name(chosen)
+    folder, reason = native_cache.folder_and_reason()
+    path = folder / name
+    try:
+        _build_if_needed(chosen, ninja_path, path, anew)
+    except OSError as error:
+        if reason is not None or error.errno not in native_cache.UNWRITABLE:
+            raise
+        reason = f"{folder} cannot be written: {error.strerror}"
+        path = native_cache.private_folder() / name
+        _build_if_needed(chosen, ninja_path, path, anew)
+    if reason is not None:
+        _tell_folder(str(path.parent), reason)
     return path
 
 
+def _build_if_needed(compiler: str, ninja_path: str, path: Path, anew: bool) -> None:
+    if not anew and native_cache.is_whole(path):
+        return
+    with native_cache.locked(path.with_suffix(".lock")):
+        if anew or not native_cache.is_whole(path):  # another process may have built it
+            start = time.perf_counter()
+            _build(compiler, ninja_path, path)
+            _log.info("built the C++ kernels in %.1f s: %s", time.perf_counter() - start, path)
+
+
+def _open(path: Path) -> None:
+    """Loads a library into the dispatcher.
+
+    Raises:
+        BuildError: it does not load, or registers nothing.
+    """
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} does not load: {error}") from error
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in NAMES if not has_kernel(f"fasttta::{name}", "CPU")]
+    if missing:
+        _close(path)
+        raise BuildError(f"{path} has no kernel of {', '.join(missing[:3])}")
+
+
+def _close(path: Path) -> None:
+    """Lets go of a library, or the loader would take a new one of that name for the same."""
+    import _ctypes
+
+    library = ctypes.CDLL(str(path))
+    for _ in range(2):  # this opening, and PyTorch's
+        _ctypes.dlclose(library._handle)
+
+
 def attempt() -> Outcome:
-    """Loads the library, in the first call only, and says what came of it."""
+    """Loads the library, in the first call only, and says what came of it. One that does not load,
+    or registers nothing, is built anew once."""
     global _outcome
+    asked = mode()
     with _threads:
         if _outcome is None:
             try:
-                if mode() == "off":
+                if asked == "off":
                     raise BuildError("FASTTTA_NATIVE=off")
                 path = _library()
-                torch.ops.load_library(str(path))
+                try:
+                    _open(path)
+                except BuildError as error:
+                    _log.warning("%s; it is built anew", error)
+                    _open(_library(anew=True))
                 _outcome = Outcome(path)
-            except (BuildError, OSError, ImportError, subprocess.SubprocessError) as problem:
-                _outcome = Outcome(None, str(problem))
+            except Exception as problem:  # whatever it is, PyTorch's own operations serve
+                reason = str(problem) or type(problem).__name__
+                _outcome = Outcome(None, reason)
         return _outcome
+
+
+@functools.cache
+def _tell_folder(folder: str, reason: str) -> None:
+    if mode() == "auto":
+        warnings.warn(
+            f"fasttta keeps its C++ kernels in {folder}: {reason}\n"
+            "FASTTTA_CACHE=folder names another place.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def missing() -> str | None:
         return "Triton needs a C compiler: gcc, clang or $CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
     header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
-    return None if header.exists() else f"Triton needs Python's headers, and {header} is not there"
+    return None if os.path.exists(header) else f"Triton needs Python's headers, and {header} is not there"
 
 
 @functools.cache
