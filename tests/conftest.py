@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -20,6 +21,22 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the checkout on sys.path, and with it a top-level `kernels`
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+
+def _hide_broken_torchvision() -> None:
+    """Packages of models import torchvision where it is installed, and fail with it where it is of
+    another build than PyTorch. Without it they work."""
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = None  # an ImportError from now on
+
+
+_hide_broken_torchvision()
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # the workers of one run share the cores: a worker with as many threads as there are cores would

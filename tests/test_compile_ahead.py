@@ -30,6 +30,7 @@ def compiling():
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_core(compiling, target):
     out, err = compiling[target].communicate(timeout=900)

@@ -281,6 +281,7 @@ def _compiler(folder, body):
     return str(path)
 
 
+@pytest.mark.slow
 def test_concurrent_processes_build_once(tmp_path):
     """Two that start together, over what an interrupted build left, and a third one later."""
     real = native.compiler()

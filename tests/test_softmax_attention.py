@@ -235,6 +235,7 @@ for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
 @pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64"], ids=["AVX2", "SSE2"])
 def test_on_processors_with_narrower_vectors(flags, tmp_path):
