@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -181,3 +182,99 @@ def test_early_blocks_only(golden_model):
     assert len(names) == 72
     assert not any(f".{block}." in name for name in names for block in (9, 10))
     assert all(name.startswith(("blocks_a", "blocks_v")) for name in names)
+
+
+def test_eata_is_its_formula(tiny_model, tiny_batch):
+    """Selection, weights, average and gradient of a stream, written out."""
+    model = tiny_model().double()
+    batches = [tiny_batch(6, seed=s, dtype=torch.float64) for s in range(5)]
+    entropies = torch.cat([fasttta.functional.entropy(model(*b)) for b in batches])
+    margin, d_margin = float(entropies.detach().quantile(0.7)), 0.9998
+    adapted = fasttta.adapt(model, "eata", e_margin=margin, d_margin=d_margin, lr=1e-12)
+    names = list(model.tunable("norm"))
+    parameters = [model.get_parameter(name) for name in names]
+    average, counts, similar_ones = None, [], 0
+    for batch in batches:
+        p = model(*batch).softmax(-1)
+        entropy = -(p * p.log()).sum(-1)
+        reliable = (entropy < margin).tolist()
+        used = []
+        for i in range(6):
+            alike = (
+                average is not None and float(nnf.cosine_similarity(average, p[i], 0)) >= d_margin
+            )
+            similar_ones += reliable[i] and alike
+            used.append(reliable[i] and not alike)
+        loss = sum(
+            (margin - entropy[i].detach()).exp() * entropy[i] / sum(used)
+            for i in range(6) if used[i]
+        )  # fmt: skip
+        result = adapted.step(*batch, trace=True)
+        assert result.stats["used"].tolist() == used
+        assert int(result.n_used) == sum(used)
+        counts.append(sum(used))
+        if not any(used):
+            continue
+        assert torch.allclose(result.losses["total"], loss, rtol=1e-9)
+        for name, grad in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+            assert torch.allclose(result.grads[name], grad, rtol=1e-6, atol=1e-9), name
+        mean = torch.stack([p[i].detach() for i in range(6) if used[i]]).mean(0)
+        average = mean if average is None else 0.9 * average + 0.1 * mean
+        assert torch.allclose(snapshot(adapted)["method.average"], average, rtol=1e-9)
+    assert sum(c > 0 for c in counts) >= 3, counts
+    assert similar_ones, "the average excluded no sample"
+
+
+def test_sar_is_its_formula(tiny_model, tiny_batch):
+    """Both selections, the moving average of the second loss, and the default margin."""
+    model = tiny_model().double()
+    batches = [tiny_batch(6, seed=s, dtype=torch.float64) for s in range(4)]
+    names = list(model.tunable("encoder_norm"))
+    entropies = torch.cat([fasttta.functional.entropy(model(*b)) for b in batches])
+    margin, rho = float(entropies.detach().quantile(0.8)), 0.01
+    options = {"e_margin": margin, "rho": rho, "lr": 1e-12, "reset_below": 0.0}
+    adapted = fasttta.adapt(model, "sar", **options)
+    average, dropped = None, 0
+    for batch in batches:
+        twin = copy.deepcopy(model)
+        parameters = [twin.get_parameter(name) for name in names]
+
+        def entropy(twin=twin, batch=batch):
+            return fasttta.functional.entropy(twin(*batch), backend="reference")
+
+        first = entropy()
+        used = first.detach() < margin
+        loss = first[used].mean()
+        grads = torch.autograd.grad(loss, parameters)
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(parameters, grads, strict=True):
+                p.add_(rho * g / norm)
+        second = entropy()
+        both = used & (second.detach() < margin)
+        dropped += int(used.sum() - both.sum())
+        assert both.any()
+        sharp = second[both].mean()
+        result = adapted.step(*batch, trace=True)
+        assert torch.equal(result.stats["used"], both)
+        assert torch.allclose(result.losses["entropy"], loss, rtol=1e-8)
+        assert torch.allclose(result.losses["sharp"], sharp, rtol=1e-6)
+        for name, grad in zip(names, torch.autograd.grad(sharp, parameters), strict=True):
+            assert torch.allclose(result.grads[name], grad, rtol=1e-4, atol=1e-8), name
+        average = sharp.detach() if average is None else 0.9 * average + 0.1 * sharp.detach()
+        assert torch.allclose(result.stats["average"], average, rtol=1e-6)
+    assert dropped, "no sample passed the first selection alone"
+
+
+@pytest.mark.parametrize(("method", "options"), [("sar", {"rho": 1e-9}), ("eata", {})])
+def test_default_margin(tiny_model, tiny_batch, method, options):
+    """0.4 ln C, with samples on both sides and one between 0.35 and 0.4 or 0.4 and 0.45."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.mlp_head[1].weight.mul_(3.5)
+    batch = tiny_batch(64)
+    entropy = fasttta.functional.entropy(model(*batch)) / math.log(7)
+    used = fasttta.adapt(model, method, **options).step(*batch).stats["used"]
+    assert torch.equal(used, entropy < 0.4)
+    assert ((entropy > 0.4) & (entropy < 0.45)).any()
+    assert ((entropy > 0.35) & (entropy < 0.4)).any()
