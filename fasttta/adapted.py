@@ -20,7 +20,7 @@ from .engine.shift import Guard
 from .engine.snapshot import Snapshot
 from .engine.state import State, working_copy
 from .engine.step import Step, StepResult, warn
-from .engine.streaming import Lane, groups, one_ahead
+from .engine.streaming import Lane, Reader, Stream, copied, groups, one_ahead
 from .engine.turn import exclusive, surely
 from .families import Recognised
 from .methods.base import Method
@@ -240,8 +240,14 @@ class Adapted(Stateful):
         Methods that tune inside the encoders have nothing to encode ahead or to keep, and ignore
         both; so does a stream inside ``source()``.
 
+        Returns:
+            An iterator with the ``len`` of the loader, where that has one. Leaving it early loses
+            no batch: of a loader that is an iterator itself, what was read ahead and not stepped
+            on comes first in the next stream over that iterator, which any adapted model may make.
+
         Raises:
-            ValueError, TypeError: a batch cannot be used; those before it have been adapted on.
+            ValueError, TypeError: a batch cannot be used; those before it have been adapted on, and
+                the next stream over the same iterator begins behind it.
         """
         if encode_batch is not None and (not isinstance(encode_batch, int) or encode_batch < 1):
             raise ValueError(f"encode_batch={encode_batch!r}: needed a positive integer or None")
@@ -250,24 +256,37 @@ class Adapted(Stateful):
         if not self._step.method.frozen_encoder:
             encode_batch = cache = None
         kept = None if cache is None else cache.of(self._hidden[1], self.precision)
-        return self._stream(loader, encode_batch, cache, kept)
+        return Stream(self._stream(loader, encode_batch, cache, kept), loader)
+
+    def _lane(self) -> Lane | None:
+        """What brings and encodes ahead of the steps, on a GPU."""
+        device = self._step.device
+        return Lane(device) if device.type == "cuda" else None
 
     def _stream(
         self, loader: Iterable, encode_batch: int | None, cache: Any, kept: Any
     ) -> Iterator[StepResult]:
-        device = self._step.device
-        lane = Lane(device) if device.type == "cuda" else None
+        lane, reader = self._lane(), Reader(loader)
+
+        def read(batch: Any) -> tuple[tuple[Tensor, ...], list[str] | None]:
+            named = getattr(batch, "_fields", None) == ("inputs", "ids")
+            inputs = as_inputs(batch.inputs if named else batch)
+            if lane is not None:
+                inputs = tuple(lane.bring(x) if torch.is_tensor(x) else x for x in inputs)
+            elif encode_batch:  # they wait for others: a loader may refill them
+                inputs = tuple(copied(x) for x in inputs)
+            reader.keep(batch._replace(inputs=inputs) if named else inputs)
+            ids, inputs = batch.ids if named else None, self._prepare(inputs)
+            return inputs, None if kept is None else kept.keys(inputs, ids)
 
         def batches() -> Iterator[tuple[tuple[Tensor, ...], list[str] | None]]:
-            for batch in loader:
-                named = getattr(batch, "_fields", None) == ("inputs", "ids")
-                inputs = as_inputs(batch.inputs if named else batch)
-                if lane is not None:
-                    inputs = tuple(lane.bring(x) if torch.is_tensor(x) else x for x in inputs)
-                inputs, ids = self._prepare(inputs), batch.ids if named else None
-                if encode_batch and lane is None:  # they wait for others: a loader may refill them
-                    inputs = tuple(x.clone() for x in inputs)
-                yield inputs, None if kept is None else kept.keys(inputs, ids)
+            for batch in reader:
+                try:
+                    ready = read(batch)
+                except Exception:
+                    reader.refuse()
+                    raise
+                yield ready
 
         waiting = groups(batches(), encode_batch or 1)
 
@@ -277,7 +296,10 @@ class Adapted(Stateful):
                 return None
             if self._in_source or not (encode_batch or kept):
                 return group, [None] * len(group)
-            return group, self._encode(group, encode_batch, kept)
+            try:
+                return group, self._encode(group, encode_batch, kept)
+            except Exception:
+                return group, [None] * len(group)  # one of them fails, at its turn
 
         def made() -> Iterator[tuple]:
             while True:
@@ -286,19 +308,33 @@ class Adapted(Stateful):
                     return
                 yield *found, done
 
+        def stepped(batch: tuple, features: Tensor | None) -> StepResult:
+            inputs, _ = batch
+            if self._in_source:
+                return self.step(*inputs)
+            if features is None and kept is not None:
+                (features,) = self._encode([batch], encode_batch, kept)
+            self._warn_single(inputs)
+            return self._adapt(inputs, features=features)
+
         # without encode_batch a result does not wait for the next batch
         ahead = one_ahead if encode_batch and lane is not None else iter
         try:
             for group, features, done in ahead(made()):
                 if lane is not None:
                     lane.receive(done, *features, *(x for inputs, _ in group for x in inputs))
-                for (inputs, _), encoded in zip(group, features, strict=True):
-                    if self._in_source:
-                        yield self.step(*inputs)
-                        continue
-                    self._warn_single(inputs)
-                    yield self._adapt(inputs, features=encoded)
+                for batch, encoded in zip(group, features, strict=True):
+                    if reader.ended:  # another stream over the same iterator has taken the rest
+                        return
+                    try:
+                        result = stepped(batch, encoded)
+                    except Exception:
+                        reader.stepped()
+                        raise
+                    reader.stepped()
+                    yield result
         finally:
+            reader.close()
             if cache is not None:
                 cache.flush()
 

@@ -18,6 +18,7 @@ from .engine import delta
 from .engine.precision import Precision, environment
 from .engine.state import checked_value, working_copy
 from .engine.step import StepResult
+from .engine.streaming import Reader, Stream
 from .engine.turn import exclusive, surely
 from .episodes import as_list, given_views, made_views, result
 from .families_clip import RecognisedCLIP
@@ -311,14 +312,24 @@ def stream_of(adapted: Adapted, loader: Iterable, cache: None) -> Iterator[StepR
         raise ValueError("cache: views are made anew of every image, so no features are kept")
 
     def steps() -> Iterator[StepResult]:
-        for item in loader:
-            if isinstance(item, Views):
-                yield adapted.step(views=item)
-            else:
-                lone = isinstance(item, (tuple, list)) and len(item) == 1
-                yield adapted.step(item[0] if lone else item)
+        reader = Reader(loader)
+        try:
+            for item in reader:
+                try:
+                    if isinstance(item, Views):
+                        result = adapted.step(views=item)
+                    else:
+                        lone = isinstance(item, (tuple, list)) and len(item) == 1
+                        result = adapted.step(item[0] if lone else item)
+                except Exception:
+                    reader.refuse()
+                    raise
+                reader.stepped()
+                yield result
+        finally:
+            reader.close()
 
-    return steps()
+    return Stream(steps(), loader)
 
 
 def items_of(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:

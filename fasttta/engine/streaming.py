@@ -1,15 +1,123 @@
-"""What a stream does ahead of its steps: batches in groups, brought to the device and encoded."""
+"""What a stream does ahead of its steps: batches in groups, brought to the device and encoded.
+
+Batches that were read ahead and not stepped on are not lost: see ``Reader``.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+# iterator's address -> the reader that has batches of it; closed ones hold what was not stepped on
+_READERS: dict[int, Reader] = {}
+_CLOSED = 8  # iterators whose unread batches are kept at most, the oldest are given up
+
+
+class Stream(Generic[T]):
+    """Results in order, one a batch; as many as the loader says it has batches.
+
+    Raises:
+        TypeError: the loader yields nothing.
+    """
+
+    def __init__(self, results: Iterator[T], loader: Any) -> None:
+        if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+            raise TypeError(f"loader must yield batches, found {loader!r:.80}")
+        self._results, self._loader = results, loader
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return next(self._results)
+
+    def __len__(self) -> int:
+        """Batches of the loader, where it knows; those already taken are counted too."""
+        return len(self._loader)
+
+    def close(self) -> None:
+        """Ends the stream: the next one over the same iterator goes on where this one stopped."""
+        self._results.close()
+
+
+class Reader:
+    """Batches of a loader, each remembered until it was stepped on.
+
+    A loader that is its own iterator (a generator, ``iter(...)``) gives each batch once. What a
+    stream has read of it, but not stepped on when it is left, comes first in the next stream over
+    the same iterator, also where the stream before is still open: that one then ends.
+    """
+
+    def __init__(self, loader: Iterable) -> None:
+        self._iterator = iter(loader)
+        self._once = self._iterator is loader
+        self._waiting: deque = deque()  # not read by this stream yet
+        self._read: deque = deque()  # read, in order, and not stepped on
+        self.ended = False
+        if self._once:
+            before = _READERS.pop(id(self._iterator), None)
+            if before is not None:
+                self._waiting.extend(before.give_up())
+            _READERS[id(self._iterator)] = self
+
+    def __iter__(self) -> Iterator[Any]:
+        while not self.ended:
+            if self._waiting:
+                batch = self._waiting.popleft()
+            else:
+                try:
+                    batch = next(self._iterator)
+                except StopIteration:
+                    return
+            self._read.append(batch)
+            yield batch
+
+    def keep(self, batch: Any) -> None:
+        """Remembers this in place of the batch that was read last: a copy, where the loader may
+        write to the batch again."""
+        self._read[-1] = batch
+
+    def refuse(self) -> None:
+        """The batch that was read last cannot be used: it does not come again."""
+        self._read.pop()
+
+    def stepped(self) -> None:
+        """The oldest batch that was read is done with."""
+        self._read.popleft()
+
+    def give_up(self) -> Iterator[Any]:
+        """Ends this stream; what it has not stepped on."""
+        self.ended = True
+        unread, self._read, self._waiting = [*self._read, *self._waiting], deque(), deque()
+        return iter(unread)
+
+    def close(self) -> None:
+        place = id(self._iterator)
+        if not self._once or self.ended:
+            return
+        if not (self._read or self._waiting):
+            _READERS.pop(place, None)
+            return
+        self.ended = True
+        _READERS[place] = _READERS.pop(place)  # the newest
+        closed = [key for key, reader in _READERS.items() if reader.ended]
+        for key in closed[:-_CLOSED]:
+            del _READERS[key]
+
+
+def copied(x: Any) -> Any:
+    """A tensor's values, whatever is written to it from now on; other things as they are."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return x
+    with torch.inference_mode(False):
+        return x.detach().clone()
 
 
 def groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
