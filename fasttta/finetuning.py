@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .engine.state import structural_copy
 from .models import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalHead
+from .ops.labels import class_labels
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")
 Tuned = TypeVar("Tuned", bound=RationalHead | FeatureClassifier)
@@ -121,24 +122,18 @@ class FineTuning:
         Raises:
             ValueError, TypeError: features or labels cannot be used; nothing is updated.
         """
-        if not len(labels):
+        if isinstance(labels, Tensor) and not len(labels):
             raise ValueError("labels are empty: needed at least 1 sample")
-        if labels.shape != features.shape[:1] or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be integers [{len(features)}], found {labels.dtype} "
-                f"{list(labels.shape)}"
-            )
         with torch.inference_mode(False), torch.enable_grad():
             text = self.text() if callable(self.text) else self.text
-            if not 0 <= int(labels.min()) <= int(labels.max()) < len(text):
-                raise ValueError(f"labels must lie in 0 to {len(text) - 1}, the classes of text")
+            labels = _labels(labels, len(features), len(text))
             image = features if self.image is None else self.image(features)
             scale = self.scale() if callable(self.scale) else self.scale
             if self.score is None:
                 logits, mask = self.head(image, text, scale, self.bias, return_mask=True)
             else:
                 logits, mask = self.score(image, text)
-            value = objective_loss(logits, labels.long(), self.objective)
+            value = objective_loss(logits, labels, self.objective)
             away = mask.new_zeros(()) if self.penalty is None else mask_penalty(mask, self.penalty)
             loss = value + self.alpha * away if self.alpha else value
             if not torch.isfinite(loss):
@@ -204,8 +199,8 @@ def finetune(
     taken = ("bias", "image", "score", "also", "also_lr")
     if whole and (given := [name for name in taken if name in options]):
         raise ValueError(f"{', '.join(given)}: {type(model).__name__} has its own")
-    if not isinstance(labels, Tensor) or labels.shape != inputs[0].shape[:1]:
-        raise ValueError(f"labels must be a tensor [{len(inputs[0])}]")
+    known = model.num_classes if whole else len(text)
+    labels = _labels(labels, len(inputs[0]), known)
     with torch.inference_mode(False):
         tuned: RationalHead | FeatureClassifier
         words: Callable[[], Tensor] | None = None
@@ -244,6 +239,14 @@ def finetune(
                 tuned.text = (text / text.norm(dim=-1, keepdim=True)).to(tuned.text.dtype)
                 tuned.model.class_features = tuned.text.clone()
     return cast(Tuned, tuned.requires_grad_(False) if whole else tuned)
+
+
+def _labels(labels: Tensor, samples: int, classes: int) -> Tensor:
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise ValueError(
+            f"labels must be integers [{samples}], found {labels.dtype} {list(labels.shape)}"
+        )
+    return class_labels(labels, samples, classes)
 
 
 def _check_model(model, inputs, text, scale, encoders, classes) -> bool:

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from ..adapted import Adapted
+from ..adapted_clip import AdaptedCLIP
+from ..adapted_head import AdaptedHead
+from ..episodes import as_list
+from ..ops.labels import class_count, class_labels
 
 
 def measure_stream(
@@ -31,13 +35,20 @@ def measure_stream(
         classes (of the scored prediction) and of ``"labels"``.
 
     Raises:
-        ValueError: the stream is empty, or a batch cannot be used.
+        ValueError, TypeError: the stream is empty, a batch or its labels cannot be used, or
+            ``classes`` is not the width of the logits. Labels are checked before the batch is
+            adapted on, so that nothing is learnt from one that is refused.
     """
-    method = adapted.options
+    method, width = adapted.options, None
+    class_count(classes)
     names = ("samples", "hits_before", "hits_after", "predicted", "labels")
     series: dict[str, list] = {name: [] for name in names}
     seconds = 0.0
-    for *inputs, labels in batches:
+    for batch in batches:
+        inputs, labels = _split(batch)
+        labels = class_labels(labels, _samples(adapted, inputs), classes)
+        if width is None:
+            width = _check_width(adapted, inputs, classes)
         start = time.perf_counter()
         result = adapted.step(*inputs)
         if result.logits.is_cuda:
@@ -65,6 +76,32 @@ def measure_stream(
     }
 
 
+def _split(batch: Any) -> tuple[list, Any]:
+    """Inputs and labels of a batch."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        found = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(f"a batch is (*inputs, labels), found {found}")
+    *inputs, labels = batch
+    return inputs, labels
+
+
+def _samples(adapted: Adapted, inputs: list) -> int | None:
+    """How many samples a batch has; None: the step will say that it has none."""
+    if isinstance(adapted, (AdaptedCLIP, AdaptedHead)):
+        single, items = as_list(inputs[0])
+        return 1 if single else len(items)
+    return len(inputs[0]) if isinstance(inputs[0], Tensor) and inputs[0].ndim else None
+
+
+def _check_width(adapted: Adapted, inputs: list, classes: int) -> int:
+    """The width of the logits, from the source model, so that nothing is adapted."""
+    with adapted.source():
+        width = adapted.step(*inputs).logits.shape[1]
+    if width != classes:
+        raise ValueError(f"classes={classes}, but the model gives logits of {width} classes")
+    return width
+
+
 def _hits(logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(dim=1) == labels).sum())
 
@@ -77,7 +114,12 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the runs of every number, ``"score_std"``, and the runs' ``"series"`` as a list.
 
     The spread is the standard deviation over runs (divisor n - 1; 0 for a single run).
+
+    Raises:
+        ValueError: there are no runs.
     """
+    if not len(runs):
+        raise ValueError("runs: needed at least one result of measure_stream, found none")
     found: dict[str, Any] = {
         key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "series"
     }
