@@ -5,12 +5,17 @@ from __future__ import annotations
 import html
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .methods.prompt_text import split_prompt
+from .ops.dense import dense
 
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _MERGES = "bpe_simple_vocab_16e6.txt.gz"
@@ -27,19 +32,24 @@ def token_ids(
     context_length: int = 77,
     tokenizer: Callable | str | os.PathLike | None = None,
 ) -> Tensor:
-    """Token ids [C, L] of ``"{prompt} {class}."``, with underscores as spaces.
+    """Token ids [C, L] of the classes' prompts, with underscores as spaces.
 
     Args:
-        classes: class names, or token ids [C, L] int64, which are returned as they are.
+        classes: class names, or token ids [C, L] int64, which are returned as they are: ``prompt``
+            and ``tokenizer`` are then not looked at.
+        prompt: what precedes the class name and a full stop, or a template with ``{}`` in the
+            name's place: ``"a photo of a {}, a type of pet."``
         tokenizer: takes a list of texts to ids [C, L] (a tensor, lists, or an object with
             ``input_ids``, such as open_clip's and Hugging Face's); or the path of CLIP's merges
             file. None: that file in an installed open_clip or clip package.
 
     Raises:
-        TypeError, ValueError: classes are neither names nor ids, or there is no tokenizer; a
-            prompt longer than the context.
+        TypeError, ValueError: classes are neither names nor ids, or there is no tokenizer, or it
+            returns something else than a row of ids a text; a prompt with other braces, or longer
+            than the context.
     """
     if isinstance(classes, Tensor):
+        classes = dense("classes", classes)
         if classes.dtype != torch.int64 or classes.ndim != 2 or not classes.numel():
             raise TypeError(
                 f"classes must be names or int64 token ids [C, L], found {classes.dtype} "
@@ -56,14 +66,15 @@ def token_ids(
     odd = [name for name in classes if not isinstance(name, str) or not name.strip()]
     if odd or not classes:
         raise TypeError(f"classes must be a list of names, found {odd[0] if odd else 'none'!r}")
-    texts = [f"{prompt} {name}.".replace("_", " ") for name in classes]
+    before, behind = split_prompt(prompt)
+    texts = [before + name.replace("_", " ") + behind for name in classes]
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         rows = _builtin(tokenizer)(texts)
     elif callable(tokenizer):
         rows = tokenizer(texts)
     else:
         raise TypeError(f"tokenizer must be a callable or a path, found {tokenizer!r:.80}")
-    ids = _padded(rows)
+    ids = _padded(rows, len(texts))
     ends = ids.argmax(1) + 1
     long = [
         f"{name!r} ({int(end)} tokens)"
@@ -78,12 +89,50 @@ def token_ids(
     return ids
 
 
-def _padded(rows: Any) -> Tensor:
-    rows = rows["input_ids"] if hasattr(rows, "keys") and "input_ids" in rows.keys() else rows  # noqa: SIM118
-    if isinstance(rows, Tensor):
-        return rows.detach().to("cpu", torch.int64)
-    rows = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+def _padded(returned: Any, texts: int) -> Tensor:
+    """What a tokenizer returned for so many texts, as int64 [C, L]; rows are filled up with 0.
+
+    Raises:
+        TypeError: these are no rows of integers.
+        ValueError: they are not as many as the texts, or one is empty.
+    """
+    rows = returned
+    if isinstance(rows, Mapping):
+        rows = rows.get("input_ids")
+    elif hasattr(rows, "input_ids"):
+        rows = rows.input_ids
+    if not isinstance(rows, Tensor):
+        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+            raise TypeError(
+                f"tokenizer returned {returned!r:.80}; needed a row of token ids for each text, "
+                "a tensor [C, L], or an object with input_ids"
+            )
+        # items of a Hugging Face fast tokenizer's encode_batch have ids
+        rows = [torch.as_tensor(_row(row)) for row in rows]
+    if len(rows) != texts:
+        raise ValueError(
+            f"tokenizer returned {len(rows)} rows for {texts} texts; needed one a text"
+        )
+    shapes = [list(row.shape) for row in rows]
+    if any(len(shape) != 1 or not shape[0] for shape in shapes):
+        odd = next(shape for shape in shapes if len(shape) != 1 or not shape[0])
+        raise ValueError(f"tokenizer returned a row of shape {odd}; needed ids [L], at least one")
+    kinds = {row.dtype for row in rows}
+    if not kinds <= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}:
+        raise TypeError(f"tokenizer returned {', '.join(map(str, kinds))}; needed integers")
+    rows = [row.detach().to("cpu", torch.int64) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _row(row: Any) -> Any:
+    """A row that ``torch.as_tensor`` takes."""
+    ids = getattr(row, "ids", row)
+    integers = isinstance(ids, (Tensor, np.ndarray)) or (
+        isinstance(ids, Sequence) and all(isinstance(x, Integral) for x in ids)
+    )
+    if isinstance(ids, (str, bytes)) or not integers:
+        raise TypeError(f"tokenizer returned the row {row!r:.80}; needed integers, its token ids")
+    return ids
 
 
 def _builtin(path: str | os.PathLike | None) -> Callable[[list[str]], list[list[int]]]:

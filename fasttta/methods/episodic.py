@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..protocols import VisionLanguageModel
 from ..views import Views
-from .base import Method, require, require_int
+from .base import Method, require_int
 from .contract import check_episodes
+from .prompt_text import prompt_words
 
 
 @dataclass
@@ -47,10 +48,11 @@ class Episodic(Method, abstract=True):
     besides those of ``Method``; subclasses place them.
 
     Args:
-        prompt: what precedes the class name and a full stop, where classes are names.
-        prompt_length: tuned tokens after SOT. None: the space-separated words of ``prompt``, as
-            official code counts them (a hyphenated word is several tokens, the last of which then
-            stay fixed).
+        prompt: what precedes the class name and a full stop, where classes are names; or a template
+            such as ``"a photo of a {}, a type of pet."``, whose words behind the name stay fixed.
+        prompt_length: tuned tokens after SOT. None: the space-separated words of ``prompt`` before
+            the name, as official code counts them (a hyphenated word is several tokens, the last of
+            which then stay fixed).
     """
 
     RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
@@ -73,17 +75,21 @@ class Episodic(Method, abstract=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(isinstance(self.prompt, str) and bool(self.prompt.strip()), "prompt",
-                self.prompt, "words such as \"a photo of a\"")  # fmt: skip
+        words = prompt_words(self.prompt)
         if self.prompt_length is not None:
             require_int("prompt_length", self.prompt_length, 1)
+        elif self.group and not words:
+            raise ValueError(
+                f"prompt={self.prompt!r}: {self.name!r} tunes the words before the class name, and "
+                'there are none; needed a template such as "a photo of a {}."'
+            )
 
     @property
     def tuned_length(self) -> int:
         """Tokens after SOT that are tuned (or could be)."""
         if self.prompt_length is not None:
             return self.prompt_length
-        return len(self.prompt.strip().replace("_", " ").split(" "))
+        return prompt_words(self.prompt)
 
     @property
     def view_count(self) -> int:

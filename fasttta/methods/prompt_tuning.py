@@ -46,7 +46,6 @@ class PromptTuning(Episodic, abstract=True):
         require_number("weight_decay", self.weight_decay)
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(isinstance(self.augment, bool), "augment", self.augment, "True or False")
-        self.selected_count(self.views)
 
     @property
     def view_count(self) -> int:
@@ -57,18 +56,8 @@ class PromptTuning(Episodic, abstract=True):
         return self.augment
 
     def selected_count(self, views: int) -> int:
-        """Views in the loss.
-
-        Raises:
-            ValueError: none would be.
-        """
-        count = int(views * self.select)
-        if not count:
-            raise ValueError(
-                f"select={self.select}: of {views} views none would be selected; needed at least "
-                f"{1 / views:.4g}"
-            )
-        return count
+        """Views in the loss: their share rounded down, as official code does, but at least one."""
+        return max(1, int(views * self.select))
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, Slot
 from .base import Method, Objective, require, require_int, require_number, sample_weight
+from .prompt_text import split_prompt
 
 _BY_LOSS = {
     "views": {"lr": 5e-3, "score_at": "after"},
@@ -96,8 +97,7 @@ class RAda(Method):
         for name in ("heads", "views"):
             require_int(name, getattr(self, name), 1)
         require(isinstance(self.augment, bool), "augment", self.augment, "True or False")
-        require(isinstance(self.prompt, str) and bool(self.prompt.strip()), "prompt",
-                self.prompt, "words such as \"a photo of a\"")  # fmt: skip
+        split_prompt(self.prompt)
 
     def fitted(self, model: Any) -> Method:
         of_streams = "entropy" if getattr(model, "spans", ()) else "views"
