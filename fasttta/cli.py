@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import __version__, console
@@ -173,7 +173,7 @@ def _demo_clip(options: argparse.Namespace, chosen: dict[str, Any]) -> int:
     return 0
 
 
-def _print(found: dict, text: str, json_wanted: bool) -> None:
+def _print(found: Mapping[str, Any], text: str, json_wanted: bool) -> None:
     from .evaluate.output import as_json
 
     if json_wanted:

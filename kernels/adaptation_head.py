@@ -15,6 +15,8 @@ Source: ABPEM (principal entropy), READ (balance). Of equal logits the lowest in
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -185,22 +187,22 @@ def adaptation_head(
     if classes > plan.ROW_CLASSES:
         weights = entropy_weight, balance_weight
         return large.adaptation_head(logits, k, *weights, softmax_sum, eps, weight)
-    new = {"dtype": torch.float32, "device": logits.device}
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
     samples = plan.cdiv(n, plan.HEAD_PARTS)
     parts = plan.cdiv(n, samples)
-    entropy, rows = torch.empty(n, **new), torch.empty((2, n), **new)
-    mass, grad = torch.empty((parts, classes), **new), torch.empty((n, classes), **new)
-    losses = [torch.empty((), **new) for _ in range(3)]
+    entropy, rows = empty(n), empty((2, n))
+    mass, grad = empty((parts, classes)), empty((n, classes))
+    total, entropy_loss, balance = (empty(()) for _ in range(3))
     _run_rows(
         logits, k, eps, weight=weight, entropy=entropy, grad=grad, rows=rows, mass=mass,
         samples=samples,
     )  # fmt: skip
     launch.run(
         _batch_kernel, plan.head_batch(n, classes, softmax_sum), logits, weight, entropy, rows,
-        mass, *losses, grad, *logits.stride(), 0 if weight is None else weight.stride(0),
-        n, classes, parts, entropy_weight, balance_weight,
+        mass, total, entropy_loss, balance, grad, *logits.stride(),
+        0 if weight is None else weight.stride(0), n, classes, parts, entropy_weight, balance_weight,
     )  # fmt: skip
-    return *losses, grad
+    return total, entropy_loss, balance, grad
 
 
 def balance_entropy(

@@ -6,6 +6,8 @@ Formulas are adaptation_head's. Three launches: samples (maximum, sum, selection
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -213,8 +215,8 @@ _KEY_BITS = {torch.bfloat16: 16, torch.float16: 20}
 
 def _samples(logits: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     n, classes = logits.shape
-    new = {"dtype": torch.float32, "device": logits.device}
-    entropy, rows = torch.empty(n, **new), torch.empty((n, 3), **new)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
+    entropy, rows = empty(n), empty((n, 3))
     selection = torch.empty((n, 2), dtype=torch.int32, device=logits.device)
     if n:
         samples = plan.large_samples(n, classes, k, _KEY_BITS.get(logits.dtype, 32))
@@ -248,8 +250,9 @@ def adaptation_head(
     eps: float, weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, classes = logits.shape
-    new = {"dtype": torch.float32, "device": logits.device}
-    mass, grad, *losses = (torch.empty(x, **new) for x in (classes, (n, classes), (), (), ()))
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
+    mass, grad = empty((classes,)), empty((n, classes))
+    total, entropy_loss, balance = (empty(()) for _ in range(3))
     s_weight = 0 if weight is None else weight.stride(0)
     entropy, rows, selection = _samples(logits, k, eps)
     launch.run(
@@ -259,7 +262,7 @@ def adaptation_head(
     gradient = plan.large_gradient(n, classes, k, _KEY_BITS.get(logits.dtype, 32), softmax_sum)
     launch.run(
         _gradient_kernel, gradient, logits, weight, None, entropy, rows, selection, mass,
-        *losses, grad, *logits.stride(), s_weight, 0, *grad.stride(), n, classes, eps,
-        entropy_weight, balance_weight,
+        total, entropy_loss, balance, grad, *logits.stride(), s_weight, 0, *grad.stride(), n,
+        classes, eps, entropy_weight, balance_weight,
     )  # fmt: skip
-    return *losses, grad
+    return total, entropy_loss, balance, grad

@@ -6,7 +6,7 @@ operation and wave counts, none has been timed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -21,10 +21,17 @@ class Plan:
     """How a kernel is started; constants are its constexpr arguments."""
 
     grid: tuple[int, ...]
-    constants: dict[str, object]
+    constants: Mapping[str, object]
     warps: int
     stages: int = 1
     registers: int | None = None  # a thread may have; None: as many as ptxas thinks best (NVIDIA)
+
+
+def size(constants: Mapping[str, object], name: str) -> int:
+    """A constant that is a number."""
+    value = constants[name]
+    assert isinstance(value, int), f"{name} is {value!r}"
+    return value
 
 
 def cdiv(a: int, b: int) -> int:
@@ -129,12 +136,11 @@ def score_tiles(architecture: str, half: bool, batch: int, spans: Sequence[int],
 def merge_tiles(tiles: Plan, spans: Sequence[int], pair_query: bool) -> Plan:
     count, batch = tiles.grid
     constants = {name: tiles.constants[name] for name in ("BLOCKS", "BM", "BN")}
+    blocks, places = power_of_2(max(2, len(spans) ** 2)), power_of_2(max(2, count))
     constants |= {
-        "TILES": count, "M": len(spans),
-        "BB": power_of_2(max(2, len(spans) ** 2)), "BT": power_of_2(max(2, count)),
-        "PAIR_QUERY": pair_query,
+        "TILES": count, "M": len(spans), "BB": blocks, "BT": places, "PAIR_QUERY": pair_query,
     }  # fmt: skip
-    warps = min(8, max(1, constants["BB"] * constants["BT"] // 1024))
+    warps = min(8, max(1, blocks * places // 1024))
     return Plan((batch,), constants, warps)
 
 
@@ -261,7 +267,7 @@ def flat_attention(
     constants, options = _flat(architecture, half, d)
     if half:
         constants, options = constants | {"BN": 64}, options | {"warps": 4}
-    grid = cdiv(count, constants["BM"]), heads
+    grid = cdiv(count, size(constants, "BM")), heads
     weights = {"BM": constants["BM"], "BD": constants["BD"], "BK": 1024}
     return Plan(grid, constants, **options), Plan(grid, weights, 4)
 
@@ -273,7 +279,7 @@ def flat_sums(heads: int) -> Plan:
 
 def flat_gradients(architecture: str, half: bool, heads: int, count: int, d: int) -> Plan:
     constants, options = _flat(architecture, half, d)
-    return Plan((2 * cdiv(count, constants["BM"]), heads), constants, **options)
+    return Plan((2 * cdiv(count, size(constants, "BM")), heads), constants, **options)
 
 
 # --------------------------------------------------------------------------- shared prefix
@@ -308,14 +314,14 @@ def prefix_attention(
 ) -> Plan:
     """Heads of the whole batch; last: queries are the sequences' last tokens alone."""
     constants, options = _prefix(architecture, half, prefix, d, last)
-    return Plan((tiles * (TILE_TOKENS // constants["BM"]), heads), constants, **options)
+    return Plan((tiles * (TILE_TOKENS // size(constants, "BM")), heads), constants, **options)
 
 
 def prefix_gradients(
     architecture: str, half: bool, heads: int, tiles: int, prefix: int, d: int, last: bool
 ) -> Plan:
     constants, options = _prefix(architecture, half, prefix, d, last)
-    parts = 2 * (TILE_TOKENS // constants["BM"]) + cdiv(prefix, constants["BP"])
+    parts = 2 * (TILE_TOKENS // size(constants, "BM")) + cdiv(prefix, size(constants, "BP"))
     return Plan((tiles * parts, heads), constants, **options)
 
 
@@ -364,11 +370,11 @@ def large_gradient(n: int, classes: int, k: int, bits: int, softmax_sum: bool) -
 # --------------------------------------------------------------------------- total variation
 
 
-def _map_blocks(height: int, width: int) -> dict[str, object]:
+def _map_blocks(height: int, width: int) -> dict[str, int]:
     return {"BH": min(16, power_of_2(height)), "BW": min(256, power_of_2(width))}
 
 
-def _map_warps(constants: dict[str, object]) -> int:
+def _map_warps(constants: Mapping[str, int]) -> int:
     return max(1, constants["BH"] * constants["BW"] // 512)  # 16 elements a thread
 
 

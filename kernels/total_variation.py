@@ -9,6 +9,8 @@ Source: A-TPT, reliability-weighted ensemble of views.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -208,8 +210,8 @@ def reliability_ensemble(
     """Probability [C], tv [N], weights [N] of maps [N, H, W] and logits [N, C]."""
     n, height, width = maps.shape
     classes = logits.shape[1]
-    new = {"dtype": torch.float32, "device": maps.device}
-    probability, tv, weights = (torch.empty(x, **new) for x in (classes, n, n))
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=maps.device)
+    probability, tv, weights = (empty(x) for x in (classes, n, n))
     if small := plan.small_ensemble(n, height, width, classes):
         launch.run(
             _small_kernel, small, maps, logits, probability, tv, weights, *maps.stride(),
@@ -217,8 +219,8 @@ def reliability_ensemble(
         )  # fmt: skip
         return probability, tv, weights
     strips = plan.map_strips(n, height, width, rows=True)
-    count = strips.constants["STRIPS"]
-    parts, rows = torch.empty((n, count), **new), torch.empty((2, n), **new)
+    count = plan.size(strips.constants, "STRIPS")
+    parts, rows = empty((n, count)), empty((2, n))
     launch.run(
         _strips_kernel, strips, maps, logits, parts, rows, *maps.stride(), *logits.stride(), n,
         height, width, classes,

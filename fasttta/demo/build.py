@@ -209,9 +209,10 @@ def main() -> None:
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     MODEL_PATH.write_bytes(save(weights))
     accuracy = ", ".join(f"{mode} {value:.1f} %" for mode, value in clean_accuracy().items())
-    espeak = re.search(r"\d+(\.\d+)+", ask(program, "--version"))[0]
+    espeak = re.search(r"\d+(\.\d+)+", ask(program, "--version"))
+    assert espeak is not None  # it ran, so that it has a version
     versions = f"torch {torch.__version__.split('+')[0]}, scikit-learn {sklearn.__version__}"
-    provenance = f"seed {SEED}; {versions}, espeak-ng {espeak}; clean test accuracy: {accuracy}"
+    provenance = f"seed {SEED}; {versions}, espeak-ng {espeak[0]}; clean test accuracy: {accuracy}"
     metadata = {
         "provenance": provenance,
         "train_speakers": ", ".join(train_speakers),

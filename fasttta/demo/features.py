@@ -87,7 +87,9 @@ def run(
     """
     train, labels = load_features(Path(folder) / "train.npz")
     test, truth = load_features(Path(folder) / "val.npz")
-    text, found, seconds = prototypes(train, labels), {}, []
+    text = prototypes(train, labels)
+    found: dict[str, list[float]] = {}
+    seconds: list[float] = []
 
     def note(what: str, value: float) -> None:
         found.setdefault(what, []).append(value)

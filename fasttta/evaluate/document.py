@@ -139,14 +139,15 @@ class Facts:
         return f'<div class="card"><dl>{inside}</dl></div>'
 
 
+Part = Text | Heading | Tiles | Table | Figure | Facts | Gallery
+
+
 @dataclass
 class Document:
     """A title and parts in order."""
 
     title: str
-    parts: list[Text | Heading | Tiles | Table | Figure | Facts | Gallery] = field(
-        default_factory=list
-    )
+    parts: list[Part] = field(default_factory=list)
 
     def html(self) -> str:
         body = [f"<h1>{escape(self.title)}</h1>", *(part.html() for part in self.parts)]

@@ -129,7 +129,7 @@ class Report:
         count = len(self.data["streams"])
         over = f"Averaged over {count} streams" if count > 1 else "On one stream"
         scores = {m: self.mean(m) for m in self.methods}
-        best = max(scores, key=scores.get)
+        best = max(scores, key=scores.__getitem__)
         text = f"{over}, {best} is right on {scores[best]:.1f} % of the samples"
         if "source" in scores and best != "source":
             text += f", the model without adaptation on {scores['source']:.1f} %"

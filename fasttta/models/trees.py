@@ -30,7 +30,8 @@ def rebuilt(tree: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, Mapping):
-        new = copy.copy(tree)  # a ModelOutput stays one: its items and attributes are one
+        # a ModelOutput stays one: its items and attributes are one
+        new: Any = copy.copy(tree)
         for key, value in tree.items():
             new[key] = rebuilt(value, change, kind)
         return new
@@ -39,10 +40,10 @@ def rebuilt(tree: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any
     if isinstance(tree, (tuple, list)):
         return type(tree)(rebuilt(value, change, kind) for value in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        new = copy.copy(tree)
+        twin: Any = copy.copy(tree)
         for f in dataclasses.fields(tree):
-            object.__setattr__(new, f.name, rebuilt(getattr(tree, f.name), change, kind))
-        return new
+            object.__setattr__(twin, f.name, rebuilt(getattr(tree, f.name), change, kind))
+        return twin
     return tree
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...entry import adapt
 from ...evaluate.pictures import data_uri
 from ...models import CLIP
-from ...views import make_views
+from ...views import Views, make_views
 from .scenes import Scenes
 from .words import DIGITS
 
@@ -43,10 +43,12 @@ def example(
     adapted = adapt(model, "a-tpt", classes=ids, seed=seed, **options)
     image = attacked[index]
     result = adapted.step(image, trace=True)
-    base = make_views(
+    views = make_views(
         image, adapted.options.views, generator=torch.Generator().manual_seed(seed),
         resolution=model.resolution,
-    ).base  # fmt: skip
+    )  # fmt: skip
+    assert isinstance(views, Views)  # of one image
+    base = views.base
     stats, mixed = result.stats, result.trace["pixels"]
     selected = stats["selected"].tolist()
     others = [i for i in result.trace["entropy"].argsort().tolist() if i not in selected]

@@ -7,7 +7,17 @@ import textwrap
 from typing import Any
 
 from ...evaluate.charts import Dots, Mark, Row
-from ...evaluate.document import Cell, Document, Facts, Figure, Heading, Table, Text, Tiles
+from ...evaluate.document import (
+    Cell,
+    Document,
+    Facts,
+    Figure,
+    Heading,
+    Part,
+    Table,
+    Text,
+    Tiles,
+)
 from ...evaluate.pictures import Gallery, Picture, Share
 from ...evaluate.report import readable
 
@@ -83,7 +93,7 @@ def document(data: dict[str, Any]) -> Document:
             f"; the model as trained on {scores['source']['attacked']:.1f} % and "
             f"{scores['source']['clean']:.1f} %"
         )
-    parts = [
+    parts: list[Part] = [
         Text(lead + ".", "lead"),
         *(Text(note[:1].upper() + note[1:] + ".", "note") for note in notes(data)),
         Tiles(
@@ -113,10 +123,11 @@ def document(data: dict[str, Any]) -> Document:
 
 
 def _table(data: dict[str, Any], methods: list[str]) -> Table:
-    several, rows = _several(data), []
+    several = _several(data)
+    rows: list[list[str | Cell]] = []
     best = {s: max(x["score"] for x in found.values()) for s, found in data["streams"].items()}
     for m in methods:
-        cells = []
+        cells: list[str | Cell] = []
         for stream, found in data["streams"].items():
             spread = f" ±{found[m]['score_std']:.1f}" if several else ""
             score = found[m]["score"]

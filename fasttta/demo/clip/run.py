@@ -85,7 +85,9 @@ def run(
     runs: dict[str, dict[str, list]] = {
         name: {m: [] for m in methods} for name in ("clean", "attacked")
     }
-    done, total, broken, shown = 0, len(seeds) * (1 + 2 * len(methods)), [], []
+    done, total = 0, len(seeds) * (1 + 2 * len(methods))
+    broken: list[float] = []
+    shown: list[dict[str, Any]] = []
     objects = {name: by_name(name)(**SETTINGS[name]) for name in methods}
     for seed in seeds:
         scenes = test_scenes(samples, seed)

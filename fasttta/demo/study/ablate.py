@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ...collect import collect_stats
 from ...evaluate.charts import Dots, Mark, Row
 from ...evaluate.document import Cell, Figure, Heading, Table, Text
-from ...methods import ABPEM, Source
+from ...methods import ABPEM, Method, Source
 from ...models import CAVMAE
 from ..digits import stream
 from ..run import CLASSES, SETTINGS, adapt_stream, encode_stream
@@ -96,12 +96,12 @@ def run(
                 fixed = getattr(method, "anchor", "self") == "source"
                 resources = {"source_stats": stats} if fixed else {}
                 found, gap = adapt_stream(model, method, batches, encoded, **resources)
-                numbers = {"accuracy": found["score"], "gap": gap["gap"]}
-                runs.setdefault((name, method), []).append(numbers)
+                measured = {"accuracy": found["score"], "gap": gap["gap"]}
+                runs.setdefault((name, method), []).append(measured)
                 done += 1
     progress(done, total, "done")
 
-    def numbers(name: str, method: ABPEM) -> dict[str, Any]:
+    def numbers(name: str, method: Method) -> dict[str, Any]:
         found, base = runs[name, method], runs[name, default]
         pairs = zip(found, base, strict=True)
         return {
