@@ -200,7 +200,8 @@ def adaptation_head(
     launch.run(
         _batch_kernel, plan.head_batch(n, classes, softmax_sum), logits, weight, entropy, rows,
         mass, total, entropy_loss, balance, grad, *logits.stride(),
-        0 if weight is None else weight.stride(0), n, classes, parts, entropy_weight, balance_weight,
+        0 if weight is None else weight.stride(0), n, classes, parts, entropy_weight,
+        balance_weight,
     )  # fmt: skip
     return total, entropy_loss, balance, grad
 

@@ -6,6 +6,7 @@ decorated. What the environment says is left as it was, for subprocesses.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NATIVE = DEVICE.type == "cuda"
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs the package triton", allow_module_level=True)
 
 _before = os.environ.get("TRITON_INTERPRET")
 if not NATIVE:

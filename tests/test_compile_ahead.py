@@ -5,6 +5,7 @@ The core set here; tests/compile_ahead.py --all is the whole.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+# not importorskip, which would import it before other tests choose its interpreter
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs the package triton"
+)
 SCRIPT = Path(__file__).with_name("compile_ahead.py")
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 

@@ -39,11 +39,27 @@ _PREFIX = {"shared_prefix_attention": 0, "shared_prefix_attention_backward": 1} 
 _MAPS = ("reliability_ensemble", "total_variation", "total_variation_backward")
 
 
+def _not_there() -> str | None:
+    """Why Triton cannot be imported; that is tried only where kernels could run."""
+    try:
+        there = importlib.util.find_spec("triton") is not None
+    except Exception:  # whatever a finder of other packages raises
+        there = False
+    if not there:
+        return "Triton is not installed: pip install triton"
+    if torch.cuda.is_available():
+        try:
+            import_module("triton")
+        except Exception as error:  # a broken installation may fail with anything
+            return f"Triton cannot be imported ({type(error).__name__}: {error}): reinstall it"
+    return None
+
+
 @functools.cache
 def missing() -> str | None:
     """What Triton lacks to start kernels, which it compiles a little C for; None if nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if reason := _not_there():
+        return reason
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
