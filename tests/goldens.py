@@ -39,7 +39,7 @@ def require(*names: str) -> Path:
     if place is None:
         present = {name for p in places() for name in names if (p / name).is_file()}
         missing = sorted(set(names) - present) or sorted(names)
-        pytest.skip(f"needs golden vectors: {', '.join(missing)}, together with their inputs")
+        pytest.skip(f"needs golden vectors in one folder: {', '.join(missing)}")
     return place
 
 
