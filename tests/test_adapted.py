@@ -214,6 +214,72 @@ def test_gradients_are_those_of_plain_autograd(tiny_model, tiny_batch):
         assert torch.allclose(torch.cat(found), grad, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"pair": "query", "window": 1}, {"heads": "each"}, {"balance": "softmax-sum"},
+        {"heads": "each", "pair": "query", "anchor": "source"}, {"anchor": "source"},
+        {"entropy_weight": 0.3, "balance_weight": 2.0, "attention_weight": 7.0, "window": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_abpem_is_its_formula(tiny_model, tiny_batch, options):
+    """Losses, statistics and gradients over the window, written out."""
+    model = tiny_model().double()
+    options = {"k": 2, "window": 3, "lr": 1e-15, **options}
+    given, anchors = {}, None
+    if options.get("anchor") == "source":
+        clean = [tiny_batch(seed=s, dtype=torch.float64) for s in (50, 51)]
+        given["source_stats"] = fasttta.collect_stats(model, clean, n=10)
+        anchors = given["source_stats"].self_scores(options.get("heads", "mean"))  # std, mean
+    adapted = fasttta.adapt(model, "abpem", **options, **given)
+    batches = [tiny_batch(n, seed=n, dtype=torch.float64) for n in (5, 3, 4, 2)]
+    qkv = model.blocks_u[0].attn.qkv
+    for i in range(len(batches)):
+        window = batches[max(0, i + 1 - options["window"]) : i + 1]
+        p, gaps, means, stds = [], [], [], []
+        for batch in window:
+            logits, (q, k, scale) = model.fuse_attention(model.encode(*batch))
+            p.append(logits.softmax(-1))
+            scores = scale * q @ k.transpose(-1, -2)  # [B, H, T, T]
+            if options.get("heads", "mean") == "mean":
+                scores = scores.mean(1, keepdim=True)
+            parts = slice(0, 6), slice(6, 10)
+            blocks = [[scores[:, :, a, b].flatten(2) for b in parts] for a in parts]
+            gap = 0
+            for a, b in ((0, 1), (1, 0)):  # query, key modality
+                own = b if options.get("pair", "key") == "key" else a
+                mean, std = blocks[own][own].mean(-1).detach(), blocks[own][own].std(-1).detach()
+                if anchors is not None:
+                    std, mean = (x[..., own] for x in anchors)
+                m, s = blocks[a][b].mean(-1), blocks[a][b].std(-1)
+                gap = gap + (std / s).log() + (s**2 + (m - mean) ** 2) / (2 * std**2) - 0.5
+            gaps.append(gap.mean(1))
+            for out, moment in ((means, torch.mean), (stds, torch.std)):
+                rows = [torch.stack([moment(x, -1) for x in row], -1) for row in blocks]
+                out.append(torch.stack(rows, -2))
+        p, gap = torch.cat(p), torch.cat(gaps)
+        top = p.sort(descending=True).values[:, :2]
+        entropy = -(top * (top + 1e-6).log()).sum(-1).mean()
+        m = p.sum(0).softmax(0) if options.get("balance") == "softmax-sum" else p.mean(0)
+        losses = {"entropy": entropy, "balance": -(m * m.log()).sum(), "attention": gap.mean()}
+        weights = [options.get(f"{name}_weight", 1.0) for name in losses]
+        losses["total"] = weights[0] * entropy - weights[1] * losses["balance"]
+        losses["total"] = losses["total"] + weights[2] * losses["attention"]
+        result = adapted.step(*batches[i], trace=True)
+        assert int(result.n_used) == len(p)
+        for name, value in losses.items():
+            assert torch.allclose(result.losses[name], value, rtol=1e-9, atol=1e-11), name
+        stats = {"attention_gap": gap, "score_mean": torch.cat(means), "score_std": torch.cat(stds)}
+        for name, value in stats.items():
+            value = value.reshape(result.stats[name].shape)
+            assert torch.allclose(result.stats[name], value, rtol=1e-9, atol=1e-11), name
+        grads = torch.autograd.grad(losses["total"], (qkv.weight, qkv.bias))
+        for part, grad in zip(("weight", "bias"), grads, strict=True):
+            found = torch.cat([result.grads[f"blocks_u.0.attn.{w}.{part}"] for w in "qkv"])
+            assert torch.allclose(found, grad, rtol=1e-7, atol=1e-9), part
+
+
 def test_results_are_fresh_tensors(tiny_model, tiny_batch, method):
     adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
     kept = [adapted.step(*tiny_batch(seed=s), trace=True) for s in range(2)]
