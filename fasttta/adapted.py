@@ -440,10 +440,13 @@ class Adapted(Stateful):
     @exclusive
     def unwrap(self, merge: bool = False) -> nn.Module:
         """A plain module: the user's own, or (merge) a copy of it with the adapted weights; where
-        the method adds to the model (prompts), a copy of what it made of it."""
+        the method adds to the model (prompts) what it has no place for, a copy of what the method
+        made of it. BriMPR's PromptVA has a place for prompts."""
         model, _, extended = self._hidden
         if not merge:
             return model
+        if extended is not None and self._known.merges(self._state.leaves):
+            extended = None
         if extended is not None:
             model = extended
         with torch.inference_mode(False), torch.no_grad():

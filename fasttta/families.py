@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class Recognised:
         if not self.tuned:
             return run(), []
         leaves = [
-            [twin.get_parameter(part) for part in ([name] if cut else self._parts_of(name))]
+            [twin.get_parameter(x) for x in ([name] if cut else self._parts_of(name))]
             for name in sorted(self.tuned)
         ]
         flat = [leaf.requires_grad_(True) for parts in leaves for leaf in parts]
@@ -142,9 +143,14 @@ class Recognised:
 
     def _parts_of(self, name: str) -> list[str]:
         """A tuned parameter's name in the module, and those of its separate copies' rows."""
-        if not self.split or ".attn.qkv." not in name or not name.startswith("blocks_u."):
-            return [name]
-        return [name, *(name.replace(".qkv.", f".{x}.") for x in _used(list(self.split)))]
+        parts = [name]
+        if self.split and ".attn.qkv." in name and name.startswith("blocks_u."):
+            parts += [name.replace(".qkv.", f".{x}.") for x in _used(list(self.split))]
+        return [self._name_in_module(part) for part in parts]
+
+    def _name_in_module(self, name: str) -> str:
+        """The name, in the module that is compared, of one of the model's parameters."""
+        return name
 
     def _own_logits(self, twin: nn.Module, inputs: tuple[Tensor, ...]) -> object:
         """What the module predicts. Modules with split projections compute with them in
@@ -174,6 +180,75 @@ class Recognised:
                 part = value.chunk(3)[row]
                 split = self.prefix + name.replace(".qkv.", f".{which}.")
                 module.get_parameter(split).copy_(part)
+
+    def merges(self, names: Iterable[str]) -> bool:
+        """Whether the user's module has a place for what a method added to the model."""
+        return False
+
+
+@dataclass
+class Prompted(Recognised):
+    """A CAV-MAE in BriMPR's PromptVA, which holds prompts for its encoders.
+
+    Attributes:
+        holder: where the PromptVA lies in the user's module (``"module."``).
+        tuned_prompts: they were tuned, so that predictions are those of its ``prompt=True``.
+    """
+
+    holder: str = ""
+    tuned_prompts: bool = False
+
+    _NAMES: ClassVar[dict[str, str]] = {"prompts.audio": "prompts_a", "prompts.video": "prompts_v"}
+
+    def _name_in_module(self, name: str) -> str:
+        return f"va_model.{name}" if self.tuned_prompts else name
+
+    def _own_logits(self, twin: nn.Module, inputs: tuple[Tensor, ...]) -> object:
+        if not self.tuned_prompts:
+            return super()._own_logits(twin, inputs)
+        audio, video = inputs
+        try:
+            out = twin(a=audio, v=video, mode="multimodal", prompt=True)
+        except Exception as error:
+            raise ValueError(
+                f"recognised as {self.family} with tuned prompts, but its forward(a=, v=, "
+                f"mode='multimodal', prompt=True) fails: {error}"
+            ) from error
+        return out[0] if isinstance(out, (tuple, list)) else out
+
+    def merges(self, names: Iterable[str]) -> bool:
+        return all(name in self._NAMES for name in names)
+
+    def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Also prompts, whatever their count, into a copy of the PromptVA."""
+        if name not in self._NAMES:
+            super().merge_into(module, name, value)
+            return
+        holder = module.get_submodule(self.holder.rstrip(".")) if self.holder else module
+        theirs = getattr(holder, self._NAMES[name])
+        wanted = value.detach().to(self.fusion.norm.weight if theirs is None else theirs)
+        setattr(holder, self._NAMES[name], nn.Parameter(wanted.clone()))
+        setattr(holder, f"num_{self._NAMES[name]}", value.shape[1])
+
+
+def _with_prompts(known: Recognised, holder: nn.Module, prefix: str) -> Recognised:
+    """A CAV-MAE with the prompts of the PromptVA that holds it."""
+    prompts = {
+        name: x.detach()
+        for name, x in (("audio", holder.prompts_a), ("video", holder.prompts_v))
+        if x is not None
+    }
+    fusion = known.fusion
+    assert isinstance(fusion, CAVMAE)
+    with torch.inference_mode(False):
+        if known.module is None:  # the user's own object is never changed
+            fusion = structural_copy(fusion, lambda name, parameter: parameter)
+        fusion.take_prompts({n: x.clone() if x.is_inference() else x for n, x in prompts.items()})
+    tuned = fusion.tuned_prompts
+    return Prompted(
+        known.family, fusion, known.prefix, known.split, holder if tuned else known.module,
+        holder=prefix, tuned_prompts=tuned,
+    )  # fmt: skip
 
 
 class Specified(Recognised):
@@ -263,7 +338,7 @@ class Specified(Recognised):
 def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
     """The model as methods see it: ``fasttta.models.CAVMAE``, any module with the parts and
     parameter names of the official one, or with a spec any fusion transformer; in DataParallel,
-    DDP or torch.compile or not.
+    DDP or torch.compile or not. Of BriMPR's PromptVA prompts are taken along.
 
     Raises:
         TypeError: it is none of the known models; says what was looked for and found.
@@ -276,17 +351,21 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Recognised:
         return _by_spec(model, spec)
     if isinstance(model, FeatureClassifier):
         return _own(f"fasttta.models.{type(model).__name__}", model)
-    inner, prefix = model, ""
+    inner, prefix, holder = model, "", None
     while not all(_owns(inner, part) for part in _CAVMAE_PARTS):
         wrapped = _wrapped(inner)
         if wrapped is None:
             raise TypeError(_unknown(model, inner))
         refuse_wrapper_hooks(inner)
+        if wrapped == "va_model":
+            holder = inner, prefix
         inner, prefix = getattr(inner, wrapped), f"{prefix}{wrapped}."
     if isinstance(inner, CAVMAE):
         _refuse_replaced(inner)
-        return _own("fasttta.models.CAVMAE", inner, prefix)
-    return _convert(inner, prefix)
+        recognised = _own("fasttta.models.CAVMAE", inner, prefix)
+    else:
+        recognised = _convert(inner, prefix)
+    return recognised if holder is None else _with_prompts(recognised, *holder)
 
 
 def _own(family: str, model: Any, prefix: str = "") -> Recognised:

@@ -216,3 +216,40 @@ def _fill(module: nn.Module, seed: int) -> None:
         if name != "logit_scale":
             nn.init.normal_(parameter, std=0.3)
     module.eval()
+
+
+class PromptVA(nn.Module):
+    """BriMPR's holder of a CAV-MAE: prompts before each encoder block's tokens, which are dropped
+    behind it, where ``prompt=True`` asks for them."""
+
+    def __init__(self, model: nn.Module, audio: int, video: int, seed: int = 0) -> None:
+        super().__init__()
+        self.va_model, self.num_prompts_a, self.num_prompts_v = model, audio, video
+        generator, dim = torch.Generator().manual_seed(seed), model.norm.weight.shape[0]
+        for name, count, blocks in (("a", audio, model.blocks_a), ("v", video, model.blocks_v)):
+            drawn = torch.rand(len(blocks), count, dim, generator=generator)
+            setattr(self, f"prompts_{name}", nn.Parameter((2 * drawn - 1) * 1e-4))
+
+    def tuned(self, seed: int = 1) -> PromptVA:
+        """With prompts as after many steps."""
+        generator = torch.Generator().manual_seed(seed)
+        for prompts in (self.prompts_a, self.prompts_v):
+            prompts.data = torch.randn(prompts.shape, generator=generator) / 2
+        return self
+
+    def forward(self, a: Tensor, v: Tensor, mode: str, prompt: bool = False):
+        if not prompt:
+            return self.va_model(a, v, mode)
+        m, streams = self.va_model, []
+        for x, blocks, prompts in (
+            (m.embed_audio(a), m.blocks_a, self.prompts_a),
+            (m.embed_video(v), m.blocks_v, self.prompts_v),
+        ):
+            for block, own in zip(blocks, prompts, strict=True):
+                x = torch.cat((own.expand(len(x), -1, -1), x), dim=1)
+                x = block(x)[0][:, own.shape[0] :]
+            streams.append(x)
+        x = torch.cat(streams, dim=1)
+        for block in m.blocks_u:
+            x, attention = block(x)
+        return m.mlp_head(m.norm(x).mean(dim=1)), attention

@@ -66,7 +66,9 @@ def missing() -> str | None:
         return "Triton needs a C compiler: gcc, clang or $CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
     header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
-    return None if os.path.exists(header) else f"Triton needs Python's headers, and {header} is not there"
+    if os.path.exists(header):  # not Path's, which raises where a folder may not be read
+        return None
+    return f"Triton needs Python's headers, and {header} is not there"
 
 
 @functools.cache
