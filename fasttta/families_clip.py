@@ -15,7 +15,7 @@ from .families_check import altered, hook_advice, refuse_backward_hooks, refuse_
 from .families_dual import NEEDED, refusal, towers, traits
 from .families_weights import refuse_unusable
 from .models import CLIP
-from .models.clip_convert import convert_hugging_face, convert_open_clip
+from .models.clip_convert import convert_hugging_face, convert_open_clip, mask_length
 
 _HUGGING_FACE = ("text_model", "vision_model", "visual_projection", "text_projection")
 _OPENAI = ("visual", "transformer", "token_embedding", "ln_final")
@@ -180,6 +180,21 @@ def _hugging_face(module: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tenso
 def _open_clip(module: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     # those modules take ids of the whole context only
     text = getattr(module, "text", module)
+    if (cut := mask_length(text)) is not None:
+        return module.encode_image(pixels), _cut_text(text, ids[:, :cut])
     length = text.positional_embedding.shape[0]
     ids = torch.nn.functional.pad(ids[:, :length], (0, max(0, length - ids.shape[1])))
     return module.encode_image(pixels), module.encode_text(ids)
+
+
+def _cut_text(text: nn.Module, ids: Tensor) -> Tensor:
+    """Features of ids by the parts of a text tower whose mask is cut: its own encode_text adds all
+    positions and fails, its users run the parts."""
+    x = text.token_embedding(ids).to(text.ln_final.weight.dtype)
+    x = x + text.positional_embedding[: ids.shape[1]].to(x)
+    first = text.transformer.resblocks[0].attn.batch_first
+    x = text.transformer(x if first else x.transpose(0, 1))
+    x = x[0] if isinstance(x, tuple) else x
+    x = text.ln_final(x if first else x.transpose(0, 1))
+    x = x[torch.arange(len(ids), device=ids.device), ids.argmax(1)]
+    return x @ text.text_projection.to(x)

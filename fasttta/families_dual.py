@@ -15,6 +15,8 @@ _IMAGE = ("vision_model", "visual", "vision_encoder", "image_encoder", "visual_e
 _TEXT = ("text_model", "text", "text_encoder", "text_decoder", "text_tower", "textual",
          "language_model")  # fmt: skip
 
+_TPT = ("image_encoder", "text_encoder", "prompt_learner")  # ClipTestTimeTuning
+
 
 def refuse_meta(model: nn.Module) -> None:
     """Raises ValueError if a module's tensors hold no values."""
@@ -74,6 +76,15 @@ def traits(model: nn.Module) -> list[str]:
 
 def refusal(model: nn.Module) -> str | None:
     """Why a dual encoder cannot be adapted; None: it is no dual encoder."""
+    parts = _parts(model)
+    if set(_TPT) <= parts:
+        return (
+            f"{type(model).__name__} is a wrapper of TPT's line ({', '.join(_TPT)}), which does "
+            "not hold the CLIP's token embeddings. Pass the CLIP that it was made of, and of "
+            "learner = wrapper.prompt_learner the classes: fasttta.adapt(clip, method, "
+            "classes=learner.tokenized_prompts, prompt_length=learner.n_ctx); a prompt that was "
+            'learned goes on by adapted.load_tuned({"prompt": learner.ctx})'
+        )
     found = towers(model)
     if not found:
         return None

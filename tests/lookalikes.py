@@ -193,6 +193,67 @@ class OpenCLIP(OpenText):
         return self.visual(x)
 
 
+class CutBlock(OpenBlock):
+    """Tokens first; the causal mask is the block's own."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, mask: Tensor | None) -> None:
+        super().__init__(dim, heads, hidden, "quick_gelu")
+        self.attn, self.attn_mask = nn.MultiheadAttention(dim, heads), mask
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.attn_mask is not None:
+            self.attn_mask = self.attn_mask.to(x)
+        return super().forward(x, self.attn_mask)
+
+
+class CutCLIP(OpenCLIP):
+    """As the code of TPT's line has it: the causal mask is cut to ``length`` of 16 tokens, so that
+    ``encode_text`` fails on any ids."""
+
+    def __init__(self, length: int = 13, seed: int = 0) -> None:
+        super().__init__("quick_gelu", seed)
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        blocks = [CutBlock(20, 2, 36, mask) for _ in range(3)]
+        self.transformer = nn.Sequential()
+        self.transformer.add_module("resblocks", nn.Sequential(*blocks))
+        self.attn_mask = None
+        _fill(self, seed)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        x = self.token_embedding(ids) + self.positional_embedding
+        x = self.ln_final(self.transformer(x.transpose(0, 1)).transpose(0, 1))
+        return x[torch.arange(len(x)), ids.argmax(1)] @ self.text_projection
+
+
+class ClipTestTimeTuning(nn.Module):
+    """The wrapper of TPT's line around such a CLIP: a prompt in place of the classes' first tokens;
+    no token embeddings but those of its classes."""
+
+    def __init__(self, clip: CutCLIP, ids: Tensor, n_ctx: int) -> None:
+        super().__init__()
+        length = len(clip.transformer.resblocks[0].attn_mask)
+        self.image_encoder, self.logit_scale = clip.visual, clip.logit_scale.data
+        self.text_encoder, self.prompt_learner = nn.Module(), nn.Module()
+        for name in ("transformer", "ln_final", "text_projection"):
+            setattr(self.text_encoder, name, getattr(clip, name))
+        self.positions = clip.positional_embedding.detach()[:length]
+        embedded, learner = clip.token_embedding(ids).detach(), self.prompt_learner
+        learner.tokenized_prompts, learner.n_ctx = ids, n_ctx
+        learner.ctx = nn.Parameter(embedded[0, 1 : 1 + n_ctx].clone())
+        learner.register_buffer("token_prefix", embedded[:, :1])
+        learner.register_buffer("token_suffix", embedded[:, 1 + n_ctx :])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits of normalised pixels."""
+        learner, tower = self.prompt_learner, self.text_encoder
+        prompt = learner.ctx.expand(len(learner.token_prefix), -1, -1)
+        x = torch.cat((learner.token_prefix, prompt, learner.token_suffix), 1) + self.positions
+        x = tower.ln_final(tower.transformer(x.transpose(0, 1)).transpose(0, 1))
+        text = x[torch.arange(len(x)), learner.tokenized_prompts.argmax(1)] @ tower.text_projection
+        image, text = (F.normalize(y, dim=-1) for y in (self.image_encoder(pixels), text))
+        return self.logit_scale.exp() * image @ text.T
+
+
 class CustomTextCLIP(nn.Module):
     """open_clip's CustomTextCLIP: the text tower is a part; pixels normalised in its own way."""
 

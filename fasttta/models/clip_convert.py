@@ -90,6 +90,9 @@ def convert_open_clip(module: nn.Module) -> CLIP:
     text = getattr(module, "text", module)
     state = {name.removeprefix("text."): x for name, x in _own_tensors(module).items()}
     state.pop("attn_mask", None)
+    context = mask_length(text)
+    if context is not None:  # what its own text tower can take
+        state["positional_embedding"] = state["positional_embedding"][:context]
     heads = {"text": _heads(text.transformer.resblocks[0])}
     activations = {_activation(text.transformer.resblocks[0])}
     if hasattr(module.visual, "transformer"):
@@ -112,6 +115,16 @@ def convert_open_clip(module: nn.Module) -> CLIP:
     if pool != "argmax":
         raise ValueError(f"text features pooled by {pool!r}, needed 'argmax' (at the end token)")
     return clip
+
+
+def mask_length(text: nn.Module) -> int | None:
+    """Tokens that a text tower's causal mask is cut to, where that is less than it has positions
+    for (the code of TPT's line cuts it to 40 of 77); None: it is not cut."""
+    holders = (text, text.transformer, *text.transformer.resblocks)
+    masks = [x for h in holders if isinstance(x := getattr(h, "attn_mask", None), Tensor)]
+    length = min((len(mask) for mask in masks if mask.ndim >= 2), default=None)
+    positions = text.positional_embedding.shape[0]
+    return length if length is not None and length < positions else None
 
 
 def _build(
