@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import functional as F
 from .base import Method, Objective, require, require_number
 from .contract import check_layout
+from .fisher import fitted, read_official
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class EATA(Method):
     A sample counts if its entropy is below a margin and its prediction differs from the moving
     average of those used before (|cosine| below ``d_margin``); it weighs exp(margin - entropy).
     With ``fisher=fasttta.collect_fisher(model, loader)`` tuned values that matter on clean data are
-    held near their source values; without, this is ETA. Where no sample counts, nothing is updated.
+    held near their source values; without, this is ETA. ``EATA.fisher_from_official(path)`` reads
+    what the official BriMPR code saves. Where no sample counts, nothing is updated.
 
     Args:
         e_margin: entropy margin in nats; None: 0.4 ln C.
@@ -68,31 +71,13 @@ class EATA(Method):
         fisher = resources.get("fisher")
         if fisher is None:
             return {}
-        if not isinstance(fisher, Mapping) or not all(
-            isinstance(x, Tensor) for x in fisher.values()
-        ):
-            raise TypeError(
-                f"fisher must be a dict of tensors by tuned name, as fasttta.collect_fisher makes "
-                f"it, found {type(fisher).__name__}"
-            )
-        tuned = self.tuned(model)
-        odd = sorted(tuned.keys() ^ fisher.keys())
-        if odd:
-            raise ValueError(
-                f"fisher is of another model: {', '.join(odd[:3])} in one of them only; make it "
-                "with fasttta.collect_fisher(model, loader)"
-            )
+        values = {
+            name: model.get_parameter(slot.parameter).detach()
+            for name, slot in self.tuned(model).items()
+        }
         constants: dict[str, Tensor] = {}
-        for name, weights in fisher.items():
-            value = model.get_parameter(tuned[name].parameter).detach()
-            if weights.shape != value.shape:
-                raise ValueError(
-                    f"fisher[{name!r}] has shape {tuple(weights.shape)}, needed "
-                    f"{tuple(value.shape)}"
-                )
-            if not (torch.isfinite(weights).all() and (weights >= 0).all()):
-                raise ValueError(f"fisher[{name!r}] must be finite and not negative")
-            constants |= {f"fisher.{name}": weights, f"source.{name}": value}
+        for name, weights in fitted(fisher, values).items():
+            constants |= {f"fisher.{name}": weights, f"source.{name}": values[name]}
         return constants
 
     def check_constants(self, model, constants: Mapping[str, Tensor]) -> None:
@@ -109,6 +94,21 @@ class EATA(Method):
             own = made[name].to("cpu", x.dtype)
             if name.startswith("source.") and not torch.equal(x.cpu(), own):
                 raise ValueError(f"constant.{name} is not what this model's source values are")
+
+    @staticmethod
+    def fisher_from_official(path: str | os.PathLike) -> dict[str, tuple[Tensor, Tensor]]:
+        """Reads a Fisher file of the official BriMPR code (``fisher_ks50.pkl``), for
+        ``fasttta.adapt(model, "eata", fisher=...)``: a pickled dict of pairs [weights, source
+        values] by parameter name. Nothing in it is run.
+
+        Returns:
+            The pairs by name, without ``module.``; norms that the model does not run have zeros.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: there is no such file, or it holds something
+                else.
+        """
+        return read_official(path)
 
     def blank_state(self, features, num_classes) -> dict[str, Tensor]:
         return {"average": features.new_zeros(num_classes)}

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import read_file
-from .state_dicts import floating, named_tensors, plain_name, unwrapped
+from ..files import plain_name, read_file
+from .state_dicts import floating, named_tensors, unwrapped
 
 # integers in the published archives beside the weights, BatchNorm's counters, and the causal mask,
 # which some modules keep as a buffer or attribute

@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import check_weights, read_file
+from ..files import check_weights, plain_name, read_file
 from ..files.inert_pickle import Unreadable
 
 # under what training scripts save a state dict beside epochs, optimisers and arguments
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "model_state")
-# what wrappers of a module put before its names: DataParallel, DDP, torch.compile, BriMPR's
-# PromptVA, and scripts that hold it in an attribute
-_BEFORE = re.compile(r"(?:(?:module|_orig_mod|model|net|va_model)\.)+")
-# and those that are put around a part of it: torch.compile, FSDP, checkpointing
-_WITHIN = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def unwrapped(state: Any) -> Any:
@@ -32,13 +27,6 @@ def unwrapped(state: Any) -> Any:
             return state
         state = inner
     return state
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put before and into it."""
-    name = _WITHIN.sub("", name)
-    match = _BEFORE.match(name)
-    return name[match.end() :] if match else name
 
 
 def named_tensors(
