@@ -347,7 +347,7 @@ def _header(bits, form=1, size=16):
         (_header(16)[:30], "damaged or no PCM WAV file"),
         (_header(16)[:-3], "cut short: found 13 bytes of samples, needed 16"),
         (_header(16, size=0), "holds no samples"),
-        (_header(32, form=3), "ffmpeg"),
+        (_header(16, form=3), "16-bit floating-point samples.*ffmpeg -i .* -ar 16000"),
         (_header(64), "64-bit samples"),
     ],
 )

@@ -3,8 +3,9 @@
 from ..views import Views
 from . import attack
 from .feature_cache import Batch, FeatureCache
-from .filterbank import cavmae_audio, fbank, load_wav
+from .filterbank import cavmae_audio, fbank
 from .frames import cavmae_frame
+from .wav import load_wav
 
 __all__ = [
     "Batch",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import wave
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.dense import dense
+
 # Kaldi floors energies here before the log, in float64 as well; a silent bin is ln of it, -15.94.
 ENERGY_FLOOR = torch.finfo(torch.float32).eps
+RATE = 16000  # samples per second that CAV-MAE was trained at
+_LOUDEST = 8.0  # decoded and mixed audio peaks at 1 to 2, integer levels in the hundreds
 
 
 @functools.lru_cache(maxsize=16)
@@ -53,9 +56,11 @@ def _mel_filters(
         return torch.minimum(rising, falling).clamp(min=0.0).to(device, dtype)
 
 
-def _check_waveform(waveform: Tensor) -> None:
+def _checked(waveform: Tensor) -> Tensor:
+    """The waveform, without a class of the caller's."""
     if not isinstance(waveform, Tensor):
         raise TypeError(f"waveform is a {type(waveform).__name__}; needed a torch tensor")
+    waveform = dense("waveform", waveform)
     if not waveform.is_floating_point():
         raise TypeError(
             f"waveform is {waveform.dtype}; needed floating point in [-1, 1), "
@@ -65,6 +70,14 @@ def _check_waveform(waveform: Tensor) -> None:
         raise ValueError(
             f"waveform has shape {list(waveform.shape)}; needed [samples] or [channels, samples]"
         )
+    return waveform
+
+
+def _check_rate(sample_rate: float) -> None:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, Real):
+        raise TypeError(f"sample_rate is {sample_rate!r}; needed a number of samples per second")
+    if not 0 < sample_rate < math.inf:
+        raise ValueError(f"sample_rate is {sample_rate}; needed samples per second above zero")
 
 
 def fbank(
@@ -97,16 +110,15 @@ def fbank(
             window is zero there).
 
     Raises:
-        TypeError: waveform is no tensor or not floating point.
+        TypeError: waveform is no dense tensor or not floating point, or sample_rate no number.
         ValueError: waveform is shorter than one frame or has the wrong shape; a setting is out
             of range.
 
     Source: Kaldi, feat/feature-fbank.cc and feat/mel-computations.cc. Window and filters are
     computed in float64 and rounded once, where Kaldi works in float32.
     """
-    _check_waveform(waveform)
-    if not 0 < sample_rate < math.inf:
-        raise ValueError(f"sample_rate is {sample_rate}; needed samples per second above zero")
+    waveform = _checked(waveform)
+    _check_rate(sample_rate)
     if mel_bins < 1:
         raise ValueError(f"mel_bins is {mel_bins}; needed at least 1")
     if not 0 <= preemphasis <= 1:
@@ -155,10 +167,46 @@ def fbank(
         return (power @ filters).clamp(min=ENERGY_FLOOR).log()
 
 
+def _check_samples(waveform: Tensor) -> None:
+    """Finite, and not at the levels of integers."""
+    if not waveform.numel():
+        return
+    low, high = (x.item() for x in torch.aminmax(waveform.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("waveform holds non-finite values (NaN or infinity)")
+    if max(-low, high) > _LOUDEST:
+        raise ValueError(
+            f"waveform has samples from {low:.4g} to {high:.4g}; needed [-1, 1). Levels of 16-bit "
+            "integers? Divide by 32768 (of 24 bits by 2**23, of 32 bits by 2**31)"
+        )
+
+
+def _at_rate(waveform: Tensor, sample_rate: float, resample: bool) -> Tensor:
+    """The waveform at 16000 samples per second."""
+    if not resample:
+        raise ValueError(
+            f"sample_rate is {sample_rate}; CAV-MAE was trained at {RATE}, and other rates give "
+            "wrong features: give resample=True (pip install fasttta[audio]), or convert the file: "
+            f"ffmpeg -i IN -ar {RATE} -c:a pcm_s16le OUT.wav"
+        )
+    if waveform.requires_grad and torch.is_grad_enabled():
+        raise ValueError("resample=True has no gradient; give waveform.detach(), or 16000 Hz")
+    try:
+        import soxr
+    except ImportError as error:
+        raise ImportError(
+            "resample=True needs the package soxr: pip install fasttta[audio]"
+        ) from error
+    samples = waveform.detach().cpu().numpy()  # soxr takes [samples, channels]
+    resampled = torch.from_numpy(soxr.resample(samples.T, sample_rate, RATE).T.copy())
+    return resampled.to(waveform.device)
+
+
 def cavmae_audio(
     waveform: Tensor,
     sample_rate: float,
     *,
+    resample: bool = False,
     frames: int = 1024,
     mel_bins: int = 128,
     mean: float = -5.081,
@@ -172,77 +220,36 @@ def cavmae_audio(
 
     Args:
         waveform: [samples] or [channels, samples], floating point in [-1, 1); 10 s give 998 frames.
-        sample_rate: samples per second; CAV-MAE was trained at 16000. Nothing is resampled.
+            Peaks up to 8 are taken for loud mixes, what lies beyond for integer levels.
+        sample_rate: samples per second; CAV-MAE was trained at 16000, and another rate shifts all
+            its filters.
+        resample: bring another rate to 16000 first, with soxr at its high quality; that passes
+            through the CPU and has no gradient.
         frames: number of 10 ms frames to return.
         mel_bins: number of mel filters.
         mean: subtracted from the log energies.
         std: divides them after that.
 
     Raises:
-        TypeError, ValueError: as `fbank`; frames below 1, std not above zero.
+        TypeError, ValueError: as `fbank`; frames below 1, std not above zero; another rate than
+            16000 without ``resample``; samples that are not finite, or at integer levels.
+        ImportError: ``resample`` without the package soxr.
 
     Source: Gong et al., "Contrastive Audio-Visual Masked Autoencoder", ICLR 2023, evaluation
     loader. Where that one puts 0.01 in place of a clip it cannot read, this raises.
     """
-    _check_waveform(waveform)
+    waveform = _checked(waveform)
+    _check_rate(sample_rate)
     if frames < 1:
         raise ValueError(f"frames is {frames}; needed at least 1")
     if not std > 0:
         raise ValueError(f"std is {std}; needed a number above zero")
     if waveform.dtype != torch.float64:
         waveform = waveform.float()
+    _check_samples(waveform)
+    if sample_rate != RATE:
+        waveform, sample_rate = _at_rate(waveform, sample_rate, resample), RATE
     # fbank takes the mean off every frame anyway; this one decides about the last digit only
     features = fbank(waveform - waveform.mean(), sample_rate, mel_bins=mel_bins)
     features = F.pad(features, (0, 0, 0, frames - features.shape[0]))  # a negative pad cuts
     return (features - mean) / std
-
-
-def _pcm_to_float(data: bytearray, width: int) -> Tensor:
-    """Little-endian PCM of ``width`` bytes per sample as float32 in [-1, 1)."""
-    if width == 1:  # the only width that WAV stores without sign
-        return (torch.frombuffer(data, dtype=torch.uint8).float() - 128) / 128
-    if width == 2:
-        return torch.frombuffer(data, dtype=torch.int16).float() / 2**15
-    if width == 3:
-        low, middle, high = torch.frombuffer(data, dtype=torch.uint8).view(-1, 3).int().unbind(1)
-        return (low + middle * 2**8 + (high ^ 0x80) * 2**16 - 2**23).float() / 2**23
-    values = torch.frombuffer(data, dtype=torch.int32).float() / 2**31
-    return values.clamp(max=1 - 2**-24)  # the top 64 of 2**32 levels round to 1.0
-
-
-def load_wav(path: str | os.PathLike) -> tuple[Tensor, int]:
-    """Read a PCM WAV file: (waveform [channels, samples] float32 in [-1, 1), samples per second).
-
-    Args:
-        path: a WAV file with 8-, 16-, 24- or 32-bit integer samples, any number of channels.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, empty, no WAV, or holds other than integer samples.
-    """
-    name = os.fsdecode(path)
-    convert = f"convert it first: ffmpeg -i {name} -c:a pcm_s16le OUT.wav"
-    try:
-        with wave.open(name, "rb") as file:
-            channels, width, rate, count, *_ = file.getparams()
-            # Python 3.15 opens IEEE float files too, which have format 3
-            is_float = getattr(file, "getformat", int)() == 3
-            data = bytearray(file.readframes(count))
-    except (wave.Error, EOFError) as error:
-        reason = str(error) or "it ends too early"
-        raise ValueError(f"{name!r} is damaged or no PCM WAV file ({reason}); {convert}") from error
-    if is_float or width not in (1, 2, 3, 4):
-        kind = "floating-point" if is_float else f"{8 * width}-bit"
-        raise ValueError(
-            f"{name!r} holds {kind} samples; needed 8-, 16-, 24- or 32-bit integers; {convert}"
-        )
-    if rate <= 0:
-        raise ValueError(f"{name!r} names a sample rate of {rate}; needed one above zero")
-    if len(data) != count * channels * width:
-        raise ValueError(
-            f"{name!r} is cut short: found {len(data)} bytes of samples, "
-            f"needed {count * channels * width} by its header"
-        )
-    if count == 0:
-        raise ValueError(f"{name!r} holds no samples; needed at least one")
-    return _pcm_to_float(data, width).view(count, channels).T.contiguous(), rate
