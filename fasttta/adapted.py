@@ -218,8 +218,11 @@ class Adapted(Stateful):
         """Checked inputs; the first batch also checks that the model was understood."""
         prepared = self._step.prepare(inputs)
         if not self._verified:
-            self._verified = self._known.verify(prepared)
-            self._step.method.check_model(self._known.fusion)
+            verified = self._known.verify(prepared)
+            method = self._step.method.fitted(self._known.fusion)  # to classes that are known now
+            method.check_model(self._known.fusion)
+            self.options = self._step.method = method
+            self._verified = verified
         return prepared
 
     def stream(

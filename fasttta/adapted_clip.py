@@ -67,6 +67,11 @@ class AdaptedCLIP(Adapted):
                 classes, getattr(method, "prompt", "a photo of a"), known.clip.context_length,
                 resources.get("tokenizer"),
             )  # fmt: skip
+            if len(ids) < 2 and method.name not in ("source", "mta"):
+                raise ValueError(
+                    f"{method.name!r} learns from the distribution over classes, and of one class "
+                    "it is 1 whatever the image: needed at least 2 classes"
+                )
             length = method.tuned_length if isinstance(method, Episodic) else 0
             prompts = working.prompts(ids, length if method.group else 0)
         self._hidden, self._known, self._numbers = (model, working), known, precision

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -78,18 +77,16 @@ class RecognisedCLIP:
             ) from error
         limit = _TOLERANCE.get(dtype, 2e-2)
         pairs = [
-            (what, a, b.double() / b.double().norm(dim=-1, keepdim=True), limit)
-            for what, a, b in zip(
-                ("normalised image", "normalised text"), found, theirs, strict=True
-            )
-        ]
+            (f"normalised {what} features", a, b.double() / b.double().norm(dim=-1, keepdim=True),
+             limit)
+            for what, a, b in zip(("image", "text"), found, theirs, strict=True)
+        ]  # fmt: skip
         if logits is not None:
             scale = clip.logit_scale.double().exp()
             pairs.append(("logits", scale * found[0] @ found[1].T, logits.double(), limit * scale))
         for what, a, b, bound in pairs:
             error = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
             if not error <= bound:
-                what = what if what == "logits" else f"{what} features"
                 raise ValueError(
                     f"recognised as {self.family}, but its own {what} differ from that "
                     f"architecture's by {error:.1e}, needed at most {float(bound):.0e}: is "
@@ -99,9 +96,7 @@ class RecognisedCLIP:
 
 def _own_logits(module: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor | None:
     """Logits [1, 2] of a module's own call; None where it returns something else, or takes it."""
-    if type(module).forward is nn.Module.forward or not isinstance(
-        type(module).forward, FunctionType
-    ):
+    if type(module).forward is nn.Module.forward:  # it has none
         return None
     names = inspect.signature(module.forward).parameters
     if "pixel_values" in names and "input_ids" in names:

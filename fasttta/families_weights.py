@@ -41,7 +41,7 @@ def refuse_unusable(model: nn.Module) -> None:
                 f"{where} ({kind.__module__}.{kind.__name__}) holds quantised weights, which have "
                 f"no gradient; {_FLOAT_MODEL}"
             )
-        for part, x in (*module._parameters.items(), *module._buffers.items()):
+        for x in (*module._parameters.values(), *module._buffers.values()):
             if x is not None and is_lazy(x):
                 raise ValueError(
                     f"{where} ({kind.__name__}) has no weights yet (a lazy module); run the model "

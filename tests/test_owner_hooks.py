@@ -280,7 +280,7 @@ class Recording(Three):
 @pytest.mark.parametrize("how", ["method", "closure", "attribute"])
 @pytest.mark.parametrize("used", [False, True])
 def test_hooks_of_the_model_itself(how, used):
-    """Recorded by the model for its own forward; a stale record of an earlier batch would do too."""
+    """Recorded by the model for its own forward; an earlier batch left a stale record."""
     torch.manual_seed(0)
     model, batch = Recording(how).eval(), Three.batch(3)
     with torch.no_grad():

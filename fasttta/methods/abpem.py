@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel, Promptable, SourceStats
-from .base import Method, Objective, require, require_int, require_number
+from .base import DefaultInt, Method, Objective, require, require_int, require_number
 from .window import Queue, Ring, check_queue, dropped, joined
 
 
@@ -24,7 +24,7 @@ class ABPEM(Method):
     over the current batch and the encoder outputs of the last ``window - 1`` batches.
 
     Args:
-        k: classes in the principal entropy.
+        k: classes in the principal entropy. Left out: 8, or all of a model that has fewer.
         window: batches in the loss, the current one included; 1 = no queue of past batches.
         entropy_weight, balance_weight, attention_weight: weights of the three terms.
         balance: ``"mean"``: entropy of the mean prediction; ``"softmax-sum"``: READ's form.
@@ -57,7 +57,7 @@ class ABPEM(Method):
     group: ClassVar[str | None] = "fusion_qkv"
     frozen_encoder: ClassVar[bool] = True
 
-    k: int = 8
+    k: int = DefaultInt(8)
     window: int = 4
     entropy_weight: float = 1.0
     balance_weight: float = 1.0
@@ -96,8 +96,23 @@ class ABPEM(Method):
     def balanced(self) -> bool:
         return self.balance_weight != 0
 
-    def check_model(self, model: FusionModel) -> None:
+    def fitted(self, model: FusionModel) -> Method:
         classes = model.num_classes  # None: not known before the first batch
+        if not isinstance(self.k, DefaultInt) or classes is None:
+            return self
+        return replace(self, k=min(int(self.k), classes))
+
+    def check_model(self, model: FusionModel) -> None:
+        super().check_model(model)
+        if len(model.spans) < 2 and self.attention_weight != 0:
+            raise ValueError(
+                "ABPEM compares attention between modalities, and this model has one "
+                f"({len(model.spans)} span): needed at least 2 spans, or attention_weight=0, or "
+                "a method without attention (read, tent)"
+            )
+        classes = model.num_classes
+        if isinstance(self.k, DefaultInt):
+            return
         require(classes is None or self.k <= classes, "k", self.k,
                 f"at most the model's {classes} classes")  # fmt: skip
 

@@ -30,6 +30,11 @@ class Objective:
     passes: int = 1  # of the fusion, the last of which holds the current batch
 
 
+class DefaultInt(int):
+    """An option's default that gives way where it does not fit the model, as an int that a caller
+    writes does not."""
+
+
 def sample_weight(valid: Tensor) -> Tensor | None:
     """Weights [B] of a batch's samples in a mean; None: all alike."""
     return valid if valid.ndim else None
@@ -190,6 +195,13 @@ class Method:
 
     def check_model(self, model: FusionModel) -> None:
         """Raises ValueError if the options do not fit the model."""
+        if self.updates and model.num_classes == 1:
+            raise ValueError(
+                f"{type(self).__name__} learns from entropies of predictions, and of one class, "
+                "logits [B, 1], they are 0 whatever the weights: needed at least 2 classes. "
+                "(Scores of a regression have no class distribution; two logits, (0, x), make one "
+                "of a binary score x.)"
+            )
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         """Tensors fixed at the start, from what ``RESOURCES`` names; saved with the state."""
