@@ -19,7 +19,7 @@ import sys
 class Blocks:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED:
-            raise KIND(f"No module named {name!r}")
+            raise BLOCKED[name.partition(".")[0]](f"No module named {name!r}")
 
 sys.meta_path.insert(0, Blocks())
 """

@@ -7,6 +7,7 @@ register_autograd 36 us (torch 2.13, CPU).
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
@@ -16,23 +17,21 @@ from . import again, reference, schema
 assert schema.LIBRARY is not None  # importing schema is what defines torch.ops.fasttta
 
 
-class _Ranges:
-    """The operations, each in a range of its name for profilers."""
+def _ranged(name: str) -> Callable:
+    """An operation in a range of its name for profilers."""
+    op = getattr(torch.ops.fasttta, name)
 
-    def __getattr__(self, name: str) -> Callable:
-        op = getattr(torch.ops.fasttta, name)
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        with span(name):
+            return op(*args)
 
-        def call(*args):
-            if torch.compiler.is_compiling():
-                return op(*args)
-            with span(name):
-                return op(*args)
-
-        self.__dict__[name] = call
-        return call
+    return call
 
 
-ops = _Ranges()
+# all of them now: torch.compile refuses a call that would add one while it traces
+ops = SimpleNamespace(**{name: _ranged(name) for name in schema.SCHEMAS})
 
 
 class _ScoreMoments(torch.autograd.Function):
