@@ -1,0 +1,100 @@
+"""torch.compile, each time in a fresh process: nothing has been called before it traces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+OPERATION = """
+import torch
+from fasttta import functional as F
+
+torch.manual_seed(0)
+logits, maps = torch.randn(8, 10), torch.rand(4, 6, 5)
+q, k, v = (torch.randn(2, 3, 9, 4) for _ in range(3))
+calls = {
+    "entropy": (lambda x: F.entropy(x).sum(), logits),
+    "principal_entropy": (lambda x: F.principal_entropy(x, 3).sum(), logits),
+    "balance_entropy": (F.balance_entropy, logits),
+    "marginal_entropy": (F.marginal_entropy, logits),
+    "adaptation_head": (lambda x: F.adaptation_head(x, 3)[0], logits),
+    "total_variation": (lambda x: F.total_variation(x).sum(), maps),
+    "score_moments": (lambda x: F.score_moments(x, k, (4, 5)).std.sum(), q),
+    "attention_bootstrap": (lambda x: F.attention_bootstrap(x, k, (4, 5)).sum(), q),
+    "flat_attention": (lambda x: F.flat_attention(x, k, v).sum(), q),
+}
+function, x = calls[NAME]
+compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+results = []
+for call in (compiled, function):  # the compiled one first
+    leaf = x.clone().requires_grad_()
+    value = call(leaf)
+    value.backward()
+    results.append((value.detach(), leaf.grad))
+for one, other in zip(*results):
+    torch.testing.assert_close(one, other)
+"""
+
+ADAPTED = """
+import sys
+import torch
+
+sys.path.insert(0, TESTS)
+import fasttta
+from clips import tiny_clip, tiny_ids
+from fasttta.demo.digits import load_model, stream
+
+def clip(method, **options):
+    model = fasttta.models.CLIP.from_checkpoint(tiny_clip().state_dict())
+    image = torch.rand(3, model.resolution, model.resolution)
+    return (lambda: fasttta.adapt(model, method, classes=tiny_ids(), **options)), (image,)
+
+def digits(method, **options):
+    return (lambda: fasttta.adapt(load_model(), method, **options)), stream("white", samples=4)[0][:2]
+
+torch.manual_seed(0)
+make, inputs = {
+    "source": lambda: clip("source"),
+    "a-tpt": lambda: clip("a-tpt", views=4, select=0.5),
+    "abpem": lambda: digits("abpem", k=2),
+    "tent": lambda: digits("tent"),
+}[NAME]()
+plain, adapted = make(), make()
+compiled = torch.compile(adapted, backend="aot_eager")
+for _ in range(2):
+    assert torch.equal(compiled(*inputs), plain(*inputs))
+for name, value in plain.tuned.items():
+    assert torch.equal(value, adapted.tuned[name])
+"""
+
+
+def _run(code: str, name: str) -> str:
+    """What a process prints on standard error; it must succeed."""
+    head = f"NAME, TESTS = {name!r}, {str(TESTS)!r}\n"
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", head + code], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["entropy", "principal_entropy", "balance_entropy", "marginal_entropy", "adaptation_head",
+     "total_variation", "score_moments", "attention_bootstrap", "flat_attention"],
+)  # fmt: skip
+def test_operations_compile_cold(name):
+    _run(OPERATION, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["source", "a-tpt", "abpem", "tent"])
+def test_adapted_models_compile_quietly(name):
+    """And give the very numbers of the plain call."""
+    assert _run(ADAPTED, name) == ""
