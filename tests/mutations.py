@@ -8,8 +8,8 @@ named tests there on the copy's code and expects them to fail. The checkout is n
 script fails if a mutated run passes, if the old text is not in its file exactly once, if the run
 ends in anything but failed tests, or if the same tests fail without the fault.
 
-Runs are forks of this process, which has imported PyTorch and pytest but nothing of fasttta: a run
-takes about a second instead of five.
+Runs are forks of this process, which has imported PyTorch and pytest but nothing of fasttta: most
+take about a second, and five would be spent on imports.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from mutated_copy import Copy, caching_compiler, compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "tests" / "faults"
 _SECONDS = 240  # of one run, after which it is stopped
-_SKIPPED_FOLDERS = (".git", "__pycache__", ".pytest_cache", "build", "dist", "*.egg-info", ".venv*")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Fault:
         """What this machine lacks to run it; empty: nothing."""
         if self.file.startswith("kernels/") and not importlib.util.find_spec("triton"):
             return "triton is not installed"
-        if self.file.startswith("csrc/") and not _compiler():
+        if self.file.startswith("csrc/") and not compiler():
             return "there is no C++ compiler"
         return ""
 
@@ -84,61 +86,6 @@ def read_table(path: Path) -> list[Fault]:
 def read_tables() -> list[Fault]:
     """All faults."""
     return [fault for path in sorted(TABLES.glob("*.py")) for fault in read_table(path)]
-
-
-# The copy
-
-
-class Copy:
-    """A copy of the checkout, and a package folder that makes Python import it.
-
-    The package is usually installed editable, with ``fasttta.kernels`` and ``fasttta.csrc`` mapped
-    to the top of the checkout. ``lib/fasttta`` is the same package as links into the copy; a folder
-    on the path goes before an editable install.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.tree, self.lib = folder / "tree", folder / "lib"
-        self.objects = folder.parent / "objects"
-        ignored = shutil.ignore_patterns(*_SKIPPED_FOLDERS)
-        shutil.copytree(ROOT, self.tree, ignore=ignored, symlinks=True)
-        package = self.lib / "fasttta"
-        package.mkdir(parents=True)
-        parts = [*(self.tree / "fasttta").iterdir(), self.tree / "kernels", self.tree / "csrc"]
-        for part in parts:
-            (package / part.name).symlink_to(part)
-        self._bytecode()
-
-    def _bytecode(self) -> None:
-        import compileall
-
-        for name in ("fasttta", "kernels", "csrc"):
-            compileall.compile_dir(self.tree / name, quiet=2)
-
-    @contextlib.contextmanager
-    def with_fault(self, fault: Fault | None) -> Iterator[None]:
-        """The tree with a fault; afterwards as before."""
-        if fault is None:
-            yield
-            return
-        path = self.tree / fault.file
-        text, times = path.read_text(), path.stat()
-        for cached in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
-            cached.unlink()  # its time stamp would do for a patch of the same second and length
-        path.write_text(fault.patched(self.tree))
-        try:
-            yield
-        finally:
-            path.write_text(text)
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-            compile_path = path if path.suffix == ".py" else None
-            if compile_path is not None:
-                import py_compile
-
-                py_compile.compile(str(compile_path), quiet=2)
-
-
-# Runs
 
 
 @dataclass
@@ -172,8 +119,9 @@ def _child(copy: Copy, run: Run, output: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(copy.tree)
-    sys.path[:] = [str(copy.lib), *(p for p in sys.path if Path(p or ".").resolve() not in
-                                    (ROOT, ROOT / "tests", copy.tree))]  # fmt: skip
+    checkout = ROOT, ROOT / "tests", copy.tree
+    others = [path for path in sys.path if Path(path or ".").resolve() not in checkout]
+    sys.path[:] = [str(copy.lib), *others]
     os.environ["PYTHONPATH"] = str(copy.lib)  # of what the tests start
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.dont_write_bytecode = run.fault is not None
@@ -181,7 +129,7 @@ def _child(copy: Copy, run: Run, output: Path) -> int:
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         if run.fault.file.startswith("csrc/"):
             os.environ["FASTTTA_CACHE"] = str(output.with_suffix(".cache"))
-            os.environ["CXX"] = str(_caching_compiler(copy.objects))
+            os.environ["CXX"] = str(caching_compiler(copy.objects))
             os.environ["FASTTTA_NATIVE"] = "require"
     import fasttta
 
@@ -206,8 +154,6 @@ def _started(copy: Copy, run: Run, output: Path) -> int:
         signal.alarm(_SECONDS)
         code = _child(copy, run, output)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -215,15 +161,17 @@ def _started(copy: Copy, run: Run, output: Path) -> int:
         os._exit(code)
 
 
-def _all(runs: Sequence[Run], jobs: int, folder: Path, say) -> None:
+def _all(runs: Sequence[Run], jobs: int, folder: Path, say: Callable[[Run], None]) -> None:
     """Runs all, ``jobs`` at a time, each on a copy of its own."""
-    copies = [Copy(folder / f"copy{i}") for i in range(min(jobs, max(1, len(runs))))]
+    copies = [Copy(ROOT, folder / f"copy{i}") for i in range(min(jobs, max(1, len(runs))))]
     waiting, active = list(runs), {}
     (folder / "output").mkdir()
     while waiting or active:
         while waiting and copies:
             run, copy, stack = waiting.pop(0), copies.pop(), contextlib.ExitStack()
-            stack.enter_context(copy.with_fault(run.fault))
+            if run.fault:
+                text = run.fault.patched(copy.tree)
+                stack.enter_context(copy.with_text(run.fault.file, text))
             output = folder / "output" / f"{len(waiting)}.txt"
             run._start = time.perf_counter()
             active[_started(copy, run, output)] = run, copy, stack, output
@@ -240,61 +188,6 @@ def _all(runs: Sequence[Run], jobs: int, folder: Path, say) -> None:
         say(run)
 
 
-# C++
-
-
-def _compiler() -> str | None:
-    named = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-    return next(filter(None, map(shutil.which, named)), None)
-
-
-_CACHING_COMPILER = '''#!{python} -S
-"""The C++ compiler, which keeps the object of a source that it has compiled before."""
-import hashlib, os, re, shutil, subprocess, sys
-from pathlib import Path
-
-words, objects = sys.argv[1:], Path({objects!r})
-
-def texts(path):
-    text = path.read_text()
-    yield text
-    for name in re.findall('#include "(.+?)"', text):
-        yield from texts(path.parent / name)
-
-if "-c" not in words:
-    sys.exit(subprocess.run([{compiler!r}, *words]).returncode)
-source, target = (Path(words[words.index(flag) + 1]) for flag in ("-c", "-o"))
-key = hashlib.sha256("\\n".join([*texts(source), *words]).encode()).hexdigest()
-kept = objects / key
-if not kept.exists():
-    done = subprocess.run([{compiler!r}, *words])
-    if done.returncode:
-        sys.exit(done.returncode)
-    shutil.copy(target, objects / f"{{key}}.{{os.getpid()}}")
-    os.replace(objects / f"{{key}}.{{os.getpid()}}", kept)
-shutil.copy(kept, target)
-'''
-
-
-def _caching_compiler(objects: Path) -> Path:
-    """A compiler for libraries that differ in one source: eight of nine objects are there."""
-    objects.mkdir(exist_ok=True)
-    script = objects / "c++"
-    if not script.exists():
-        part = objects / f"c++.{os.getpid()}"
-        part.write_text(
-            _CACHING_COMPILER.format(
-                python=sys.executable, objects=str(objects), compiler=_compiler()
-            )
-        )
-        part.chmod(0o755)
-        os.replace(part, script)
-    return script
-
-
-# The command
-
-
 def _preload() -> None:
     """Imports what the tests import besides fasttta, once for all forks: three quarters of the time
     of a short test. Triton decides at import whether its functions are interpreted, which they are
@@ -303,8 +196,9 @@ def _preload() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     for name in (
-        "pytest", "safetensors.torch", "torch._dynamo", "torch._inductor.utils", "torch.distributed",
-        "torch.testing", "triton", "triton.language", "PIL.Image", "hypothesis",
+        "pytest", "safetensors.torch", "torch._dynamo", "torch._inductor.utils",
+        "torch.distributed", "torch.testing", "triton", "triton.language", "PIL.Image",
+        "hypothesis",
     ):  # fmt: skip
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -344,11 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [*_baseline(runnable), *(Run(fault.tests, fault) for fault in runnable)]
 
     def say(run: Run) -> None:
-        name = f"without faults: {run.tests[0].split('::')[0]}" if not run.fault else run.fault.name
+        name = run.fault.name if run.fault else f"no fault: {run.tests[0].split('::')[0]}"
+        good = "caught" if run.fault else "passes"
+        print(f"{run.seconds:6.1f} s  {name}: {run.verdict or good}", flush=True)
         if run.verdict:
             problems.append(f"{name}: {run.verdict}")
-        print(f"{run.seconds:6.1f} s  {name}: {run.verdict or 'passes' * (not run.fault) or 'caught'}",
-              flush=True)  # fmt: skip
         if options.v or (run.verdict and not (run.fault and run.code == 0)):
             print(run.output)
 

@@ -96,6 +96,15 @@ def test_saved_with_the_state(tiny_model, tiny_batch, tmp_path):
     assert not loaded._state.current.guard
 
 
+def test_reset_forgets_the_values(tiny_model, tiny_batch):
+    adapted, fresh = guarded(tiny_model(), "tent"), guarded(tiny_model(), "tent")
+    for i in range(3):
+        adapted.step(*tiny_batch(seed=i))
+    assert any(name.startswith("guard.") for name in snapshot(adapted))
+    adapted.reset()
+    assert differing(adapted, fresh) == []
+
+
 def test_bad_guards(tiny_model):
     with pytest.raises(TypeError, match="guard must be a fasttta.ShiftDetector, found 5"):
         fasttta.adapt(tiny_model(), "tent", guard=5)

@@ -238,6 +238,16 @@ def test_selection_stays_over_steps():
     assert torch.allclose(found.logits, twin(x)[:1], atol=1e-9)
 
 
+def test_of_equal_views_the_first_are_chosen():
+    model, x = classifier(), views(0)
+    equal = x[:1].repeat(len(x), 1)
+    result = fasttta.adapt(model, "rada", select=0.2).step(equal)
+    assert result.stats["selected"].tolist() == list(range(int(0.2 * len(x))))
+    assert len(result.stats["selected"]) > 1
+    # int(select * n), not the nearest integer
+    assert len(fasttta.adapt(model, "rada", select=0.29).step(x[:10]).stats["selected"]) == 2
+
+
 def test_stream_of_samples():
     model = classifier()
     adapted = fasttta.adapt(model, fasttta.methods.RAda.preset("stream"))

@@ -184,6 +184,23 @@ def test_a_refused_image_undoes_those_before_it(clip, monkeypatch, where):
     assert same(adapted.step(other), twin.step(other))
 
 
+def test_several_images_are_as_many_episodes(clip):
+    """Logits below each other, losses their mean, samples their sum, the rest with a leading B."""
+    adapted = trained(adapt(clip))
+    several = adapted.step(images(3), trace=True)
+    each = [adapted.step(image, trace=True) for image in images(3)]
+    assert torch.equal(several.logits, torch.cat([r.logits for r in each]))
+    assert torch.equal(several.logits_before, torch.cat([r.logits_before for r in each]))
+    assert int(several.n_used) == sum(int(r.n_used) for r in each) > int(each[0].n_used)
+    for name, value in several.losses.items():
+        assert torch.allclose(value, torch.stack([r.losses[name] for r in each]).mean()), name
+    for group in ("stats", "grads", "trace"):
+        for name, value in getattr(several, group).items():
+            expected = torch.stack([getattr(r, group)[name] for r in each])
+            assert torch.equal(value, expected), name
+    assert not torch.equal(each[0].logits, each[1].logits)
+
+
 def test_bad_images(clip):
     adapted = trained(adapt(clip))
     adapted.step(images(1))
