@@ -252,6 +252,7 @@ class FeatureClassifier(nn.Module):
         self, head: RationalHead, text: Tensor, scale: float = 100.0, bias: float | None = None
     ) -> None:
         super().__init__()
+        check_weights({"text": text}, type(self).__name__)
         self.head, self.scale, self.bias = head, float(scale), bias
         self.register_buffer("text", text.detach().clone())
         self.num_classes = len(text)
