@@ -26,20 +26,20 @@ FRAME_SHIFT = 0.01  # seconds
 
 def gaussian_noise(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Adds normal noise of standard deviation 0.06 severity to every pixel."""
-    noise = torch.randn(x.shape, generator=generator)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32)
     return (x + 0.06 * severity * noise).clamp(0, 1)
 
 
 def impulse_noise(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Sets a share 0.05 severity of the pixels to black or white, evenly."""
-    draw = torch.rand(x.shape, generator=generator)
-    value = (torch.rand(x.shape, generator=generator) < 0.5).float()
+    draw = torch.rand(x.shape, generator=generator, dtype=torch.float32)
+    value = (torch.rand(x.shape, generator=generator, dtype=torch.float32) < 0.5).float()
     return torch.where(draw < 0.05 * severity, value, x)
 
 
 def blur(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Gaussian blur, standard deviation 0.8 severity pixels of the 32 x 32 image."""
-    position = torch.arange(32.0)
+    position = torch.arange(32, dtype=torch.float32)
     kernel = torch.exp(-((position[:, None] - position) ** 2) / (2 * (0.8 * severity) ** 2))
     kernel = kernel / kernel.sum(1, keepdim=True)  # [32, 32], renormalised at the border
     return kernel @ x @ kernel.T
@@ -55,7 +55,7 @@ def fog(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Covers each image with fog of four octaves: (x + w fog) / (1 + w), w = 0.3 severity."""
     layers = x.new_zeros(())
     for octave in (2, 4, 8, 16):
-        cells = torch.rand(len(x), 1, octave, octave, generator=generator)
+        cells = torch.rand(len(x), 1, octave, octave, generator=generator, dtype=torch.float32)
         layers = layers + F.interpolate(cells, size=32, mode="bilinear") * (2 / octave)
     low, high = layers.amin((2, 3), keepdim=True), layers.amax((2, 3), keepdim=True)
     weight = 0.3 * severity
@@ -64,8 +64,10 @@ def fog(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
 
 def occlusion(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Hides a square of side 4 severity pixels, somewhere in the image, under mid-grey."""
-    centre = 32 * torch.rand(len(x), 2, 1, generator=generator)
-    inside = (torch.arange(32.0) + 0.5 - centre).abs() < 2 * severity  # [n, 2, 32]
+    centre = 32 * torch.rand(len(x), 2, 1, generator=generator, dtype=torch.float32)
+    inside = (
+        torch.arange(32, dtype=torch.float32) + 0.5 - centre
+    ).abs() < 2 * severity  # [n, 2, 32]
     return torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.5, x)
 
 
@@ -78,7 +80,7 @@ def _mel(frequency: Tensor | float) -> Tensor:
 
 def _mel_centres() -> Tensor:
     """Centre frequencies [32] in Hz of the mel bins (Kaldi's, 20 Hz to 8 kHz)."""
-    edges = torch.linspace(float(_mel(20.0)), float(_mel(8000.0)), 34)
+    edges = torch.linspace(float(_mel(20.0)), float(_mel(8000.0)), 34, dtype=torch.float32)
     return 700 * torch.expm1(edges[1:-1] / 1127)
 
 
@@ -87,7 +89,7 @@ def _mel_response(frequency: Tensor) -> Tensor:
 
     The triangular filter times the power gain of the filter bank's pre-emphasis 0.97.
     """
-    edges = torch.linspace(float(_mel(20.0)), float(_mel(8000.0)), 34)
+    edges = torch.linspace(float(_mel(20.0)), float(_mel(8000.0)), 34, dtype=torch.float32)
     distance = (_mel(frequency) - edges[1:-1, None]).abs() / (edges[1] - edges[0])
     gain = 1 + 0.97**2 - 1.94 * torch.cos(2 * math.pi * frequency / SAMPLE_RATE)
     return (1 - distance).clamp(min=0) * gain
@@ -105,11 +107,13 @@ def white_noise(power: Tensor, severity: float, generator: torch.Generator) -> T
     A bin sums k independent spectral lines, so that its power is Gamma(k) distributed; drawn by
     the approximation of Wilson and Hilferty, the cube of a normal.
     """
-    response = _mel_response(torch.arange(257) * SAMPLE_RATE / 512)  # [32, 257]
+    response = _mel_response(
+        torch.arange(257, dtype=torch.float32) * SAMPLE_RATE / 512
+    )  # [32, 257]
     # a 25 ms Hann window makes one of 78 Hz, 2.49 of the 31.25 Hz steps: mean(w^4) / mean(w^2)^2
     lines = response.sum(1) ** 2 / (response**2).sum(1) / 2.49
     lines = lines.clamp(min=1)
-    z = torch.randn(power.shape, generator=generator)
+    z = torch.randn(power.shape, generator=generator, dtype=torch.float32)
     gamma = (1 - 1 / (9 * lines) + z / (3 * lines.sqrt())).clamp(min=0) ** 3
     return _add(power, response.sum(1) * gamma, 35 - 4 * severity)
 
@@ -122,7 +126,7 @@ def babble(power: Tensor, severity: float, generator: torch.Generator) -> Tensor
     n, frames, _ = power.shape
     noise = torch.zeros_like(power)
     for _ in range(4):
-        step = 1 + (torch.rand(n, generator=generator) * (n - 1)).long()
+        step = 1 + (torch.rand(n, generator=generator, dtype=torch.float32) * (n - 1)).long()
         other = (torch.arange(n) + step) % n
         shift = torch.randint(frames, (n, 1), generator=generator)
         noise += power[other[:, None], (torch.arange(frames) + shift) % frames]
@@ -141,10 +145,10 @@ def reverb(power: Tensor, severity: float, generator: torch.Generator) -> Tensor
     """
     n, frames, _ = power.shape
     lag = torch.arange(frames)
-    decay = torch.exp(-math.log(1e6) * FRAME_SHIFT / (0.2 * severity) * lag)
+    decay = torch.exp(-math.log(1e6) * FRAME_SHIFT / (0.2 * severity) * lag.float())
     tail = decay * (lag > 0)
     tail = tail * severity / tail.sum()
-    tail = tail * torch.empty(n, frames).exponential_(generator=generator)
+    tail = tail * torch.empty(n, frames, dtype=torch.float32).exponential_(generator=generator)
     response = tail + (lag == 0)  # [n, frames]
     delay = lag[:, None] - lag  # [to, from]
     return (response[:, delay.clamp(min=0)] * (delay >= 0)) @ power
@@ -158,9 +162,11 @@ def hum(power: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """
     n = len(power)
     harmonic = torch.arange(1, 41)
-    strength = torch.empty(n, 40).exponential_(generator=generator) / harmonic**2
-    is_60 = torch.rand(n, 1, generator=generator) < 0.5
-    of_60, of_50 = (strength @ _mel_response(mains * harmonic).T for mains in (60, 50))
+    strength = (
+        torch.empty(n, 40, dtype=torch.float32).exponential_(generator=generator) / harmonic**2
+    )
+    is_60 = torch.rand(n, 1, generator=generator, dtype=torch.float32) < 0.5
+    of_60, of_50 = (strength @ _mel_response(mains * harmonic.float()).T for mains in (60, 50))
     noise = torch.where(is_60, of_60, of_50)  # [n, 32]
     return _add(power, noise[:, None].expand_as(power), 35 - 4 * severity)
 

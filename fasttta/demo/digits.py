@@ -48,9 +48,9 @@ def load_statistics() -> SourceStats:
 def load_data() -> Digits:
     """The test images and utterances, clean and not normalised."""
     with np.load(DATA_PATH, allow_pickle=False) as file:
-        audio = torch.from_numpy(file["audio"]) * float(file["audio_scale"])
+        audio = torch.from_numpy(file["audio"]).float() * float(file["audio_scale"])
         return Digits(
-            images=torch.from_numpy(file["images"]) / 16,
+            images=torch.from_numpy(file["images"]).float() / 16,
             image_labels=torch.from_numpy(file["image_labels"]).long(),
             audio=audio + float(file["audio_offset"]),
             audio_labels=torch.from_numpy(file["audio_labels"]).long(),

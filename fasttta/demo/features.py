@@ -54,8 +54,8 @@ def shifted(features: Tensor, size: float, seed: int) -> Tensor:
     ``size`` times as long as they are spread about their mean."""
     generator = torch.Generator().manual_seed(seed)
     spread = (features - features.mean(dim=0)).square().mean().sqrt()
-    own = torch.randn(features.shape, generator=generator)
-    common = torch.randn(1, features.shape[1], generator=generator)
+    own = torch.randn(features.shape, generator=generator, dtype=torch.float32)
+    common = torch.randn(1, features.shape[1], generator=generator, dtype=torch.float32)
     return features + size * spread * (own + common) / 2**0.5
 
 

@@ -140,7 +140,9 @@ class BriMPR(Method):
             return model.prompted({name: x.detach().clone() for name, x in start.items()})
         for name, count in zip(model.input_names, self.prompts, strict=True):
             blocks, dim = shapes[name]
-            drawn = torch.rand(blocks, count, dim, generator=generator, device="cpu")
+            # whatever the default type of the process is: the same seed, the same numbers
+            kind = {"dtype": torch.float32, "device": "cpu"}
+            drawn = torch.rand(blocks, count, dim, generator=generator, **kind)
             prompts[name] = ((2 * drawn - 1) * _INIT).to(weight)
         return model.prompted(prompts)
 
@@ -184,7 +186,8 @@ class BriMPR(Method):
             return ()
         drawn, device = [], inputs[0].device
         for tokens in model.spans:
-            noise = torch.rand(len(inputs[0]), tokens, generator=generator, device=generator.device)
+            kind = {"dtype": torch.float32, "device": generator.device}
+            noise = torch.rand(len(inputs[0]), tokens, generator=generator, **kind)
             ids = noise.argsort(dim=1)[:, : self._kept(tokens)]
             if device.type == "cuda":  # a copy from pageable memory waits for the device
                 ids = ids.contiguous().pin_memory()

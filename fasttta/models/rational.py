@@ -36,6 +36,7 @@ class RationalHead(nn.Module):
         heads: attention heads; must divide D.
         temperature: of the softmax.
         scale_multiplier: of the scale inside the attention (CoOp + RAda: 4).
+        dtype: of the parameters; None: torch's default.
 
     Parameters: ``q_proj1``, ``q_proj2``, ``q_proj3``, ``k_proj``, ``v_proj``, ``out_proj``, Linear
     [D, D] with bias each, as in the official code, whose heads ``load_state_dict`` and
@@ -46,7 +47,13 @@ class RationalHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int = 8, temperature: float = 1.0, scale_multiplier: float = 1.0
+        self,
+        dim: int,
+        heads: int = 8,
+        temperature: float = 1.0,
+        scale_multiplier: float = 1.0,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("heads", heads)):
@@ -59,9 +66,11 @@ class RationalHead(nn.Module):
                 raise ValueError(f"{name}={value!r}: needed a number above 0")
         self.dim, self.heads = dim, heads
         self.temperature, self.scale_multiplier = float(temperature), float(scale_multiplier)
-        self.q_proj1, self.q_proj2, self.q_proj3 = (nn.Linear(dim, dim) for _ in range(3))
-        self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(2))
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_proj1, self.q_proj2, self.q_proj3 = (
+            nn.Linear(dim, dim, dtype=dtype) for _ in range(3)
+        )
+        self.k_proj, self.v_proj = (nn.Linear(dim, dim, dtype=dtype) for _ in range(2))
+        self.out_proj = nn.Linear(dim, dim, dtype=dtype)
         nn.init.zeros_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 

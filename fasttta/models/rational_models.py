@@ -29,7 +29,7 @@ def fresh_head(
     cpu = torch.device("cpu")  # the same start on every device
     with cpu, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = RationalHead(dim, heads, temperature, scale_multiplier)
+        head = RationalHead(dim, heads, temperature, scale_multiplier, dtype=torch.float32)
     dtype = torch.promote_types(like.dtype, torch.float32)
     return head.to(like.device, dtype).requires_grad_(False)
 

@@ -36,11 +36,11 @@ def render(images: Tensor, digits: Tensor, generator: torch.Generator) -> Scenes
     n, r = len(images), RESOLUTION
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        return low + (high - low) * torch.rand(n, *shape, generator=generator, dtype=torch.float32)
 
     side = uniform(*SIZES)
     shift = uniform(-1, 1, 2) * (1 - side / r)[:, None]  # the digit's square stays inside
-    theta = torch.zeros(n, 2, 3)
+    theta = torch.zeros(n, 2, 3, dtype=torch.float32)
     theta[:, 0, 0] = theta[:, 1, 1] = r / side
     theta[:, :, 2] = -shift * (r / side)[:, None]
     grid = F.affine_grid(theta, [n, 1, r, r], align_corners=False)
@@ -51,14 +51,14 @@ def render(images: Tensor, digits: Tensor, generator: torch.Generator) -> Scenes
         torch.randint(len(palette), (n,), generator=generator) for palette in (INKS, PAPERS)
     )
     front, back = (
-        (torch.tensor(list(palette.values()))[chosen]
-         + 0.05 * torch.randn(n, 3, generator=generator))[..., None, None]
+        (torch.tensor(list(palette.values()), dtype=torch.float32)[chosen]
+         + 0.05 * torch.randn(n, 3, generator=generator, dtype=torch.float32))[..., None, None]
         for palette, chosen in ((INKS, ink), (PAPERS, paper))
     )  # fmt: skip
-    pattern = 0.08 * torch.randn(n, 3, 5, 5, generator=generator)
+    pattern = 0.08 * torch.randn(n, 3, 5, 5, generator=generator, dtype=torch.float32)
     back = back + F.interpolate(pattern, size=r, mode="bicubic")
     pixels = back + cover * (front - back)
-    pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=generator)
+    pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=generator, dtype=torch.float32)
     return Scenes(pixels.clamp(0, 1), digits, ink, paper)
 
 
