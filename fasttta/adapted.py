@@ -14,6 +14,7 @@ from .adapted_state import Stateful
 from .engine import delta
 from .engine.graph import GraphStep
 from .engine.inputs import as_inputs
+from .engine.model_watch import ModelWatch, said_of
 from .engine.precision import Precision
 from .engine.restore import restored
 from .engine.shift import Guard
@@ -49,6 +50,7 @@ class Adapted(Stateful):
         seed: int,
         constants: Mapping[str, Tensor],
         guard: Guard | None = None,
+        verify_model: str = "first",
     ) -> None:
         super().__init__()
         _check_family(method, known)
@@ -86,6 +88,9 @@ class Adapted(Stateful):
             known.tuned = frozenset(state.leaves)
             known.all_used = method.group == "fusion_qkv"
         self._known, self._verified = known, known.module is None
+        self._watch = ModelWatch(model, verify_model, known.copied_parameters(model))
+        if verify_model != "never":
+            known.keep_structure()
         self._state = state
         self._holders = {name: _owner(working, name) for name in leaves}
         step = GraphStep if engine == "graph" else Step
@@ -217,8 +222,14 @@ class Adapted(Stateful):
     def _prepare(self, inputs: tuple) -> tuple[Tensor, ...]:
         """Checked inputs; the first batch also checks that the model was understood."""
         prepared = self._step.prepare(inputs)
+        if (changed := self._watch.check()) is not None:
+            self._known.compare_again()
+            self._verified = False
         if not self._verified:
-            verified = self._known.verify(prepared)
+            with said_of(changed):
+                verified = self._known.verify(prepared)
+            if changed is not None and verified:
+                self._watch.accept()
             method = self._step.method.fitted(self._known.fusion)  # to classes that are known now
             method.check_model(self._known.fusion)
             self.options = self._step.method = method
@@ -448,6 +459,7 @@ class Adapted(Stateful):
         model, _, extended = self._hidden
         if not merge:
             return model
+        self._watch.check()
         if extended is not None and self._known.merges(self._state.leaves):
             extended = None
         if extended is not None:

@@ -15,6 +15,7 @@ from .adapted import Adapted
 from .adapted_state import Stateful
 from .classes import token_ids
 from .engine import delta
+from .engine.model_watch import ModelWatch, said_of
 from .engine.precision import Precision, environment
 from .engine.state import checked_value, working_copy
 from .engine.step import StepResult
@@ -49,6 +50,7 @@ class AdaptedCLIP(Adapted):
         seed: int,
         classes: Any,
         resources: Mapping[str, Any],
+        verify_model: str = "first",
     ) -> None:
         Stateful.__init__(self)
         _check_method(method, known)
@@ -83,6 +85,10 @@ class AdaptedCLIP(Adapted):
         self._at: Tensor | None = None  # what the prompts were set to
         self._device = working.positional_embedding.device
         self._in_source, self._verified = False, known.module is None
+        self._watch = ModelWatch(model, verify_model)
+        if verify_model != "never":
+            known.keep_structure()
+        self._changed: str | None = None
         self._guard = None
 
     # ------------------------------------------------------------------ calls
@@ -147,7 +153,10 @@ class AdaptedCLIP(Adapted):
         return torch.cat(logits)
 
     def _ready(self) -> None:
-        """Sets the prompts to the state, where they are not there."""
+        """Sets the prompts to the state, where they are not there; is the model what it was?"""
+        if (changed := self._watch.check()) is not None:
+            self._known.compare_again()
+            self._verified, self._changed = False, changed
         wanted = self._source_prompt if self._in_source else self._start
         if self._at is not wanted:
             self._at = None
@@ -182,9 +191,11 @@ class AdaptedCLIP(Adapted):
     def _verify(self, pixels: Tensor) -> None:
         """On the first image: was the user's module understood?"""
         if not self._verified:
-            with environment(self._device, self._numbers, grad=False):
+            with environment(self._device, self._numbers, grad=False), said_of(self._changed):
                 self._known.verify(pixels, self._ids)
-            self._verified = True
+            if self._changed is not None:
+                self._watch.accept()
+            self._verified, self._changed = True, None
 
     def stream(
         self, loader: Iterable, encode_batch: int | None = None, cache: None = None

@@ -33,6 +33,17 @@ class _WithClasses(Recognised):
     clip: RecognisedCLIP | None = None
     ids: Tensor | None = None
 
+    def keep_structure(self) -> None:
+        super().keep_structure()
+        if self.clip is not None:
+            self.clip.keep_structure()
+
+    def compare_again(self) -> None:
+        if self.clip is not None:
+            self.clip.compare_again()
+        else:
+            super().compare_again()
+
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:
         if self.clip is not None:
             exact = Precision("exact", torch.float32, torch.float32)

@@ -216,7 +216,7 @@ class Stateful(nn.Module):
         """The wrapped model goes along; what ``adapt`` makes of it is made anew."""
         from .entry import unpickled
 
-        record = {**self._record(), "training": self.training}
+        record = {**self._record(), "training": self.training, "verify_model": self._watch.mode}
         given = self._hidden[0], self._spec, self.options, self.engine
         return unpickled, (*given, record, self._saved())
 

@@ -109,6 +109,7 @@ def adapt(
     guard: object = None,
     seed: int = 0,
     preset: str | None = None,
+    verify_model: str = "first",
     **options: object,
 ) -> Adapted:
     """Makes a model adapt, label-free, to what it is called on.
@@ -133,6 +134,12 @@ def adapt(
             anew from what ``adapt`` made, not from what ``load_tuned`` set. It is not used itself,
             only its settings are.
         seed: of the random state.
+        verify_model: whether the wrapped model is still what it was, asked at every call; an error
+            names what changed. ``"first"``: by what PyTorch counts (versions, storages,
+            identities of tensors, hooks, classes): sees ``load_state_dict``, optimiser steps,
+            replaced tensors and layers, in about 0.2 ms, not writes through ``.data`` or numpy.
+            ``"always"``: also reads all weights and buffers, exactly. ``"never"``: not at all.
+            (Moving it to another device or type, ``train()`` and ``eval()`` change nothing.)
         preset: name of published settings of the method, ``methods.ABPEM.preset(name)``; options
             that are given besides count in place of the preset's.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
@@ -162,8 +169,9 @@ def adapt(
     guard = None if guard is None else Guard(guard)
     if clip or (rational and isinstance(chosen, methods.RAda)):
         adapted = _adapted_clip(
-            model, clip, chosen, precision, engine, int(seed), classes, resources, guard
-        )
+            model, clip, chosen, precision, engine, int(seed), classes, resources, guard,
+            verify_model,
+        )  # fmt: skip
         _warn_of_ranks(model)
         return adapted
     known = recognise(model, spec)
@@ -178,6 +186,7 @@ def adapt(
         seed=int(seed),
         constants=chosen.constants(known.fusion, resources),
         guard=guard,
+        verify_model=verify_model,
     )
     adapted._spec = spec
     _warn_of_ranks(model)
@@ -235,11 +244,13 @@ def _method(
 
 
 def _adapted_clip(
-    model, clip, method, precision, engine, seed, classes, resources, guard=None
-) -> Adapted:
+    model, clip, method, precision, engine, seed, classes, resources, guard=None,
+    verify_model="first",
+) -> Adapted:  # fmt: skip
     """A CLIP (``clip`` None: a RationalCLIP) with a method for images."""
     parameter = (model.model if clip is None else clip.clip).positional_embedding
-    options = {"engine": _engine(engine, parameter.device), "seed": seed, "classes": classes}
+    options = {"engine": _engine(engine, parameter.device), "seed": seed, "classes": classes,
+               "verify_model": verify_model}  # fmt: skip
     precision = resolve(precision, parameter.device, parameter.dtype)
     if isinstance(method, methods.RAda):
         return AdaptedHead(
@@ -341,6 +352,7 @@ def _restored(
     record: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     where: object,
+    verify_model: str = "first",
 ) -> Adapted:
     """An adapted model with the state of a record; what is wrong with it is said of ``where``."""
     clip = recognise_clip(model) if spec is None else None
@@ -352,7 +364,7 @@ def _restored(
                 raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
             adapted = _adapted_clip(
                 model, clip, method, record["precision"], engine, record["seed"],
-                tensors.get("classes"), {}, _recorded_guard(record),
+                tensors.get("classes"), {}, _recorded_guard(record), verify_model,
             )  # fmt: skip
     else:
         known = recognise(model, spec)
@@ -372,6 +384,7 @@ def _restored(
                     if name.startswith("constant.")
                 },
                 guard=_recorded_guard(record),
+                verify_model=verify_model,
             )
     adapted._spec = spec
     with saves.naming(where):
@@ -394,5 +407,6 @@ def unpickled(
 ) -> Adapted:
     """What an adapted model is pickled as."""
     record, training = dict(record), record["training"]
-    adapted = _restored(model, spec, method, engine, record, tensors, "the pickled model")
+    mode = record.pop("verify_model")
+    adapted = _restored(model, spec, method, engine, record, tensors, "the pickled model", mode)
     return adapted.train(training)

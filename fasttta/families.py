@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import MethodType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .engine.precision import Precision, environment
-from .engine.state import structural_copy, without_checkpointing
+from .engine.state import own_buffers, structural_copy, without_checkpointing
 from .families_check import (
     altered,
     check_gradients,
@@ -53,6 +53,8 @@ class Recognised:
         split: names of separate copies of the q, k, v projections that the module keeps.
         module: the part that was recognised, to be compared with on the first batch; None if it
             is ``fusion`` itself, without hooks.
+        structure: ``fusion`` as it was when a model was adapted, with buffers of its own; None: as
+            it is now.
         tuned: names of the parameters of ``fusion`` that the method tunes, whose gradients are
             compared too; all_used: the logits must depend on each of them.
     """
@@ -62,6 +64,7 @@ class Recognised:
     prefix: str = ""
     split: tuple[str, ...] = ()
     module: nn.Module | None = field(default=None, repr=False)
+    structure: nn.Module | None = field(default=None, repr=False)
     tuned: frozenset[str] = frozenset()
     all_used: bool = False
 
@@ -85,9 +88,11 @@ class Recognised:
         exact = Precision("fp64", torch.float64, torch.float64)
         with environment(inputs[0].device, exact, grad=False):
             # one copy at a time is held
-            ours, our_grads = self._graded(_in_type(self.fusion, torch.float64), inputs, True)
+            model = _in_type(self._compared, torch.float64)
+            ours, our_grads = self._graded(model, inputs, True)
+            del model
             twin = structural_copy(self.module, _converted(torch.float64), hooks=True)
-            _own_buffers(twin, torch.float64)
+            own_buffers(twin, torch.float64)
             without_checkpointing(twin)
             own, own_grads = self._graded(twin, inputs, False)
             if not isinstance(own, Tensor) or own.shape != ours.shape:
@@ -108,6 +113,32 @@ class Recognised:
                 check_gradients(f"recognised as {self.family}", sorted(self.tuned), own_grads,
                                 our_grads, 1e-6, self.module, self.all_used)  # fmt: skip
         return True
+
+    def keep_structure(self) -> None:
+        """Has every later ``verify`` compare with what ``fusion`` is now: a user's module may get
+        other classes and buffers, which what adapts does not have."""
+        self.structure = structural_copy(self.fusion, lambda name, parameter: parameter)
+        own_buffers(self.structure, None)
+
+    @property
+    def _compared(self) -> Any:
+        return self.fusion if self.structure is None else self.structure
+
+    def compare_again(self) -> None:
+        """Has the next ``verify`` compare: the module's hooks or classes are others by now."""
+        if self.module is None:
+            self.module = cast("nn.Module", self.fusion)
+
+    def copied_parameters(self, model: nn.Module) -> dict[str, tuple[str, int]]:
+        """Names of q, k and v that such a module copies from its packed projections itself, on its
+        first forward, and the name and third of the packed one."""
+        copied = {}
+        for name, _ in model.named_parameters() if self.split else ():
+            match = SPLIT_QKV.fullmatch(name.removeprefix(self.prefix))
+            if match:
+                packed = name.replace(f".{match[1]}.", ".qkv.")
+                copied[name] = packed, "qkv".index(match[1][0])
+        return copied
 
     def _graded(
         self, twin: nn.Module, inputs: tuple[Tensor, ...], cut: bool
@@ -276,10 +307,10 @@ class Specified(Recognised):
         exact = Precision("exact", dtype, dtype)
         kind = f"{type(self.module).__name__} cut as its ModelSpec says"
         with environment(two[0].device, exact, grad=False):
-            twin = _in_type(self.fusion, dtype)
+            twin = _in_type(self._compared, dtype)
             # with the module's hooks, which its own calls run and ours do not
             hooked = structural_copy(self.module, _converted(dtype), hooks=True)
-            _own_buffers(hooked, dtype)
+            own_buffers(hooked, dtype)
             without_checkpointing(hooked)
             output, own_grads = self._own(twin, hooked, two)
             own = twin.own_logits(output).detach()
@@ -406,18 +437,9 @@ def _converted(dtype: torch.dtype):
     return convert
 
 
-def _own_buffers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Buffers of its own for a structural copy, floating point ones of a type."""
-    for child in module.modules():
-        for name, x in child._buffers.items():
-            if x is not None:
-                x = x.detach()
-                child._buffers[name] = x.to(dtype if x.is_floating_point() else x.dtype, copy=True)
-
-
 def _in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     twin = structural_copy(module, _converted(dtype))
-    _own_buffers(twin, dtype)
+    own_buffers(twin, dtype)
     return twin
 
 

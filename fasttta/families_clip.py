@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .engine.state import structural_copy
+from .engine.state import own_buffers, structural_copy
 from .families_check import altered, hook_advice, refuse_backward_hooks, refuse_wrapper_hooks
 from .families_dual import NEEDED, refusal, towers, traits
 from .families_weights import refuse_unusable
@@ -31,12 +32,25 @@ class RecognisedCLIP:
         clip: the model that fasttta runs; shares the module's weights.
         module: the part that was recognised, to be compared with; None if it is ``clip`` itself.
         outputs: (module, normalised pixels, ids) -> its image features and text features.
+        structure: ``clip`` as it was when it was adapted, with buffers of its own.
     """
 
     family: str
     clip: CLIP
     module: nn.Module | None = field(default=None, repr=False)
     outputs: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    structure: Any = field(default=None, repr=False)
+
+    def compare_again(self) -> None:
+        """Has the next ``verify`` compare: the module's hooks or classes are others by now."""
+        if self.module is None:
+            self.module = self.clip
+
+    def keep_structure(self) -> None:
+        """Has every later ``verify`` compare with what ``clip`` is now: a user's module may get
+        other classes and buffers, which what adapts does not have."""
+        self.structure = structural_copy(self.clip, lambda name, parameter: parameter)
+        own_buffers(self.structure, None)
 
     @torch.no_grad()
     def verify(self, pixels: Tensor, ids: Tensor) -> None:
@@ -50,7 +64,10 @@ class RecognisedCLIP:
         if self.module is None:
             return
         refuse_backward_hooks(self.family, self.module)
-        clip, dtype = self.clip, next(self.module.parameters()).dtype
+        clip, dtype = (
+            self.clip if self.structure is None else self.structure,
+            next(self.module.parameters()).dtype,
+        )
         ids = ids[:2].to(pixels.device)
         x = clip._normalised(pixels).to(dtype)
         own = structural_copy(self.module, lambda name, parameter: parameter, hooks=True)

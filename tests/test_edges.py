@@ -1,4 +1,4 @@
-"""Few classes, one modality: a clear error or a sensible default, never a step that learns nothing."""
+"""Few classes, one modality: a clear error or a sensible default, never a step without effect."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_one_span():
 
 @pytest.mark.parametrize("method", ["tpt", "a-tpt", "ttc", "r-tpt", "c-tpt", "rada"])
 def test_one_class_of_a_clip(method):
+    options = {} if method in ("ttc", "rada") else {"views": 6, "select": 0.5}
+    options |= {"heads": 2} if method == "rada" else {}
     with pytest.raises(ValueError, match="at least 2"):
-        options = {} if method in ("ttc", "rada") else {"views": 6, "select": 0.5}
-        options |= {"heads": 2} if method == "rada" else {}
         fasttta.adapt(tiny_clip(), method, classes=tiny_ids()[:1], **options)(views=tiny_views())
 
 

@@ -55,13 +55,18 @@ def working_copy(
     copy = structural_copy(model, own)
     for name in sorted(tuned - leaves.keys()):
         raise ValueError(f"{name} cannot be tuned: {how_to_unwrap(model, name)}")
-    for module in copy.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:  # what a forward writes there must not reach the user's module
-                dtype = precision.master if buffer.is_floating_point() else buffer.dtype
-                module._buffers[name] = buffer.detach().to(dtype, copy=True)
+    own_buffers(copy, precision.master)  # what a forward writes there must not reach the user's
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves
+
+
+def own_buffers(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Gives a copy buffers of its own, floating point ones of a type (None: of theirs)."""
+    for child in module.modules():
+        for name, x in child._buffers.items():
+            if x is not None:
+                own = dtype if dtype is not None and x.is_floating_point() else x.dtype
+                child._buffers[name] = x.detach().to(own, copy=True)
 
 
 def structural_copy(

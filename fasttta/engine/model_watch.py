@@ -1,0 +1,236 @@
+"""Whether the model that was wrapped is still the one that ``adapt`` was given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.byte_sums import byte_sums
+from .hooks import CALLED, global_hooks
+
+MODES = ("first", "always", "never")
+_AFTER = (
+    "changed after fasttta.adapt; adapt the model as it is now, "
+    'fasttta.adapt(model, ...), or, if that is meant, adapt with verify_model="never"'
+)
+
+
+@contextlib.contextmanager
+def said_of(changed: str | None) -> Iterator[None]:
+    """Says in errors of a comparison what had changed before it; None: nothing."""
+    try:
+        yield
+    except ValueError as error:
+        if changed is None:
+            raise
+        raise ValueError(f"{changed} of the wrapped model {_AFTER}: {error}") from error
+
+
+class _Kept(NamedTuple):
+    """A tensor as it was: the module and name it lies at, the object, its storage, its version."""
+
+    name: str
+    tensors: dict[str, Tensor | None]  # of the module that holds it
+    leaf: str
+    tensor: Tensor
+    storage: Tensor  # the same memory, also once the model is moved
+    version: int
+    pointer: int
+    buffer: bool
+
+
+class ModelWatch:
+    """Remembers a model's tensors, modules and hooks, and tells what has become of them.
+
+    Versions that PyTorch counts on every write, storages and identities are compared, which takes
+    about 0.2 ms for 500 tensors and reads no values. What they do not show are writes through
+    ``.data``, numpy or another process: these are seen by ``"always"``, which reads all values.
+
+    Args:
+        model: the wrapped module.
+        mode: ``"first"``, ``"always"``, ``"never"``.
+        copies: names of parameters -> (name, third) of a packed one, of whose rows they are copies
+            that the model makes itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, mode: str, copies: Mapping[str, tuple[str, int]] | None = None
+    ) -> None:
+        if mode not in MODES:
+            known = ", ".join(map(repr, MODES))
+            raise ValueError(f"verify_model={mode!r} is unknown; known: {known}")
+        self.model, self.mode, self.copies = model, mode, dict(copies or {})
+        self._counters: set[str] = set()  # buffers that change without effect
+        if mode != "never":
+            self._remember()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelWatch, (self.model, self.mode, self.copies)
+
+    # ------------------------------------------------------------------ remembering
+
+    def _remember(self) -> None:
+        self._modules = list(self.model.modules())
+        self._kept = list(self._tensors())
+        self._holders = [
+            x for module in self._modules for x in (module._parameters, module._buffers)
+        ]
+        self._children = [module._modules for module in self._modules]
+        self._hooks = [
+            vars(module)[kind]
+            for module in self._modules
+            for kind in CALLED
+            if kind in vars(module)
+        ]
+        self._before = self._state()
+        self._sums = self._digests() if self.mode == "always" else []
+
+    def _tensors(self) -> Iterator[_Kept]:
+        seen = set()
+        for path, module in self.model.named_modules():
+            for tensors in (module._parameters, module._buffers):
+                for leaf, x in tensors.items():
+                    if x is None or id(x) in seen:
+                        continue
+                    seen.add(id(x))
+                    buffer = tensors is module._buffers
+                    name = f"{path}.{leaf}" if path else leaf
+                    version, pointer = _version(x), x.data_ptr()
+                    yield _Kept(name, tensors, leaf, x, x.detach(), version, pointer, buffer)
+
+    def _state(self) -> tuple[list[Any], ...]:
+        """What is compared at every call."""
+        tensors = [kept.tensor for kept in self._kept]
+        return (
+            [*map(_version, tensors)],
+            [x.data_ptr() for x in tensors],
+            [*map(id, chain.from_iterable(d.values() for d in self._holders))],
+            [*map(id, chain.from_iterable(d.values() for d in self._children))],
+            [module.__class__ for module in self._modules],
+            [module.__dict__.get("forward") for module in self._modules],
+            [*chain.from_iterable(hooks for hooks in self._hooks if hooks)],
+            [*map(id, global_hooks())],
+        )
+
+    def _digests(self) -> list[bytes]:
+        """A checksum of each tensor's values."""
+        return [byte_sums([kept.tensor]) for kept in self._kept]
+
+    # ------------------------------------------------------------------ comparing
+
+    def check(self) -> str | None:
+        """Compares the model with what it was.
+
+        Returns:
+            None: it is the same. Else what may have changed its results (hooks, classes of
+            modules, buffers), for a new comparison with its own forward; call ``accept`` when that
+            finds none.
+
+        Raises:
+            ValueError: weights are others; names them.
+        """
+        if self.mode == "never":
+            return None
+        if self._state() == self._before:
+            if self.mode == "always":
+                self._check_values()
+            return None
+        self._check_modules()
+        buffers = self._check_tensors()
+        if self.mode == "always":
+            self._check_values(skipped=buffers)
+        now = self._state()
+        parts = [f"buffer {name}" for name in sorted(buffers - self._counters)]
+        kinds = {4: "the class of a module", 6: "hooks", 7: "global hooks"}
+        parts += [kind for i, kind in kinds.items() if now[i] != self._before[i]]
+        if not parts:  # moved to another device or type
+            self._remember()
+            return None
+        self._changed_buffers = buffers
+        return ", ".join(parts)
+
+    def accept(self) -> None:
+        """What had changed has no effect on results. (Buffers of this kind are counters, which
+        change at every call of the model: they are not asked for again.)"""
+        self._counters |= self._changed_buffers
+        self._remember()
+
+    def _check_modules(self) -> None:
+        names = {id(module): name or "the model" for name, module in self.model.named_modules()}
+        for module, before in zip(self._modules, self._before[5], strict=True):
+            if module.__dict__.get("forward") is not before:
+                name = names.get(id(module), type(module).__name__)
+                raise ValueError(f"the forward of {name} was replaced: the model {_AFTER}")
+        now = {kept.name: kept.tensor for kept in self._tensors()}
+        for kept in self._kept:
+            x = now.get(kept.name)
+            if x is None and not any(y is kept.tensor for y in now.values()):
+                raise ValueError(f"{kept.name} is gone: the model {_AFTER}")
+        if added := sorted(now.keys() - {kept.name for kept in self._kept}):
+            raise ValueError(f"{added[0]} is new: the model {_AFTER}")
+
+    def _check_tensors(self) -> set[str]:
+        """Names of buffers that were written to.
+
+        Raises:
+            ValueError: parameters were.
+        """
+        now = {kept.name: kept.tensor for kept in self._tensors()}
+        parameters, buffers = [], set()
+        for kept in self._kept:
+            x = now.get(kept.name, kept.tensor)
+            same = x is kept.tensor and _version(x) == kept.version
+            if same and x.data_ptr() == kept.pointer:
+                continue
+            written = x is kept.tensor and _version(x) != kept.version
+            if not written and _equal(kept.storage, x):
+                continue  # moved
+            if kept.buffer:
+                buffers.add(kept.name)
+            elif not self._is_copy(kept.name, x, now):
+                parameters.append(kept.name)
+        if parameters:
+            more = f" and {len(parameters) - 3} more" if len(parameters) > 3 else ""
+            raise ValueError(f"{', '.join(parameters[:3])}{more} of the wrapped model {_AFTER}")
+        return buffers
+
+    def _is_copy(self, name: str, x: Tensor, now: Mapping[str, Tensor]) -> bool:
+        if name not in self.copies:
+            return False
+        packed, third = self.copies[name]
+        return packed in now and _equal(now[packed].detach().chunk(3)[third], x)
+
+    def _check_values(self, skipped: set[str] = frozenset()) -> None:
+        digests = self._digests()
+        odd = [
+            kept.name
+            for kept, before, now in zip(self._kept, self._sums, digests, strict=True)
+            if before != now and kept.name not in skipped | self._counters
+            and not self._is_copy(kept.name, kept.tensor, dict(self.model.named_parameters()))
+            and not (kept.tensor.data_ptr() != kept.pointer and _equal(kept.storage, kept.tensor))
+        ]  # fmt: skip
+        if odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            raise ValueError(f"{', '.join(odd[:3])}{more} of the wrapped model {_AFTER}")
+
+
+def _version(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version  # those of inference mode are not counted
+
+
+@torch.no_grad()
+def _equal(old: Tensor, new: Tensor) -> bool:
+    """Whether values are the same but for a move to another device or type."""
+    if old.shape != new.shape or new.is_meta:
+        return bool(new.is_meta) and old.shape == new.shape
+    if old.is_floating_point() != new.is_floating_point():
+        return False
+    moved = old.to(device=new.device, dtype=new.dtype)
+    if not new.is_floating_point():
+        return torch.equal(moved, new)
+    return bool(((moved == new) | (moved.isnan() & new.isnan())).all())
