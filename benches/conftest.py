@@ -107,6 +107,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["fasttta"] = machine()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Each bench beside its reference, and which ones --check-results had nothing to compare with.
 
