@@ -84,6 +84,19 @@ def test_frozen_weights_are_shared(tiny_model):
         assert shared != name.startswith("blocks_u.0.attn.qkv"), name
 
 
+def test_what_is_one_object_stays_one(tiny_model, tiny_batch):
+    """Frozen parameters under two names, and a module under two, are one in the working copy."""
+    model = tiny_model()
+    model.blocks_v[0].norm1.weight = model.blocks_a[0].norm1.weight
+    model.blocks_v[1] = model.blocks_v[0]
+    adapted = fasttta.adapt(model, "read")
+    working = adapted._hidden[1]
+    assert working.blocks_v[1] is working.blocks_v[0]
+    assert working.blocks_v[0].norm1.weight is working.blocks_a[0].norm1.weight
+    assert working.blocks_a[0].norm1 is not model.blocks_a[0].norm1
+    assert torch.allclose(adapted.predict(*tiny_batch()), model(*tiny_batch()), atol=1e-6)
+
+
 def test_methods_differ_and_learn(tiny_model, tiny_batch):
     batch = tiny_batch()
     logits = {}

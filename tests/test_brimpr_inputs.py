@@ -41,6 +41,17 @@ def test_masks_are_drawn_from_the_state(tiny_model, tiny_batch, tmp_path):
     assert torch.equal(adapted._state.generator.get_state(), state)
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_seed_is_that_of_the_masks(tiny_model, tiny_batch, seed):
+    adapted = fasttta.adapt(tiny_model(), "brimpr", **METHODS["brimpr"], seed=seed)
+    for _ in range(2):
+        random = snapshot(adapted)["random"]
+        assert torch.equal(random, torch.Generator().manual_seed(seed).get_state())
+        adapted.step(*tiny_batch())
+        assert not torch.equal(snapshot(adapted)["random"], random)
+        adapted.reset()
+
+
 def test_drawn_ids():
     method = fasttta.methods.BriMPR(mask_ratio=0.3)
 

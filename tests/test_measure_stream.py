@@ -1,0 +1,56 @@
+"""What is recorded of a labelled stream, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import METHODS
+
+import fasttta
+from fasttta.evaluate import measure_stream
+from fasttta.evaluate.stream import over_seeds
+
+SIZES = (5, 3, 2)  # a mean over batches is not the mean over samples
+
+
+@pytest.mark.parametrize("name", ["source", "tent", "read"])
+def test_every_sample_is_counted(tiny_model, tiny_batch, name):
+    options = {**METHODS[name], "lr": 5.0} if name != "source" else {}
+    batches = [tiny_batch(n, seed=n) for n in SIZES]
+    twin = fasttta.adapt(tiny_model(), name, **options)
+    results = []
+    for batch in batches:
+        result = twin.step(*batch)
+        results.append((result.logits_before, twin.predict(*batch), result.logits))
+    # labels that single out the two predictions where they differ
+    labels = [before.argmax(1) for before, _, _ in results]
+    labels[0][0], labels[2] = (labels[0][0] + 1) % 7, results[2][1].argmax(1)
+    if name == "read":
+        differ = [not torch.equal(b.argmax(1), a.argmax(1)) for b, a, _ in results]
+        assert any(differ), "the update changes no prediction"
+    adapted = fasttta.adapt(tiny_model(), name, **options)
+    stream = [(*batch, label) for batch, label in zip(batches, labels, strict=True)]
+    found = measure_stream(adapted, stream, 7)
+
+    def hits(which):
+        return [int((r[which].argmax(1) == y).sum()) for r, y in zip(results, labels, strict=True)]
+
+    assert found["before"] == pytest.approx(100 * sum(hits(0)) / 10)
+    assert found["after"] == pytest.approx(100 * sum(hits(1)) / 10)
+    assert found["score"] == found["after" if name == "read" else "before"]
+    assert found["samples_per_s"] > 0
+    series = found["series"]
+    assert series["samples"] == list(SIZES)
+    assert (series["hits_before"], series["hits_after"]) == (hits(0), hits(1))
+    scored = [r[2].argmax(1).bincount(minlength=7).tolist() for r in results]
+    assert series["predicted"] == scored
+    assert series["labels"] == [y.bincount(minlength=7).tolist() for y in labels]
+
+
+def test_over_seeds():
+    runs = [{"score": s, "before": 2 * s, "series": [s]} for s in (1.0, 2.0, 6.0)]
+    found = over_seeds(runs)
+    assert (found["score"], found["before"]) == (3.0, 6.0)
+    assert found["score_std"] == pytest.approx(7**0.5)  # n - 1
+    assert found["series"] == [[1.0], [2.0], [6.0]]
+    assert over_seeds(runs[:1])["score_std"] == 0.0
