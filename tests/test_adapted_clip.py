@@ -213,6 +213,24 @@ def test_ttc(model):
         adapt(model, "tpt").step(pixels, noise=noise)
 
 
+def test_each_image_has_its_noise(model, monkeypatch):
+    """Also where images are computed in several groups."""
+    pixels = torch.stack([image(i, 24, 24) for i in range(3)])
+    generator = torch.Generator().manual_seed(0)
+    noise = (2 * torch.rand(3, 3, 24, 24, generator=generator) - 1) * 4 / 255
+    alone = [adapt(model, "ttc").step(x, noise=n[None]) for x, n in zip(pixels, noise, strict=True)]
+    expected = torch.stack([r.stats["perturbation"] for r in alone])
+    from fasttta import adapted_clip
+
+    for together in (256, 2, 1):
+        monkeypatch.setattr(adapted_clip, "_VIEWS", together)
+        found = adapt(model, "ttc").step(pixels, noise=noise)
+        # float noise decides about the sign of a gradient near 0
+        off = (found.stats["perturbation"] - expected).abs() > 1e-6
+        assert off.float().mean() < 1e-2
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
 # ---------------------------------------------------------------------- defined behaviour
 
 

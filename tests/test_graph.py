@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, buffered, same, snapshot, state_equal
+from cases import METHODS, buffered, differing, same, snapshot, state_equal
 
 import fasttta
 
@@ -124,6 +124,21 @@ def test_results_do_not_change_later(tiny_model, tiny_batch):
     for seed in range(1, 5):
         graph.step(*tiny_batch(seed=seed, dtype=torch.float64))
     assert same(first, kept)
+
+
+def test_a_state_is_apart_from_the_buffers(tiny_model, tiny_batch, method):
+    """What was the state stays as it was while later steps write to the buffers."""
+    graph, eager = buffered(make(tiny_model(), method)), make(tiny_model(), method)
+    batches = [tiny_batch(seed=s, dtype=torch.float64) for s in range(7)]
+    for batch in batches[:3]:
+        graph.step(*batch)
+        eager.step(*batch)
+    kept, before = graph.checkpoint(), snapshot(graph)
+    for batch in batches[3:6]:
+        graph.step(*batch)
+    graph.rollback(kept)
+    assert differing(before, graph) == []
+    close(graph.step(*batches[6]), eager.step(*batches[6]))
 
 
 def test_bad_batches_take_a_place_and_no_part(tiny_model, tiny_batch, method):

@@ -184,6 +184,9 @@ def test_overflowing_batch_does_not_stay_in_the_window(
         assert not torch.isfinite(bad.losses["total"])
     changed = differing(before, adapted)
     assert [name for name in changed if name.startswith(("tuned.", "adam."))] == []
+    state = snapshot(adapted)
+    counts = [float(state[name]) for name in sorted(state) if name.startswith("method.valid.")]
+    assert counts == [1.0] * min(position, 1) + [0.0]
     # The bad batch takes a place without weight, whatever stands there.
     queue = dict(expected._state.method)
     kept = [(queue[f"queue.{i}"], queue[f"valid.{i}"]) for i in range(min(position, 2))][-1:]
