@@ -154,7 +154,7 @@ def adapt(
     clip = recognise_clip(model) if spec is None else None
     rational = spec is None and isinstance(model, RationalCLIP)
     if classes is not None and not (clip or rational):
-        raise ValueError(f"classes={classes!r:.80}: models of this family take no classes")
+        raise ValueError(f"classes={classes!r:.80}: {_without_classes(model, spec)}")
     if classes is not None and rational:
         raise ValueError("classes: this model has its own; adapt its .model for others")
     if guard is not None and not isinstance(guard, ShiftDetector):
@@ -193,6 +193,15 @@ def adapt(
     return adapted
 
 
+def _without_classes(model: nn.Module, spec: ModelSpec | None) -> str:
+    """Why a model takes no classes: what it was recognised as, or that it is unknown."""
+    try:
+        family = recognise(model, spec).family
+    except TypeError as error:
+        return f"they are for CLIP, and {error}"
+    return f"recognised as {family}; models of this family take no classes"
+
+
 def _warn_of_ranks(model: nn.Module) -> None:
     """Says that ranks are not kept together, where it looks as if they should be."""
     inner: object = model
@@ -205,7 +214,7 @@ def _warn_of_ranks(model: nn.Module) -> None:
                 UserWarning,
             )
             return
-        inner = inner._modules.get("module") or inner._modules.get("_orig_mod")
+        inner = inner._modules.get("module", inner._modules.get("_orig_mod"))
 
 
 def _method(

@@ -22,6 +22,7 @@ from .families_check import (
     refuse_wrapper_hooks,
 )
 from .families_weights import refuse_unusable
+from .families_wrapped import adapters_hint, refuse_wrapped_layers
 from .models import CAVMAE
 from .models.checkpoint import SPLIT_QKV
 from .models.rational import FeatureClassifier
@@ -464,6 +465,8 @@ def _unknown(model: nn.Module, inner: nn.Module) -> str:
     has = [part for part in _CAVMAE_PARTS if _owns(inner, part)]
     lacks = [part for part in _CAVMAE_PARTS if part not in has]
     children = ", ".join(name for name, _ in list(inner.named_children())[:8]) or "none"
+    if hint := adapters_hint(inner):
+        return f"{type(model).__name__} is not a model that fasttta knows: {hint}"
     near = f"; of a CAV-MAE it has {', '.join(has)} but not {', '.join(lacks)}" if has else ""
     return (
         f"{type(model).__name__} is not a model that fasttta knows; looked for "
@@ -481,6 +484,8 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
             f"{type(module).__name__} is a CAV-MAE without mlp_head, as it is before fine-tuning; "
             "needed one fine-tuned for classification"
         )
+    refuse_wrapped_layers(module, "CAV-MAE")
+    _check_head(module)
     if not len(module.blocks_u):
         raise ValueError(f"blocks_u of {type(module).__name__} is empty, needed a fusion block")
     attention = module.blocks_u[0].attn
@@ -514,6 +519,19 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
     with torch.inference_mode(False):
         fusion = CAVMAE.from_tensors(plain, num_heads=heads).requires_grad_(False)
     return Recognised(_FLAVOURS[tuple(split)], fusion, prefix, tuple(split), module)
+
+
+def _check_head(module: nn.Module) -> None:
+    """Raises ValueError if the classifier is another than the published one."""
+    parts = {f"mlp_head.{name}" for name, _ in module.mlp_head.named_parameters()}
+    if parts != {f"mlp_head.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")}:
+        raise ValueError(
+            f"{type(module).__name__} has the parts of a CAV-MAE, but another head: mlp_head is "
+            f"{' '.join(str(module.mlp_head).split())[:120]}, needed a LayerNorm and a linear "
+            "layer. It can be adapted as it is by saying where its parts are: fasttta.adapt(model, "
+            'spec=fasttta.ModelSpec([f"blocks_u.{i}.attn" for i in '
+            'range(len(model.blocks_u))], {"audio": (0, Ta), "video": (Ta, Ta + Tv)}, "qkv"))'
+        )
 
 
 def _used(split: list[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .engine.state import own_buffers, structural_copy
 from .families_check import altered, hook_advice, refuse_backward_hooks, refuse_wrapper_hooks
 from .families_dual import NEEDED, refusal, towers, traits
 from .families_weights import refuse_unusable
+from .families_wrapped import adapters_hint, refuse_wrapped_layers
 from .models import CLIP
 from .models.clip_convert import convert_hugging_face, convert_open_clip, mask_length
 
@@ -64,10 +65,8 @@ class RecognisedCLIP:
         if self.module is None:
             return
         refuse_backward_hooks(self.family, self.module)
-        clip, dtype = (
-            self.clip if self.structure is None else self.structure,
-            next(self.module.parameters()).dtype,
-        )
+        clip = self.clip if self.structure is None else self.structure
+        dtype = next(self.module.parameters()).dtype
         ids = ids[:2].to(pixels.device)
         x = clip._normalised(pixels).to(dtype)
         own = structural_copy(self.module, lambda name, parameter: parameter, hooks=True)
@@ -152,6 +151,8 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
         if inner is not None:
             refuse_wrapper_hooks(model)
         if inner is None:
+            if hint := adapters_hint(model):
+                raise TypeError(f"{type(model).__name__} is not a model that fasttta knows: {hint}")
             if reason := refusal(model):
                 raise TypeError(reason)
             return None
@@ -164,6 +165,7 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
             "fasttta.models.CLIP.from_checkpoint(model.state_dict())"
         )
     refuse_unusable(model)
+    refuse_wrapped_layers(model, family)
     try:
         clip = convert(model)
     except (ValueError, AttributeError, KeyError) as error:
