@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import methods
+from . import __version__, methods
 from .adapted import Adapted
 from .adapted_clip import AdaptedCLIP
 from .adapted_head import AdaptedHead
@@ -347,6 +347,9 @@ def _recorded_method(
         raise ValueError(
             f"method: it was saved with {record['method']!r}, method={cls.__name__} is {cls.name!r}"
         )
+    missing = [name for name in cls.option_names() if name not in record["options"]]
+    if missing and record["fasttta"] == __version__:  # another version may know fewer
+        raise ValueError(f"options.{missing[0]} is missing")
     try:
         return cls(**record["options"])
     except Exception as error:  # whatever a method's own checks raise

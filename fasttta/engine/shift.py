@@ -169,9 +169,10 @@ class Guard:
             if self.like.watch is not None and name not in self.like.watch:
                 raise ValueError(f"guard.values: {name!r} is not watched")
             good = isinstance(past, (list, tuple)) and len(past) <= self.like.window
-            if not good or not all(type(x) in (int, float) and math.isfinite(x) for x in past):
+            # squares of them must be finite as well
+            if not good or not all(type(x) in (int, float) and abs(x) < 1e150 for x in past):
                 raise ValueError(
-                    f"guard.values.{name}: needed at most {self.like.window} finite numbers, found "
-                    f"{past!r:.60}"
+                    f"guard.values.{name}: needed at most {self.like.window} numbers below 1e150, "
+                    f"found {past!r:.60}"
                 )
         return {name: tuple(map(float, past)) for name, past in values.items()}
