@@ -351,9 +351,14 @@ def _recorded_method(
     if missing and record["fasttta"] == __version__:  # another version may know fewer
         raise ValueError(f"options.{missing[0]} is missing")
     try:
-        return cls(**record["options"])
+        return cls(**{name: _tuples(value) for name, value in record["options"].items()})
     except Exception as error:  # whatever a method's own checks raise
         raise ValueError(f"options: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """An option as a method had it: JSON has lists only, and frozen options no lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _restored(

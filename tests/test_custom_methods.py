@@ -80,7 +80,7 @@ def test_saved_and_loaded_by_its_class(tiny_model, tiny_batch, tmp_path):
         fasttta.load(model, tmp_path)
     loaded = fasttta.load(model, tmp_path, method=Gap)
     assert differing(adapted, loaded) == []
-    assert loaded.options.weights == [1.0, 0.5] or loaded.options == adapted.options
+    assert loaded.options == adapted.options  # a tuple again
     assert same(adapted.step(*tiny_batch(seed=3)), loaded.step(*tiny_batch(seed=3)))
     for wrong, error, match in (
         (Counter, ValueError, "saved with 'gap', method=Counter is 'counter'"),
