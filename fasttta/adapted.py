@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from .engine.streaming import Lane, Reader, Stream, copied, groups, one_ahead
 from .engine.turn import exclusive, surely
 from .families import Recognised
 from .methods.base import Method
+from .models.specified import SpecifiedModel
+from .protocols import FusionModel
 
 
 class Adapted(Stateful):
@@ -83,7 +85,8 @@ class Adapted(Stateful):
             state = State(leaves, slots, method, fixed, seed)
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
         # model, nor move tensors from under the optimiser
-        self._hidden = (model, working, None if fusion is known.fusion else fusion)
+        extended = None if fusion is known.fusion else fusion
+        self._hidden = (model, cast(nn.Module, working), cast("nn.Module | None", extended))
         if fusion is known.fusion:
             known.tuned = frozenset(state.leaves)
             known.all_used = method.group == "fusion_qkv"
@@ -92,7 +95,7 @@ class Adapted(Stateful):
         if verify_model != "never":
             known.keep_structure()
         self._state = state
-        self._holders = {name: _owner(working, name) for name in leaves}
+        self._holders = {name: _owner(self._hidden[1], name) for name in leaves}
         step = GraphStep if engine == "graph" else Step
         self._step = step(working, method, state, precision, device, device.type != "cuda")
         self._in_source: bool = False
@@ -102,9 +105,10 @@ class Adapted(Stateful):
     # ------------------------------------------------------------------ calls
 
     @exclusive
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """Adapts on this batch and predicts it: logits [B, C], or what the wrapped model returns
         where that is more (tuple, dict, ModelOutput), with the prediction's logits in it."""
+        self._refuse(options)
         inputs = self._prepare(inputs)
         with self._outputs() as returned:
             logits = self.step(*inputs).logits
@@ -112,15 +116,13 @@ class Adapted(Stateful):
             return returned(logits, self._step.first_passes - 1 if before else -1)
 
     @exclusive
-    def step(
-        self, *inputs: Tensor, trace: bool = False, keep: Sequence[Tensor] | None = None
-    ) -> StepResult:
+    def step(self, *inputs: Any, **options: Any) -> StepResult:
         """Adapts on this batch and predicts it.
 
         Args:
             inputs: one batch, as the wrapped model takes it.
-            trace: also return gradients and the method's intermediates.
-            keep: for methods that mask tokens at random (BriMPR): the ids [B, K] of those that
+            trace: a keyword; also return gradients and the method's intermediates.
+            keep: a keyword, for methods that mask tokens at random (BriMPR): the ids [B, K] of those that
                 each modality keeps, in place of the draw.
 
         Returns:
@@ -130,6 +132,8 @@ class Adapted(Stateful):
         Raises:
             ValueError, TypeError: the inputs cannot be used; the state is as before.
         """
+        trace, keep = options.pop("trace", False), options.pop("keep", None)
+        self._refuse(options, "trace", "keep")
         prepared, drawn = self._prepare(inputs), None
         if keep is not None:
             drawn = self._step.method.injected(self._step.model, prepared, keep)
@@ -137,6 +141,16 @@ class Adapted(Stateful):
             return self._unadapted(prepared, trace)
         self._warn_single(prepared)
         return self._adapt(prepared, trace=trace, drawn=drawn)
+
+    def _refuse(self, options: Mapping[str, Any], *known: str) -> None:
+        """Raises TypeError for a keyword that is none: models of images take others, so that the
+        signatures allow any."""
+        if options:
+            names = ", ".join(self._step.model.input_names)
+            also = f"; keywords: {', '.join(known)}" if known else ""
+            raise TypeError(
+                f"{', '.join(options)}: unexpected; inputs are given in order ({names}){also}"
+            )
 
     def _unadapted(self, inputs: tuple[Tensor, ...], trace: bool) -> StepResult:
         """A step inside ``source()``."""
@@ -196,8 +210,9 @@ class Adapted(Stateful):
         self._wired = source
 
     @exclusive
-    def predict(self, *inputs: Tensor) -> Any:
+    def predict(self, *inputs: Any, **options: Any) -> Any:
         """What a call returns, with the current state; adapts nothing."""
+        self._refuse(options)
         self._ready()
         with self._outputs() as returned:
             return returned(self._step.predict(self._prepare(inputs)), -1)
@@ -206,7 +221,7 @@ class Adapted(Stateful):
     def _outputs(self) -> Iterator[Callable[..., Any]]:
         """While it lasts, models that return more than logits keep what they return."""
         working = self._hidden[1]
-        if not hasattr(working, "returned"):
+        if not isinstance(working, SpecifiedModel):
             yield lambda logits, number: logits
             return
         if working.rich and isinstance(self._step, GraphStep):
@@ -304,7 +319,7 @@ class Adapted(Stateful):
 
         waiting = groups(batches(), encode_batch or 1)
 
-        def make() -> tuple[list[tuple], list[Tensor | None]] | None:
+        def make() -> tuple[list[tuple], Sequence[Tensor | None]] | None:
             group = next(waiting, None)
             if group is None:
                 return None
@@ -422,10 +437,10 @@ class Adapted(Stateful):
         self._in_source = False
         self._wire()
 
-    def _state_now(self) -> Snapshot:
+    def _state_now(self) -> Snapshot | Tensor:
         return self._state.current
 
-    def _publish(self, state: Snapshot) -> None:
+    def _publish(self, state: Any) -> None:
         self._state.publish(state)
 
     def _saved(self) -> dict[str, Tensor]:
@@ -440,7 +455,9 @@ class Adapted(Stateful):
         values = {name: list(past) for name, past in self._state.current.guard.items()}
         return {**self._guard.settings(), "values": values}
 
-    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+    def _state_of(
+        self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Snapshot | Tensor:
         delta.check_fingerprint(record["base"], self._known.fusion, self._state)
         values = {}
         if self._guard is not None:
@@ -506,7 +523,7 @@ def _check_family(method: Method, known: Recognised) -> None:
         )
 
 
-def _refuse_tied(model: nn.Module, tuned: set[str]) -> None:
+def _refuse_tied(model: FusionModel, tuned: set[str]) -> None:
     """A tensor under several names would be adapted under one of them only."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .episodes import as_list, given_views, made_views, result
 from .families_clip import RecognisedCLIP
 from .methods.base import Method
 from .methods.episodic import Episode, Episodic, zero_shot
+from .models import CLIP
 from .ops.dense import dense
 from .views import Views
 
@@ -76,7 +77,8 @@ class AdaptedCLIP(Adapted):
                 )
             length = method.tuned_length if isinstance(method, Episodic) else 0
             prompts = working.prompts(ids, length if method.group else 0)
-        self._hidden, self._known, self._numbers = (model, working), known, precision
+        self._hidden = (model, working, None)
+        self._recognised, self._numbers = known, precision
         self._ids, self._prompts = ids, prompts
         with torch.inference_mode(False):
             self._source_prompt = prompts.initial.clone()
@@ -90,6 +92,11 @@ class AdaptedCLIP(Adapted):
             known.keep_structure()
         self._changed: str | None = None
         self._guard = None
+
+    @property
+    def _clip(self) -> CLIP:
+        """As episodes run it; no child, as ``.to()`` must not reach it."""
+        return cast(CLIP, self._hidden[1])
 
     # ------------------------------------------------------------------ calls
 
@@ -127,14 +134,15 @@ class AdaptedCLIP(Adapted):
             raise TypeError(f"noise= is for 'ttc', the method is {self.method!r}")
         self._ready()
         parts = []
-        plain = self._in_source or not isinstance(self.options, Episodic)
-        for rows, given in self._groups(items, None if plain else self.options):
+        method = None if self._in_source else self.options
+        method = method if isinstance(method, Episodic) else None
+        for rows, given in self._groups(items, method):
             with environment(self._device, self._numbers, grad=False):
-                if plain:
+                if method is None:
                     parts.append(self._plain(given))
                     continue
-                part = self.options.run(
-                    self._hidden[1], self._prompts, given, trace=trace,
+                part = method.run(
+                    self._clip, self._prompts, given, trace=trace,
                     resources={"seed": self.seed, "noise": _rows_of(noise, rows)},
                 )  # fmt: skip
                 parts.append(part)
@@ -166,7 +174,7 @@ class AdaptedCLIP(Adapted):
 
     def _plain(self, given: list[Views]) -> Episode:
         anchors = torch.cat([views.base[:1] for views in given])
-        logits = zero_shot(self._hidden[1], self._prompts, anchors)
+        logits = zero_shot(self._clip, self._prompts, anchors)
         return Episode(logits, logits.clone(), torch.zeros_like(logits[:, 0], dtype=torch.bool))
 
     def _groups(
@@ -174,7 +182,7 @@ class AdaptedCLIP(Adapted):
     ) -> Iterator[tuple[slice, list[Views]]]:
         """Images that are computed together, with the views that a method asks for (None: the
         anchor); those of later groups are made when it is their turn."""
-        size, dtype = self._hidden[1].resolution, self._numbers.master
+        size, dtype = self._clip.resolution, self._numbers.master
         count = len(items[0]) if isinstance(items[0], Views) else getattr(method, "view_count", 1)
         together = max(1, _VIEWS // count)
         for at in range(0, len(items), together):
@@ -192,7 +200,7 @@ class AdaptedCLIP(Adapted):
         """On the first image: was the user's module understood?"""
         if not self._verified:
             with environment(self._device, self._numbers, grad=False), said_of(self._changed):
-                self._known.verify(pixels, self._ids)
+                self._recognised.verify(pixels, self._ids)
             if self._changed is not None:
                 self._watch.accept()
             self._verified, self._changed = True, None
@@ -257,7 +265,7 @@ class AdaptedCLIP(Adapted):
     def _state_now(self) -> Tensor:
         return self._start
 
-    def _publish(self, state: Tensor) -> None:
+    def _publish(self, state: Any) -> None:
         self._start = state
         self._ready()
 
@@ -266,10 +274,10 @@ class AdaptedCLIP(Adapted):
         return {n: x.detach().to("cpu", copy=True).contiguous() for n, x in tensors.items()}
 
     def _base(self) -> dict[str, Any]:
-        return delta.fingerprint(self._known.clip, _NothingTuned())
+        return delta.fingerprint(self._recognised.clip, _NothingTuned())
 
     def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-        delta.check_fingerprint(record["base"], self._known.clip, _NothingTuned())
+        delta.check_fingerprint(record["base"], self._recognised.clip, _NothingTuned())
         if odd := sorted({"classes", "prompt"} ^ tensors.keys()):
             raise ValueError(f"the saved state is of another model or method: {', '.join(odd[:3])}")
         if not torch.equal(tensors["classes"], self._ids):
@@ -288,7 +296,7 @@ class AdaptedCLIP(Adapted):
             return self._hidden[0]
         with torch.inference_mode(False), torch.no_grad():
             self._ready()
-            merged = copy.deepcopy(self._known.clip)
+            merged = copy.deepcopy(self._recognised.clip)
             text = self._prompts.linearise().features[0]
             merged.class_features = text / text.norm(dim=-1, keepdim=True)
         return merged

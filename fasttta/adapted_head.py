@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from .families import Recognised
 from .families_check import altered
 from .families_clip import RecognisedCLIP
 from .methods import RAda
-from .models import CLIP
+from .models import CLIP, RationalCLIP
+from .protocols import FusionModel
 from .views import Views
 
 
@@ -45,7 +46,7 @@ class _WithClasses(Recognised):
             super().compare_again()
 
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:
-        if self.clip is not None:
+        if self.clip is not None and self.ids is not None:
             exact = Precision("exact", torch.float32, torch.float32)
             with environment(inputs[0].device, exact, grad=False):
                 self.clip.verify(inputs[0][:1], self.ids)
@@ -95,13 +96,15 @@ class AdaptedHead(Adapted):
             if classes is not None:
                 raise ValueError("classes: this model has its own; adapt its .model for others")
             own = model if altered(model) else None
-            seen = _WithClasses("fasttta.models.RationalCLIP", model, module=own)
+            fusion = cast(FusionModel, model)
+            seen = _WithClasses("fasttta.models.RationalCLIP", fusion, module=own)
         else:
             ids = token_ids(
                 classes, method.prompt, known.clip.context_length, resources.get("tokenizer")
             )
             with torch.inference_mode(False), torch.no_grad():
-                fusion = _classes_of(known.clip, ids, precision)
+                # RAda makes a fusion model of it
+                fusion = cast(FusionModel, _classes_of(known.clip, ids, precision))
             seen = _WithClasses(known.family, fusion, module=known.module, clip=known, ids=ids)
         super().__init__(
             model, seen, method, precision, engine=engine, seed=seed, constants={}, **options
@@ -164,11 +167,13 @@ class AdaptedHead(Adapted):
 
     def _batches(self, items: Sequence[Any]) -> Iterator[Tensor]:
         """Pixels [N, 3, R, R] that are stepped on together."""
+        method = self.options
+        assert isinstance(method, RAda)
         if self._in_source:
             yield self._anchors(items)
-        elif self.options.episodic:
+        elif method.episodic:
             for i, item in enumerate(items):
-                yield self._views(item, i, self.options).augmix
+                yield self._views(item, i, method).augmix
         elif isinstance(items[0], Views):
             raise TypeError('views= are for loss="views"; give images to adapt on a stream')
         else:
@@ -179,6 +184,7 @@ class AdaptedHead(Adapted):
 
     def _views(self, item: Any, index: int, method: RAda | None) -> Views:
         working = self._hidden[1]
+        assert isinstance(working, RationalCLIP)  # what RAda makes of a CLIP
         size, device, dtype = working.model.resolution, working.text.device, self._step.precision
         if isinstance(item, Views):
             return given_views(item, size, device, dtype.master)
@@ -190,11 +196,14 @@ class AdaptedHead(Adapted):
         own = {} if self._ids is None else {"classes": self._ids.clone()}
         return super()._saved() | own
 
-    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+    def _state_of(
+        self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Snapshot | Tensor:
         classes = tensors.get("classes")
         if (classes is None) != (self._ids is None):
             raise ValueError("classes: the state was saved for another model")
-        if classes is not None and not torch.equal(classes, self._ids):
+        own = self._ids
+        if classes is not None and own is not None and not torch.equal(classes, own):
             raise ValueError("classes: the state was saved for other classes")
         return super()._state_of(record, {n: x for n, x in tensors.items() if n != "classes"})
 
@@ -202,11 +211,11 @@ class AdaptedHead(Adapted):
 def _joined(parts: list[StepResult]) -> StepResult:
     """Episodes as one result: logits one below the other, the rest with a leading B."""
 
-    def stacked(name: str) -> dict[str, Tensor] | None:
+    def stacked(name: str) -> dict[str, Tensor]:
         found = [getattr(part, name) for part in parts]
-        if found[0] is None:
-            return None
         return {key: torch.stack([each[key] for each in found]) for key in found[0]}
+
+    traced = parts[0].grads is not None
 
     return StepResult(
         logits=torch.cat([part.logits for part in parts]),
@@ -214,6 +223,6 @@ def _joined(parts: list[StepResult]) -> StepResult:
         n_used=torch.stack([part.n_used for part in parts]).sum(),
         losses={name: x.mean() for name, x in stacked("losses").items()},
         stats=stacked("stats"),
-        grads=stacked("grads"),
-        trace=stacked("trace"),
+        grads=stacked("grads") if traced else None,
+        trace=stacked("trace") if traced else None,
     )

@@ -45,6 +45,7 @@ class Stateful(nn.Module):
     options: Method
     seed: int
     engine: str
+    _hidden: tuple[nn.Module, nn.Module, nn.Module | None]  #: the user's, as it runs, extended
     _spec: Any = None
 
     def __init__(self) -> None:

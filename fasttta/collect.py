@@ -69,10 +69,13 @@ def collect_stats(
     known, device, precision = _setup(model, n, spec)
     with torch.inference_mode(False):
         working, _ = working_copy(known.fusion, set(), precision)
-    seen, sums, moments_of, layered = 0, {}, {}, isinstance(working, Promptable)
+    seen = 0
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    moments_of: dict[str, _Moments] = {}
+    layered = working if isinstance(working, Promptable) else None
     if layered:
-        shapes = working.feature_shapes()
-        bare = working.prompted(
+        shapes = layered.feature_shapes()
+        bare = layered.prompted(
             {m: torch.zeros(shapes[m][0], 0, shapes[m][1], dtype=precision.master, device=device)
              for m in working.input_names}
         )  # fmt: skip
@@ -80,7 +83,7 @@ def collect_stats(
         with environment(device, precision, grad=False):
             if layered:
                 tokens, features = bare.layers(*inputs)
-                joint, (q, k, scale) = working.pool(tokens)
+                joint, (q, k, scale) = layered.pool(tokens)
                 named = zip(working.input_names, features, strict=True)
                 for name, x in (*named, ("joint", joint.unsqueeze(1))):
                     moments_of.setdefault(name, _Moments()).add(x)
@@ -90,15 +93,18 @@ def collect_stats(
                 moments = F.score_moments(q, k, working.spans, scale, heads)
                 mean = moments.mean.diagonal(dim1=-2, dim2=-1).sum(dim=0)
                 variance = moments.std.square().diagonal(dim1=-2, dim2=-1).sum(dim=0)
-                before = sums.get(heads, (0, 0))
-                sums[heads] = before[0] + variance, before[1] + mean
+                if before := sums.get(heads):
+                    variance, mean = before[0] + variance, before[1] + mean
+                sums[heads] = variance, mean
         seen += len(inputs[0])
     std_mean = {heads: ((v / seen).sqrt(), m / seen) for heads, (v, m) in sums.items()}
-    features = {name: m.std_mean(precision.master) for name, m in moments_of.items() if seen > 1}
+    pooled = {name: m.std_mean(precision.master) for name, m in moments_of.items() if seen > 1}
     return SourceStats(
         scores=std_mean["mean"],
         scores_per_head=std_mean["each"],
-        **features,
+        audio=pooled.get("audio"),
+        video=pooled.get("video"),
+        joint=pooled.get("joint"),
         n=seen,
         model=model_digest(known.fusion),
     )
@@ -108,7 +114,8 @@ class _Moments:
     """Mean and spread over samples that come in batches, in float64 (Chan et al., 1983)."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.squares = 0, 0.0, 0.0
+        self.n = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, x: Tensor) -> None:
         """x: [B, ...]."""
@@ -150,7 +157,8 @@ def collect_fisher(
     names = {name: slot.parameter for name, slot in method.tuned(known.fusion).items()}
     with torch.inference_mode(False):
         working, leaves = working_copy(known.fusion, set(names.values()), precision)
-    sums, batches = {name: 0 for name in names}, 0
+    sums: dict[str, Tensor] = {}
+    batches = 0
     for inputs in _samples(known, working, loader, n, precision):
         with environment(device, precision, grad=True):
             logits = method.logits(working, inputs)
@@ -159,7 +167,7 @@ def collect_fisher(
                 loss, [leaves[x] for x in names.values()], allow_unused=True, materialize_grads=True
             )
             for name, grad in zip(names, grads, strict=True):
-                sums[name] = sums[name] + grad.square()
+                sums[name] = sums[name] + grad.square() if name in sums else grad.square()
         batches += 1
     with torch.inference_mode(False):
         return {name: total / batches for name, total in sums.items()}

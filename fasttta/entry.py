@@ -214,18 +214,20 @@ def _warn_of_ranks(model: nn.Module) -> None:
                 UserWarning,
             )
             return
+        # not ``or``: a compiled module has a length only if the one within has
         inner = inner._modules.get("module", inner._modules.get("_orig_mod"))
 
 
 def _method(
-    method: str | Method, options: dict[str, object], preset: str | None = None
-) -> tuple[Method, dict[str, object]]:
+    method: str | Method, options: dict[str, Any], preset: str | None = None
+) -> tuple[Method, dict[str, Any]]:
     """The method object, and those options that are tensors from source data."""
     if not isinstance(method, (str, Method)):
         raise TypeError(f"method must be a name or a method object, found {method!r}")
-    cls = type(method)
     if isinstance(method, str):
         cls = methods.by_name("abpem" if method == "auto" else method)
+    else:
+        cls = type(method)
     resources = {name: value for name, value in options.items() if name in cls.RESOURCES}
     options = {name: value for name, value in options.items() if name not in resources}
     if isinstance(method, Method):

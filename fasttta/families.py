@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.precision import Precision, environment
-from .engine.state import own_buffers, structural_copy, without_checkpointing
+from .engine.state import Tree, own_buffers, structural_copy, without_checkpointing
 from .families_check import (
     altered,
     check_gradients,
@@ -142,14 +142,18 @@ class Recognised:
         return copied
 
     def _graded(
-        self, twin: nn.Module, inputs: tuple[Tensor, ...], cut: bool
+        self, twin: nn.Module | FusionModel, inputs: tuple[Tensor, ...], cut: bool
     ) -> tuple[Any, list[Tensor | None]]:
         """Logits and gradients of the tuned tensors, through encode and fuse (``cut``) or through
         the module's own forward, which runs once: its hooks are the user's."""
         returned: list[Any] = []
 
         def run() -> Any:
-            out = twin.fuse(twin.encode(*inputs)) if cut else self._own_logits(twin, inputs)
+            if cut:
+                model = cast(FusionModel, twin)
+                out: Any = model.fuse(model.encode(*inputs))
+            else:
+                out = self._own_logits(cast(nn.Module, twin), inputs)
             returned.append(out)
             return out
 
@@ -166,9 +170,9 @@ class Recognised:
         for parts in leaves:
             whole, *split = (next(grads) for _ in parts)
             if any(x is not None for x in split):  # computed with the copies of q, k and v
-                split = [torch.zeros_like(p) if x is None else x
-                         for p, x in zip(parts[1:], split, strict=True)]  # fmt: skip
-                whole = torch.cat(split) + (0 if whole is None else whole)
+                rows = [torch.zeros_like(p) if x is None else x
+                        for p, x in zip(parts[1:], split, strict=True)]  # fmt: skip
+                whole = torch.cat(rows) + (0 if whole is None else whole)
             joined.append(whole)
         logits = returned[-1]
         return logits.detach() if isinstance(logits, Tensor) else logits, joined
@@ -192,7 +196,8 @@ class Recognised:
         count = len([p for p in parameters if p.kind is not p.VAR_KEYWORD])
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
             count = max(count, len(inputs) + 1)
-        call = twin if name == "forward" else twin.forward_eval  # hooks run around a call only
+        # hooks run around a call only
+        call: Callable[..., Any] = twin if name == "forward" else getattr(twin, name)
         arguments = (*inputs, "multimodal", SimpleNamespace(use_cache=False))
         try:
             out = call(*arguments[: min(len(inputs) + 2, count)])
@@ -286,6 +291,8 @@ def _with_prompts(known: Recognised, holder: nn.Module, prefix: str) -> Recognis
 class Specified(Recognised):
     """A user's module under a ModelSpec."""
 
+    fusion: SpecifiedModel
+
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:
         """Learns from two samples of the first batch how the module runs, and compares encode and
         fuse, sample by sample, with its own forward, in float64 on a copy of its structure.
@@ -305,12 +312,13 @@ class Specified(Recognised):
 
     def _compare(self, two: tuple[Tensor, ...], dtype: torch.dtype, tolerance: float) -> None:
         two = tuple(x.to(dtype) if x.is_floating_point() else x for x in two)
-        exact = Precision("exact", dtype, dtype)
-        kind = f"{type(self.module).__name__} cut as its ModelSpec says"
+        exact, module = Precision("exact", dtype, dtype), self.module
+        assert module is not None  # it is not its own fusion model
+        kind = f"{type(module).__name__} cut as its ModelSpec says"
         with environment(two[0].device, exact, grad=False):
             twin = _in_type(self._compared, dtype)
             # with the module's hooks, which its own calls run and ours do not
-            hooked = structural_copy(self.module, _converted(dtype), hooks=True)
+            hooked = structural_copy(module, _converted(dtype), hooks=True)
             own_buffers(hooked, dtype)
             without_checkpointing(hooked)
             output, own_grads = self._own(twin, hooked, two)
@@ -331,7 +339,7 @@ class Specified(Recognised):
                 f"{kind} differs from its own forward by {error:.1e}, needed at most {limit:.1e}: "
                 "is there something random or stateful in its forward, does it mix the samples of "
                 "a batch, or do forward hooks change results? ModelSpec(..., encode=(encode, "
-                f"fuse)) gives the cut as two functions.{hook_advice(self.module)}"
+                f"fuse)) gives the cut as two functions.{hook_advice(module)}"
             )
         check_returned(kind, output, returned, tolerance)
         if self.tuned:
@@ -340,7 +348,7 @@ class Specified(Recognised):
             leaves = [twin.get_parameter(name).requires_grad_(True) for name in names]
             with environment(two[0].device, exact, grad=True):
                 grads = gradients_of(lambda: twin.fuse(twin.encode(*two)), leaves)
-            check_gradients(kind, names, own_grads, grads, tolerance, self.module, self.all_used)
+            check_gradients(kind, names, own_grads, grads, tolerance, module, self.all_used)
 
     def _own(
         self, twin: SpecifiedModel, hooked: nn.Module, two: tuple[Tensor, ...]
@@ -438,9 +446,9 @@ def _converted(dtype: torch.dtype):
     return convert
 
 
-def _in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _in_type(module: Tree, dtype: torch.dtype) -> Tree:
     twin = structural_copy(module, _converted(dtype))
-    own_buffers(twin, dtype)
+    own_buffers(cast(nn.Module, twin), dtype)
     return twin
 
 
@@ -486,9 +494,10 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
         )
     refuse_wrapped_layers(module, "CAV-MAE")
     _check_head(module)
-    if not len(module.blocks_u):
+    blocks: Any = module.blocks_u  # of the user's code
+    if not len(blocks):
         raise ValueError(f"blocks_u of {type(module).__name__} is empty, needed a fusion block")
-    attention = module.blocks_u[0].attn
+    attention = blocks[0].attn
     heads = getattr(attention, "num_heads", None)
     if not isinstance(heads, int):
         raise ValueError(
@@ -510,7 +519,7 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
     # Those modules compute with the split copies once their first forward is over, and only on
     # sequences of more than 512 tokens; normally they are views of the packed weight by then.
     if split and getattr(attention, "first_batch", True) is False and tokens > 512:
-        for i in range(len(module.blocks_u)):
+        for i in range(len(blocks)):
             for part in ("weight", "bias"):
                 rows = [state[f"blocks_u.{i}.attn.{which}.{part}"] for which in _used(split)]
                 packed = f"blocks_u.{i}.attn.qkv.{part}"

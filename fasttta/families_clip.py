@@ -99,13 +99,14 @@ class RecognisedCLIP:
         ]  # fmt: skip
         if logits is not None:
             scale = clip.logit_scale.double().exp()
-            pairs.append(("logits", scale * found[0] @ found[1].T, logits.double(), limit * scale))
+            bound = limit * scale.item()
+            pairs.append(("logits", scale * found[0] @ found[1].T, logits.double(), bound))
         for what, a, b, bound in pairs:
-            error = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
-            if not error <= bound:
+            off = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
+            if not off <= bound:
                 raise ValueError(
                     f"recognised as {self.family}, but its own {what} differ from that "
-                    f"architecture's by {error:.1e}, needed at most {float(bound):.0e}: is "
+                    f"architecture's by {off:.1e}, needed at most {float(bound):.0e}: is "
                     f"something in its forward patched?{hook_advice(self.module)}"
                 )
 
@@ -141,7 +142,10 @@ def recognise_clip(model: object) -> RecognisedCLIP | None:
         if _has(model, _HUGGING_FACE) and hasattr(model, "config"):
             family, convert, outputs = "Hugging Face CLIPModel", convert_hugging_face, _hugging_face
             break
-        custom = _has(model, _CUSTOM_TEXT) and _has(model.text, _OPENAI[1:])
+        text = getattr(model, "text", None)
+        custom = (
+            _has(model, _CUSTOM_TEXT) and isinstance(text, nn.Module) and _has(text, _OPENAI[1:])
+        )
         if (_has(model, _OPENAI) or custom) and hasattr(model, "logit_scale"):
             family, convert, outputs = "open_clip or OpenAI CLIP", convert_open_clip, _open_clip
             break
@@ -181,19 +185,19 @@ def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
     return all(part in module._modules or part in module._parameters for part in parts)
 
 
-def _feature(x: object) -> Tensor:
+def _feature(x: Any) -> Tensor:
     """transformers 5 returns an output object where 4 returned the tensor."""
     return x if isinstance(x, Tensor) else x.pooler_output
 
 
-def _hugging_face(module: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _hugging_face(module: Any, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     image = module.get_image_features(pixel_values=pixels)
     return _feature(image), _feature(module.get_text_features(input_ids=ids))
 
 
-def _open_clip(module: nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _open_clip(module: Any, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     # those modules take ids of the whole context only
-    text = getattr(module, "text", module)
+    text: Any = getattr(module, "text", module)
     if (cut := mask_length(text)) is not None:
         return module.encode_image(pixels), _cut_text(text, ids[:, :cut])
     length = text.positional_embedding.shape[0]

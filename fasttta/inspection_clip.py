@@ -30,8 +30,8 @@ def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:
         "image": _image(clip),
         "text": {
             "width": weight.shape[1],
-            "blocks": len(clip.transformer.resblocks),
-            "heads": clip.transformer.resblocks[0].attn.heads,
+            "blocks": len(clip.transformer.blocks),
+            "heads": clip.transformer.blocks[0].attn.heads,
             "context": clip.context_length,
             "vocabulary": clip.token_embedding.num_embeddings,
         },
@@ -61,10 +61,10 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 def _image(clip: CLIP) -> dict[str, Any]:
     visual, common = clip.visual, {"resolution": clip.resolution, "grid": clip.grid}
-    if clip.map_kind == "grad-cam":
+    if isinstance(visual, ModifiedResNet):
         layers = [len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)]
         return {"kind": "ResNet", **common, "layers": layers, "heads": visual.attnpool.heads}
-    blocks = visual.transformer.resblocks
+    blocks = visual.transformer.blocks
     return {
         "kind": "ViT",
         **common,
@@ -83,7 +83,7 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
             method.check_model(clip)
     except ValueError as error:
         return {"impossible": f"with its default options: {error}"}
-    if method.group is None:
+    if not isinstance(method, Episodic) or method.group is None:
         return {"tuned": 0, "delta_bytes": 0, "names": [], "shape": []}
     shape = [method.tuned_length, clip.positional_embedding.shape[1]]
     if method.tuned_length + 3 > clip.context_length:  # SOT, prompt, a class, EOT
@@ -92,7 +92,7 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
             f"{method.tuned_length} words, the context {clip.context_length} tokens"
         }
     size = 8 if clip.positional_embedding.dtype == torch.float64 else 4
-    found = {
+    found: dict[str, Any] = {
         "tuned": shape[0] * shape[1],
         "delta_bytes": shape[0] * shape[1] * size,
         "names": ["prompt"],

@@ -64,7 +64,15 @@ class FusionModel(Protocol):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """As of every ``nn.Module``."""
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of every ``nn.Module``."""
+
     def get_parameter(self, target: str) -> nn.Parameter:
+        """As of every ``nn.Module``."""
+
+    def state_dict(self) -> dict[str, Any]:
         """As of every ``nn.Module``."""
 
 
@@ -73,8 +81,13 @@ class VisionLanguageModel(Protocol):
     """Images and class prompts in one space; ``prompts`` is the text tower on a class list, whose
     first tokens after SOT (``initial`` [n, D]) methods tune."""
 
-    logit_scale: Tensor  #: logarithm of the factor of the cosine similarities
-    map_kind: str  #: where attention maps come from, "rollout" or "grad-cam"
+    @property
+    def logit_scale(self) -> Tensor:
+        """Logarithm of the factor of the cosine similarities."""
+
+    @property
+    def map_kind(self) -> str:
+        """Where attention maps come from, "rollout" or "grad-cam"."""
 
     @property
     def resolution(self) -> int:
@@ -111,6 +124,15 @@ class Streams(NamedTuple):
 
 
 @runtime_checkable
+class Prompted(FusionModel, Protocol):
+    """A fusion model with prompts."""
+
+    def layers(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Encoder outputs [B, T, D], and of each modality [B, blocks, D], pooled behind each
+        block."""
+
+
+@runtime_checkable
 class Promptable(Protocol):
     """A fusion model whose encoders take prompts, as BriMPR tunes them."""
 
@@ -122,7 +144,11 @@ class Promptable(Protocol):
     def feature_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes [blocks, D] of the pooled features by modality, and [1, D] of ``"joint"``."""
 
-    def prompted(self, prompts: Mapping[str, Tensor]) -> FusionModel:
+    def pool(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
+        """Tokens behind the fusion blocks -> what the classifier reads [B, D], and (q, k, scale) of
+        the fusion attention."""
+
+    def prompted(self, prompts: Mapping[str, Tensor]) -> Prompted:
         """The model with prompts [blocks, n, D] a modality; besides what a ``FusionModel`` has, it
         has ``streams(*inputs, *keep, ...) -> Streams``."""
 
@@ -214,7 +240,7 @@ class SourceStats:
         Raises:
             ValueError: one was not collected, or is of a model of another size.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             pair = getattr(self, name, None)
             if pair is None:

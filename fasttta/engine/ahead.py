@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..methods.window import joined, pieces
+from ..protocols import FusionModel
 
 
 class Ahead:
@@ -19,7 +21,7 @@ class Ahead:
     in place counts their versions up.
     """
 
-    def __init__(self, model: nn.Module, leaves: list[Tensor]) -> None:
+    def __init__(self, model: FusionModel, leaves: Sequence[Tensor]) -> None:
         self._model, self._leaves = model, leaves
         self._kept: list[tuple[Tensor, list[int], Any]] = []
 

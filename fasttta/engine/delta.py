@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..protocols import FusionModel
 from .record import tensor_bytes
 
 
@@ -21,7 +22,7 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:16]
 
 
-def model_digest(model: nn.Module) -> str:
+def model_digest(model: nn.Module | FusionModel) -> str:
     """Names, shapes and a sample of the values of a whole model (every tensor gives up to 512
     values, so that 660 MB need not be read)."""
     whole = hashlib.sha256(getattr(model, "identity", str)().encode())
@@ -32,7 +33,7 @@ def model_digest(model: nn.Module) -> str:
     return whole.hexdigest()[:16]
 
 
-def fingerprint(model: nn.Module, state: HasSource) -> dict[str, Any]:
+def fingerprint(model: nn.Module | FusionModel, state: HasSource) -> dict[str, Any]:
     """What a state was made for: the model, and all source values of what is tuned."""
     return {
         "model": model_digest(model),
@@ -40,7 +41,9 @@ def fingerprint(model: nn.Module, state: HasSource) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: Mapping[str, Any], model: nn.Module, state: HasSource) -> None:
+def check_fingerprint(
+    saved: Mapping[str, Any], model: nn.Module | FusionModel, state: HasSource
+) -> None:
     """Raises ValueError if the state was saved for another model."""
     own = fingerprint(model, state)
     names = sorted(own["source"].keys() | saved["source"].keys())

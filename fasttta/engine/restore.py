@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..methods.base import Method
+from ..protocols import FusionModel
 from .precision import Precision
 from .snapshot import Snapshot
 from .state import State
@@ -21,8 +22,8 @@ def restored(
     tensors: Mapping[str, Tensor],
     guard: Mapping[str, tuple[float, ...]],
     method: Method,
-    model: nn.Module,
-    running: nn.Module,
+    model: FusionModel,
+    running: FusionModel,
     precision: Precision,
 ) -> Snapshot:
     """The snapshot that ``State.tensors`` wrote. The state is not changed.

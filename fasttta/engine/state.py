@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,18 @@ from .snapshot import Snapshot
 _CHECKPOINTING = re.compile("checkpointing|(use|grad|gradient|activation)_checkpoint|^with_cp$")
 
 
+class _Multiplies(Protocol):
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None: ...
+
+
+#: modules; protocols such as ``FusionModel`` do not say that they are
+Tree = TypeVar("Tree")
+Model = TypeVar("Model", bound=_Multiplies)
+
+
 def working_copy(
-    model: nn.Module, tuned: set[str], precision: Precision
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    model: Model, tuned: set[str], precision: Precision
+) -> tuple[Model, dict[str, nn.Parameter]]:
     """A copy of the module tree that shares frozen weights and owns the tuned ones.
 
     The user's module is not touched: its parameters stay its own, hooks and flags included.
@@ -54,8 +64,10 @@ def working_copy(
 
     copy = structural_copy(model, own)
     for name in sorted(tuned - leaves.keys()):
-        raise ValueError(f"{name} cannot be tuned: {how_to_unwrap(model, name)}")
-    own_buffers(copy, precision.master)  # what a forward writes there must not reach the user's
+        reason = how_to_unwrap(cast(nn.Module, model), name)
+        raise ValueError(f"{name} cannot be tuned: {reason}")
+    # what a forward writes there must not reach the user's module
+    own_buffers(cast(nn.Module, copy), precision.master)
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves
 
@@ -70,10 +82,10 @@ def own_buffers(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def structural_copy(
-    model: nn.Module,
+    model: Tree,
     parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None],
     hooks: bool = False,
-) -> nn.Module:
+) -> Tree:
     """The module tree anew, in evaluation mode; parameters as ``parameter(name, theirs)`` says,
     everything else shared. Unlike ``copy.deepcopy`` it takes modules that hold on to activations,
     locks or files.
@@ -107,12 +119,12 @@ def structural_copy(
         new.training = False
         return new
 
-    copied = twin(model, "")
+    copied = twin(cast(nn.Module, model), "")
     if not hooks:
         without_checkpointing(copied)
     rebind_attributes(twins)
     copy_hooks(twins, every=hooks)
-    return copied
+    return cast(Tree, copied)
 
 
 def without_checkpointing(model: nn.Module) -> bool:
@@ -163,11 +175,13 @@ class State:
         self.generator = torch.Generator().manual_seed(seed)
         self.episodic, self.updates = method.episodic, method.updates
         self.optimizer = method.optimizer(leaves.values()) if leaves else None
-        if leaves:  # what it warns of is meant: the same optimiser runs in and out of a capture
+        if self.optimizer is not None:
+            # what it warns of is meant: the same optimiser runs in and out of a capture
             self.optimizer._warned_capturable_if_run_uncaptured = True
         for leaf in leaves.values():
             # as Adam's first step would make it; made here so that a state can be saved,
             # restored and reset before any step
+            assert self.optimizer is not None
             self.optimizer.state[leaf] = {
                 "step": torch.zeros((), dtype=torch.float32, device=leaf.device),
                 "exp_avg": torch.zeros_like(leaf),
@@ -222,6 +236,7 @@ class State:
         """Everything that a step writes to in place."""
         tensors = {f"tuned.{name}": leaf.detach() for name, leaf in self.leaves.items()}
         for name, leaf in self.leaves.items():
+            assert self.optimizer is not None
             for kind, value in self.optimizer.state[leaf].items():
                 tensors[f"adam.{kind}.{name}"] = value
         return tensors

@@ -6,12 +6,14 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..methods.base import Method, Objective
+from ..protocols import FusionModel
 from ..trace import span
 from .ahead import Ahead
 from .inputs import prepare
@@ -21,7 +23,8 @@ from .state import State
 
 def warn(message: str, category: type[Warning]) -> None:
     """A warning at the caller's line, however deep inside fasttta and torch it is raised."""
-    level, frame = 1, sys._getframe()
+    level = 1
+    frame: FrameType | None = sys._getframe()
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("fasttta", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
@@ -62,7 +65,7 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: FusionModel,
         method: Method,
         state: State,
         precision: Precision,
@@ -143,9 +146,11 @@ class Step:
         return self.method.score(self.model, features)
 
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
+        # what an Ahead does not keep is the model's
+        model = cast(FusionModel, self.ahead) if self.ahead else self.model
         with span("objective"):
             return self.method.objective(
-                self.ahead or self.model,
+                model,
                 features,
                 state=state,
                 constants=self.state.constants,
@@ -190,6 +195,7 @@ class Step:
                 self.first_passes = objective.passes
                 first, used = objective, objective.n_used * finite * objective.apply
                 named = dict(zip(state.leaves, grads, strict=True))
+        assert first is not None  # steps is at least 1
         with torch.no_grad():
             after = None
             if method.score_at == "after":
@@ -205,7 +211,7 @@ class Step:
             logits = first.logits if after is None else after
             return self._result(first, logits, valid, used, named, trace)
 
-    def _gradients(self, objective: Objective, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    def _gradients(self, objective: Objective, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with span("backward"):
             total = objective.losses["total"]
             grads = (
@@ -228,7 +234,7 @@ class Step:
         features: Any,
         first: Objective,
         grads: tuple[Tensor, ...],
-        leaves: list[Tensor],
+        leaves: Sequence[Tensor],
         state: Mapping[str, Tensor],
     ) -> tuple[Objective, tuple[Tensor, ...]]:
         """Objective and gradient at weights perturbed along the first gradient (SAM: Foret et
@@ -249,12 +255,12 @@ class Step:
 
     def _update(
         self,
-        leaves: list[Tensor],
+        leaves: Sequence[Tensor],
         grads: tuple[Tensor, ...],
         finite: Tensor,
         apply: Tensor | float,
     ) -> None:
-        optimizer = self.state.optimizer
+        optimizer: Any = self.state.optimizer  # which does not declare found_inf
         if self.host_checks:
             if not finite:
                 warn(

@@ -16,7 +16,7 @@ _PARTS = {
 }
 
 
-def check_class(cls: type, base: type, abstract: bool = False) -> None:
+def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None:
     """Checks that a subclass of a base of methods is complete, unless it is a base itself: made
     with ``abstract=True``, with ``abc.ABC`` or with abstract methods.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from .checkpoint import (
 )
 from .layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
 from .passing import portion, through
+
+if TYPE_CHECKING:  # which import this module
+    from .prompted import PromptedCAVMAE
+    from .rational_models import RationalCAVMAE
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
 _PARTS = ("weight", "bias")
@@ -257,7 +261,7 @@ class CAVMAE(nn.Module):
         depths = {"audio": len(self.blocks_a), "video": len(self.blocks_v), "joint": 1}
         return {name: (depth, self.dim) for name, depth in depths.items()}
 
-    def prompted(self, prompts: Mapping[str, Tensor]) -> nn.Module:
+    def prompted(self, prompts: Mapping[str, Tensor]) -> PromptedCAVMAE:
         """A model over the same weights whose encoder blocks take prompts.
 
         Args:
@@ -267,7 +271,7 @@ class CAVMAE(nn.Module):
 
         return PromptedCAVMAE(self, prompts)
 
-    def rational(self, **options: Any) -> nn.Module:
+    def rational(self, **options: Any) -> RationalCAVMAE:
         """A model over the same weights whose linear classifier a rational head weighs, as RAda
         tunes it; options as ``fresh_head`` takes them."""
         from .rational_models import RationalCAVMAE, fresh_head

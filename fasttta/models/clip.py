@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .clip_text import Prompts
 from .clip_vision import PatchConv, VisionTransformer
 from .layers import Linear
 from .rollout import ROLLOUTS, normalise_map
+
+if TYPE_CHECKING:  # which imports this module
+    from .rational_models import RationalCLIP
 
 # Views in one pass. CPU: activations of a ViT-B/16 stay near the cache (and as many values of a
 # smaller model: 256 views of 65 x 64 take 134 ms in one pass, 182 in pieces of 16); GPU: large
@@ -245,7 +248,7 @@ class CLIP(nn.Module):
             self.class_features = text / text.norm(dim=-1, keepdim=True)
         return self
 
-    def rational(self, **options: Any) -> nn.Module:
+    def rational(self, **options: Any) -> RationalCLIP:
         """A model over the same weights and the classes set whose scores a rational head weighs, as
         RAda tunes it; options as ``fresh_head`` takes them.
 

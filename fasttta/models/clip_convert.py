@@ -43,7 +43,8 @@ def convert_hugging_face(module: nn.Module) -> CLIP:
     Raises:
         ValueError: parts of it are not CLIP's (all named).
     """
-    config, state = module.config, _own_tensors(module)
+    config: Any = module.config  # of transformers
+    state = _own_tensors(module)
     packed: dict[str, dict[str, Tensor]] = {}
     new: dict[str, Tensor] = {}
     for name, x in state.items():
@@ -87,7 +88,8 @@ def convert_open_clip(module: nn.Module) -> CLIP:
     Raises:
         ValueError: parts of it are not CLIP's (all named).
     """
-    text = getattr(module, "text", module)
+    text: Any = getattr(module, "text", module)  # of another library
+    visual: Any = module.visual
     state = {name.removeprefix("text."): x for name, x in _own_tensors(module).items()}
     state.pop("attn_mask", None)
     context = mask_length(text)
@@ -95,12 +97,12 @@ def convert_open_clip(module: nn.Module) -> CLIP:
         state["positional_embedding"] = state["positional_embedding"][:context]
     heads = {"text": _heads(text.transformer.resblocks[0])}
     activations = {_activation(text.transformer.resblocks[0])}
-    if hasattr(module.visual, "transformer"):
-        block = module.visual.transformer.resblocks[0]
+    if hasattr(visual, "transformer"):
+        block = visual.transformer.resblocks[0]
         heads["vision"] = _heads(block)
         activations.add(_activation(block))
     else:
-        heads["vision"] = module.visual.attnpool.num_heads
+        heads["vision"] = visual.attnpool.num_heads
         activations = {_activation(text.transformer.resblocks[0])}
     epsilons = {m.eps for n, m in module.named_modules() if isinstance(m, nn.LayerNorm) and m.eps}
     if len(epsilons) > 1:
@@ -108,8 +110,8 @@ def convert_open_clip(module: nn.Module) -> CLIP:
     eps = epsilons.pop() if epsilons else 1e-5
     clip = _build(
         state, heads, _one_activation(activations), epsilons={"text": eps, "vision": eps},
-        mean=getattr(module.visual, "image_mean", None) or MEAN,
-        std=getattr(module.visual, "image_std", None) or STD,
+        mean=getattr(visual, "image_mean", None) or MEAN,
+        std=getattr(visual, "image_std", None) or STD,
     )  # fmt: skip
     pool = getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
     if pool != "argmax":
@@ -155,14 +157,14 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
         }
 
 
-def _heads(block: nn.Module) -> int:
+def _heads(block: Any) -> int:
     heads = getattr(block.attn, "num_heads", None)
     if not isinstance(heads, int):
         raise ValueError(f"attn.num_heads must be an int, found {heads!r}")
     return heads
 
 
-def _activation(block: nn.Module) -> str:
+def _activation(block: Any) -> str:
     layer = next(
         (m for n, m in block.mlp.named_children() if n not in ("c_fc", "c_proj", "ln")), None
     )
