@@ -122,8 +122,8 @@ class Adapted(Stateful):
         Args:
             inputs: one batch, as the wrapped model takes it.
             trace: a keyword; also return gradients and the method's intermediates.
-            keep: a keyword, for methods that mask tokens at random (BriMPR): the ids [B, K] of those that
-                each modality keeps, in place of the draw.
+            keep: a keyword, for methods that mask tokens at random (BriMPR): the ids [B, K] of
+                those that each modality keeps, in place of the draw.
 
         Returns:
             With a guard its ``.stats["reset"]``, 0-d bool, says whether the state was reset behind

@@ -125,7 +125,10 @@ def check_gradients(
                     "the layer replaced by one that computes with other weights?"
                 )
             continue
-        a, b = (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
+        if a is None or b is None:
+            present = a if b is None else b
+            assert present is not None  # not both are missing
+            a, b = (torch.zeros_like(present) if x is None else x for x in (a, b))
         error = (a - b).abs().max().item()
         if not error <= tolerance * max(largest, 1e-12):
             raise ValueError(

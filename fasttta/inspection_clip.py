@@ -11,6 +11,7 @@ from .engine.state import structural_copy
 from .families_clip import RecognisedCLIP
 from .methods.episodic import Episodic
 from .models import CLIP
+from .models.clip_resnet import ModifiedResNet
 
 
 def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:

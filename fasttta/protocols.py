@@ -285,7 +285,8 @@ class SourceStats:
                 f"found {type(found).__name__}"
             )
         try:
-            return cls(**dict(zip(("audio", "video", "joint"), map(tuple, found), strict=True)))
+            audio, video, joint = map(tuple, found)
+            return cls(audio=audio, video=video, joint=joint)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no source statistics: {error}") from error
 

@@ -445,3 +445,26 @@ def test_warnings_point_at_the_caller(tiny_model, tiny_batch):
         assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="Give larger batches$"):
         fasttta.adapt(tiny_model(), "abpem", k=3).step(*tiny_batch(1))
+
+
+def test_results_are_printed_in_short(tiny_model, tiny_batch):
+    result = fasttta.adapt(tiny_model(), "abpem", k=3).step(*tiny_batch(), trace=True)
+    text = repr(result)
+    assert text.startswith(f"StepResult(logits=Tensor{list(result.logits.shape)}, logits_before=")
+    assert f"n_used={int(result.n_used)}, " in text
+    assert f"total: {result.losses['total'].item():.4g}" in text
+    for name in (*result.losses, *result.stats, *result.grads, *result.trace):
+        assert f"{name}: " in text
+    assert len(repr(fasttta.adapt(tiny_model(), "tent").step(*tiny_batch()))) < 300
+
+
+def test_keywords_that_are_none_are_refused_by_name(tiny_model, tiny_batch):
+    adapted = fasttta.adapt(tiny_model(), "tent")
+    batch = tiny_batch()
+    before = {name: x.clone() for name, x in adapted.tuned.items()}
+    with pytest.raises(TypeError, match=r"kept: .*\(audio, video\); keywords: trace, keep"):
+        adapted.step(*batch, kept=1)
+    for call in (adapted, adapted.forward, adapted.predict):
+        with pytest.raises(TypeError, match=r"pixel_values: .*in order \(audio, video\)"):
+            call(pixel_values=batch[1])
+    assert all(torch.equal(x, before[name]) for name, x in adapted.tuned.items())

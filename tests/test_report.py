@@ -258,6 +258,15 @@ def test_mean_row_has_its_spread(report):
         assert f"±{mean_spread(report.data, method):.1f}" in mean
 
 
+def test_notebooks_show_the_page(report):
+    assert repr(report) == "<Report of source, tent, abpem on white, fog>"
+    shown = HTMLParser()
+    sources = []
+    shown.handle_starttag = lambda tag, attributes: sources.append(dict(attributes).get("srcdoc"))
+    shown.feed(report._repr_html_())
+    assert sources == [report.document.html()]
+
+
 def test_protocol_of_own_data(report):
     """A protocol may name what it likes; the usual settings are written out where it has them."""
     data = report.data | {"protocol": {"lr": {"tent": 0.1}, "batch": 7, "split": "test"}}

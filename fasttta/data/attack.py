@@ -223,14 +223,15 @@ def pgd(
         if not clean_logits.isfinite().all():
             raise ValueError("classify returned NaN or infinity for the clean images")
         target = _labels(labels, clean_logits)
-        best = None
+        best: tuple[Tensor, ...] = ()
         for i_start in range(restarts):
             noise = torch.zeros_like(clean)
             if i_start == 0 and start is not None:
                 noise = start.to(clean)
             elif generator is not None:
-                kind = {"dtype": clean.dtype, "device": generator.device}
-                noise = torch.rand(clean.shape, generator=generator, **kind)
+                noise = torch.rand(
+                    clean.shape, generator=generator, dtype=clean.dtype, device=generator.device
+                )
                 noise = (noise.to(clean.device) * 2 - 1) * eps
             x = (clean + noise.clamp(-eps, eps)).clamp(0.0, 1.0)
             x = _ascend(classify, clean, x, target, eps, step_size, steps)
@@ -239,7 +240,7 @@ def pgd(
             logits = _classified(classify, x)
             loss = _loss(logits, target)
             wrong = logits.argmax(1) != target
-            if best is None:
+            if not best:
                 best = (x, logits, loss, wrong)
                 continue
             better = torch.where(wrong == best[3], loss > best[2], wrong)

@@ -184,7 +184,7 @@ class Kept:
         rows, missing, computed = self._cache.shards(kind).read(keys)
         self._cache.misses += len(missing)
         self._cache.hits += len(keys) - len(missing)
-        if len(missing) == len(keys):
+        if len(missing) == len(keys) or rows is None or computed is None:  # all three, or none
             return self._computed(kind, keys, inputs, encode)
         if missing:
             at = torch.tensor(missing, device=inputs[0].device)

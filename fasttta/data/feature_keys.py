@@ -217,8 +217,8 @@ def sample_keys(inputs: tuple[Tensor, ...], ids: object = None) -> list[str]:
     keys = []
     for i, name in enumerate(named):
         digest = hashlib.blake2b(f"{len(name)} {name} {layout}".encode(), digest_size=16)
-        for x in rows:
-            digest.update(x[i])
+        for row in rows:
+            digest.update(row[i].data)
         keys.append(digest.hexdigest())
     return keys
 

@@ -69,8 +69,8 @@ class Shards:
         every reading: 1.5 GB/s (2.5 GHz Xeon)."""
         if any(name not in self._rows and name not in self._new for name in names):
             self.scan()
-        found = {i: self._new.get(name) or self._rows.get(name) for i, name in enumerate(names)}
-        found = {i: row for i, row in found.items() if row is not None}
+        either = {i: self._new.get(name) or self._rows.get(name) for i, name in enumerate(names)}
+        found = {i: row for i, row in either.items() if row is not None}
         kinds = {
             (r.dtype, r.shape, r.computed) if isinstance(r, Row) else (r[0].dtype, r[0].shape, r[1])
             for r in found.values()
@@ -80,14 +80,14 @@ class Shards:
         dtype, shape, computed = kinds.pop()
         rows = torch.empty((len(names), *shape), dtype=dtype, device="cpu")
         bytes_ = rows.view(len(names), -1).view(torch.uint8).numpy()  # [n, bytes], shared
-        in_files: dict[str, list[int]] = {}
+        in_files: dict[str, dict[int, Row]] = {}
         for i, row in found.items():
             if isinstance(row, Row):
-                in_files.setdefault(row.file, []).append(i)
+                in_files.setdefault(row.file, {})[i] = row
             else:
                 rows[i] = row[0]
         for file, positions in in_files.items():
-            if not self._read_file(file, {i: found[i] for i in positions}, bytes_):
+            if not self._read_file(file, positions, bytes_):
                 found = {i: row for i, row in found.items() if i not in positions}
         return rows, [i for i in range(len(names)) if i not in found], computed
 
@@ -127,7 +127,8 @@ class Shards:
             length = stream.read(8)
             start = 8 + int.from_bytes(length, "little")
             text = stream.read(start - 8) if start <= size else b""
-        if NAME.fullmatch(file)[2] != _digest(length + text):
+        name = NAME.fullmatch(file)
+        if name is None or name[2] != _digest(length + text):
             raise Damaged("its header does not belong to its name")
         header = json.loads(text)
         about = json.loads(header.pop("__metadata__")["fasttta"])
@@ -210,7 +211,7 @@ class Shards:
 
 
 def _crc(row: Tensor) -> int:
-    return zlib.crc32(row.view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(row.view(-1).view(torch.uint8).numpy().data)
 
 
 def _digest(header: bytes) -> str:

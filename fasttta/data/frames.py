@@ -90,7 +90,8 @@ def _resize_tensor(pixels: Tensor, size: int, levels: bool) -> Tensor:
     PIL stores 8-bit levels between its two passes; clamping only once at the end is off by tens
     of levels on images of hard edges, where bicubic overshoots.
     """
-    height, width = _resized(*pixels.shape[-2:], size)
+    rows, columns = pixels.shape[-2:]
+    height, width = _resized(rows, columns, size)
     for shape in ((pixels.shape[-2], width), (height, width)):
         if shape != pixels.shape[-2:]:
             pixels = F.interpolate(pixels[None], shape, mode="bicubic", antialias=True)[0]

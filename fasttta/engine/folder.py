@@ -128,11 +128,15 @@ class _Place:
     def __init__(self, folder: Path) -> None:
         self._number: int | None = os.open(folder, os.O_RDONLY)
 
+    def _open(self) -> int:
+        assert self._number is not None  # close() has not run
+        return self._number
+
     def lock(self) -> bool:
         end = time.monotonic() + _PATIENCE
         while True:
             try:
-                fcntl.flock(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._open(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > end:
                     return False
@@ -143,7 +147,7 @@ class _Place:
                 return True
 
     def flush(self) -> None:
-        os.fsync(self._number)
+        os.fsync(self._open())
 
     def close(self) -> None:
         number, self._number = self._number, None

@@ -87,7 +87,7 @@ class GraphStep(Step):
             size = len(inputs[0])
             for buffer, x in zip(plan.inputs, inputs, strict=True):
                 _fill(buffer, x)
-            if features is not None:
+            if features is not None and plan.features is not None:  # the plan's key says both
                 _fill(plan.features, features)
             plan.present.fill_(0)[:size].fill_(1)
             self._advance(size)
@@ -150,8 +150,8 @@ class GraphStep(Step):
 
     def _plan(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
         """The captured step that this batch fits into."""
-        key = tuple((x.shape[1:], x.dtype) for x in inputs)
-        key += (None if features is None else (features.shape[1:], features.dtype),)
+        of_features = None if features is None else (features.shape[1:], features.dtype)
+        key = (*((x.shape[1:], x.dtype) for x in inputs), of_features)
         plan = self.plans.get(key)
         past = [len(x) for name, x in self.state.method.items() if name.startswith("queue.")]
         size = max([len(inputs[0]), *past])
@@ -237,6 +237,7 @@ class GraphStep(Step):
                 self.failed.append(graph)  # the allocator goes on asking it,
                 # and some versions of PyTorch leave its pool as the one to allocate from
                 with contextlib.suppress(RuntimeError):
+                    assert self.pool is not None
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
 
     # ------------------------------------------------------------------ state in and out
@@ -293,6 +294,7 @@ class GraphStep(Step):
     def _taken(self, plan: Plan, size: int) -> StepResult:
         """Fresh copies of the static results, of the samples that are there."""
         result = plan.result
+        assert result is not None  # a step has run
 
         def rows(x: Tensor) -> Tensor:
             if not x.ndim:

@@ -96,7 +96,8 @@ def _rebound(value: Any, twins: Mapping[int, tuple[nn.Module, nn.Module]], depth
         old = [value.func, *value.args, *value.keywords.values()]
         if all(a is b for a, b in zip([*parts, *named.values()], old, strict=True)):
             return value
-        return functools.partial(*parts, **named)
+        function, *rest = parts
+        return functools.partial(function, *rest, **named)
     if isinstance(value, FunctionType):
         return _rebound_function(value, again)
     if type(value) in (list, tuple, dict):

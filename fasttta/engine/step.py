@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-@dataclass
+@dataclass(repr=False)
 class StepResult:
     """What a step returns: fresh tensors on the model's device; nothing synchronises.
 
@@ -52,6 +52,19 @@ class StepResult:
     stats: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] | None = None
     trace: dict[str, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        """Shapes, and the values of single numbers."""
+        parts = [f"{x.name}={_brief(getattr(self, x.name))}" for x in fields(self)]
+        return f"StepResult({', '.join(parts)})"
+
+
+def _brief(value: Tensor | Mapping[str, Tensor] | None) -> str:
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}" if value.ndim else f"{value.item():.4g}"
+    if value is None:
+        return "None"
+    return "{" + ", ".join(f"{name}: {_brief(x)}" for name, x in value.items()) + "}"
 
 
 class Step:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ class Report:
         #: number of a method's colour in every chart; 0 is the unadapted model's
         adapting = [m for m in self.methods if m != "source"]
         self.styles = {"source": 0} | {m: i for i, m in enumerate(adapting, 1)}
+
+    def __repr__(self) -> str:
+        streams = ", ".join(self.data["streams"])
+        return f"<Report of {', '.join(self.methods)} on {streams}>"
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame of its own, for notebooks."""
+        return (
+            '<iframe title="report" style="width:100%;height:40em;border:0" '
+            f'srcdoc="{escape(self.document.html())}"></iframe>'
+        )
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> Report:

@@ -70,7 +70,7 @@ def measure_stream(
     }  # fmt: skip
     return {
         **found,
-        "score": found[method.score_at],
+        "score": found["after" if method.score_at == "after" else "before"],
         "samples_per_s": samples / seconds,
         "series": series,
     }

@@ -123,7 +123,7 @@ class _Archive:
             raise Refused(f"storage {name.removeprefix(self.root)} is missing")
         size = self._size(name)
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        view, position = memoryview(memory.numpy()), 0
+        view, position = memory.numpy().data, 0
         with self.file.open(name) as member:
             while portion := member.read(_PORTION):
                 if position + len(portion) > size:

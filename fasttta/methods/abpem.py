@@ -146,8 +146,9 @@ class ABPEM(Method):
             raise ValueError(f"constant.{odd} is missing, or of another method or model")
         if needed:
             pair = constants["anchor_std"], constants["anchor_mean"]
-            name = "scores_per_head" if self.heads == "each" else "scores"
-            self.constants(model, {"source_stats": SourceStats(**{name: pair})})
+            each = self.heads == "each"
+            stats = SourceStats(scores_per_head=pair) if each else SourceStats(scores=pair)
+            self.constants(model, {"source_stats": stats})
 
     def check_state(self, model: FusionModel, state: Mapping[str, Tensor]) -> None:
         tokens = None

@@ -115,10 +115,13 @@ class BriMPR(Method):
                     f"less, so that one of {tokens} {name} tokens is kept")  # fmt: skip
 
     def fitted(self, model: FusionModel) -> Method:
-        start = model.start_prompts() if isinstance(model, Promptable) else {}
+        if not isinstance(model, Promptable):
+            return self
+        start = model.start_prompts()
         if not start:
             return self
-        counts = tuple(start[name].shape[1] for name in model.input_names)
+        audio, video = (start[name].shape[1] for name in model.input_names)
+        counts = audio, video
         if self.prompts in (counts, type(self).__dataclass_fields__["prompts"].default):
             return replace(self, prompts=counts)
         if model.tuned_prompts:
@@ -165,13 +168,17 @@ class BriMPR(Method):
         return source_stats.features(model.feature_shapes())
 
     def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
+        assert isinstance(model, Promptable)  # check_model
         shapes = model.feature_shapes()
         needed = {f"{name}.{part}" for name in shapes for part in ("std", "mean")}
         if constants.keys() != needed:
             odd = sorted(constants.keys() ^ needed)[0]
             raise ValueError(f"constant.{odd} is missing, or of another method or model")
         pairs = {n: (constants[f"{n}.std"], constants[f"{n}.mean"]) for n in shapes}
-        SourceStats(**pairs).features(shapes)
+        stats = SourceStats(
+            audio=pairs.get("audio"), video=pairs.get("video"), joint=pairs.get("joint")
+        )
+        stats.features(shapes)
 
     # ------------------------------------------------------------------ masks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +237,7 @@ class CAVMAE(nn.Module):
         tunes none.
         """
         if group in ("norm", "encoder_norm"):
-            slots = {}
+            slots: dict[str, Slot] = {}
             for name, module in self.named_modules():
                 path = name.split(".")
                 early = path[0] in ("blocks_a", "blocks_v") and int(path[1] if path[1:] else 9) < 9
@@ -276,7 +276,7 @@ class CAVMAE(nn.Module):
         tunes it; options as ``fresh_head`` takes them."""
         from .rational_models import RationalCAVMAE, fresh_head
 
-        linear = self.mlp_head[1]
+        linear = cast(nn.Linear, self.mlp_head[1])
         return RationalCAVMAE(self, fresh_head(self.dim, linear.weight, **options))
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
@@ -413,8 +413,12 @@ class CAVMAE(nn.Module):
         if torch.is_grad_enabled() or not workers.suit(tokens, used):
             return self.fuse_attention(tokens)[0]
         with span("fuse"):
-            pooled = workers.run([lambda x=x: self.pool(x)[0] for x in tokens.split(1)])
-            return self.mlp_head(torch.cat(pooled))
+
+            def pooled(x: Tensor) -> Tensor:
+                return self.pool(x)[0]
+
+            tasks = [functools.partial(pooled, x) for x in tokens.split(1)]
+            return self.mlp_head(torch.cat(workers.run(tasks)))
 
     def forward(
         self, audio: Tensor | None, video: Tensor | None, mode: str = "multimodal"
@@ -435,8 +439,9 @@ class CAVMAE(nn.Module):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown; known: {', '.join(MODES)}")
         if mode == "multimodal":
-            self.check_inputs(audio, video)
-            return self.fuse(self.encode(audio, video))
+            both = cast("tuple[Tensor, Tensor]", (audio, video))  # None is refused
+            self.check_inputs(*both)
+            return self.fuse(self.encode(*both))
         modality = "a" if "audio" in mode else "v"
         name, x = ("audio", audio) if modality == "a" else ("video", video)
         if x is None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ def resolve(model: nn.Module, spec: ModelSpec) -> tuple[Projections, ...]:
     Raises:
         ValueError: a name that is not there, or modules of another kind; says what is there.
     """
-    return tuple(_one(model, spec, fusion) for fusion in spec.fusion)
+    fusions = cast("tuple[str | nn.Module, ...]", spec.fusion)  # as __post_init__ leaves it
+    return tuple(_one(model, spec, fusion) for fusion in fusions)
 
 
 def _one(model: nn.Module, spec: ModelSpec, fusion: str | nn.Module) -> Projections:

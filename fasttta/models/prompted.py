@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,7 @@ class PromptedCAVMAE(nn.Module):
             for name, x in zip(self.input_names, inputs, strict=True)
         ]
         tokens = torch.cat([stream.tokens for stream, _ in streams], dim=1)
-        return tokens, tuple(pooled for _, pooled in streams)
+        return tokens, tuple(pooled for _, pooled in streams if pooled is not None)  # all are there
 
     def encode(self, *inputs: Tensor) -> Tensor:
         """Inputs -> tokens [B, Ta + Tv, D]; without prompts, what the CAV-MAE makes of them."""
@@ -129,15 +129,17 @@ class PromptedCAVMAE(nn.Module):
         inputs, keep = inputs[: len(names)], inputs[len(names) :]
         embedded = [self._embed(name, x) for name, x in zip(names, inputs, strict=True)]
         keys = [self._prompt_keys(name) for name in names]
-        whole, features, head = [], [], self.model.mlp_head
+        encoded: list[_Stream] = []
+        features, head = [], self.model.mlp_head
         for name, x, own in zip(names, embedded, keys, strict=True):
             with span(f"streams {name}"):
                 stream, pooled = self._encode(name, x, own)
-                whole.append(stream)
+                encoded.append(stream)
+                assert pooled is not None
                 features.append(pooled)
-        qkv = self.model.blocks_u[0].attn.qkv
+        qkv = self._fusion[0].attn.qkv
         with span("fuse"):
-            whole = [(x.tokens, qkv(x.normed)) for x in whole]
+            whole = [(x.tokens, qkv(x.normed)) for x in encoded]
             with torch.no_grad():
                 joint = self._fused([(x.detach(), y.detach()) for x, y in whole])
                 logits = head(joint)
@@ -180,7 +182,12 @@ class PromptedCAVMAE(nn.Module):
         return (self.model.embed_audio if name == "audio" else self.model.embed_video)(x)
 
     def _blocks(self, name: str) -> Sequence[Block]:
-        return self.model.blocks_a if name == "audio" else self.model.blocks_v
+        blocks = self.model.blocks_a if name == "audio" else self.model.blocks_v
+        return cast("Sequence[Block]", blocks)
+
+    @property
+    def _fusion(self) -> Sequence[Block]:
+        return cast("Sequence[Block]", self.model.blocks_u)
 
     def _prompt_keys(self, name: str) -> list[Tensor]:
         """Keys and values of each block's prompts, [n, 2 D]."""
@@ -195,7 +202,7 @@ class PromptedCAVMAE(nn.Module):
         """A modality's encoder on tokens [B, T, D]; pool: also features [B, blocks, D]."""
         blocks, pooled = self._blocks(name), []
         normed = blocks[0].norm1(x)
-        nexts = [block.norm1 for block in blocks[1:]] + [self.model.blocks_u[0].norm1]
+        nexts = [block.norm1 for block in blocks[1:]] + [self._fusion[0].norm1]
         for block, keys, norm in zip(blocks, prompt_keys, nexts, strict=True):
             x = x + _attend_with(block.attn, normed, keys)
             x = x + block.mlp(block.norm2(x))
@@ -209,7 +216,7 @@ class PromptedCAVMAE(nn.Module):
         the other -> pooled [B, D]."""
         x, packed = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]
                      for parts in zip(*streams, strict=True))  # fmt: skip
-        first, *others = self.model.blocks_u
+        first, *others = self._fusion
         q, k, v = _heads(first.attn, packed, 3)
         x = x + _attend(first.attn, q, k, v)
         x = x + first.mlp(first.norm2(x))

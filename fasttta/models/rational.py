@@ -61,9 +61,9 @@ class RationalHead(nn.Module):
                 raise ValueError(f"{name}={value!r}: needed a positive integer")
         if dim % heads:
             raise ValueError(f"heads={heads} does not divide dim={dim}")
-        for name, value in (("temperature", temperature), ("scale_multiplier", scale_multiplier)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name}={value!r}: needed a number above 0")
+        for name, factor in (("temperature", temperature), ("scale_multiplier", scale_multiplier)):
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
+                raise ValueError(f"{name}={factor!r}: needed a number above 0")
         self.dim, self.heads = dim, heads
         self.temperature, self.scale_multiplier = float(temperature), float(scale_multiplier)
         self.q_proj1, self.q_proj2, self.q_proj3 = (

@@ -47,9 +47,9 @@ class RationalCLIP(FeatureClassifier):
     input_names = ("images",)
 
     def __init__(self, model: CLIP, head: RationalHead) -> None:
-        model._classes()
+        text = model._classes()
         scale = model.logit_scale.detach().double().exp().item()
-        super().__init__(head, model.class_features.to(head.out_proj.weight), scale)
+        super().__init__(head, text.to(head.out_proj.weight), scale)
         self.model = model
 
     def check_inputs(self, images: Tensor) -> None:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,9 @@ class SpecifiedModel(nn.Module):
     def _pair(self) -> tuple[Callable, Callable] | None:
         """The cut as two functions."""
         encode = self.spec.encode
-        return encode if encode and callable(encode[0]) else None
+        if encode and callable(encode[0]) and callable(encode[1]):
+            return encode[0], encode[1]
+        return None
 
     @property
     def _stop(self) -> int:
@@ -132,15 +134,15 @@ class SpecifiedModel(nn.Module):
         ``"encoder_norm"``: of those, the ones in the modules that ``encode`` names, in blocks 0
         to 8 where these are numbered.
         """
+        slots: dict[str, Slot] = {}
         if group == "fusion_qkv":
-            slots = {}
             for projections in self.projections:
                 slots |= projections.slots(self.module)
         elif group == "norm":
             slots = self._norms(lambda path: True)
         elif group == "encoder_norm":
-            names = self.spec.encode or ()
-            if not names or not all(isinstance(n, str) for n in names):
+            names = tuple(n for n in self.spec.encode or () if isinstance(n, str))
+            if not names:
                 raise ValueError(
                     "this method tunes the encoders' normalisation layers, and the spec does not "
                     'name the encoders; add them: ModelSpec(..., encode=("audio_encoder", ...))'
@@ -153,7 +155,7 @@ class SpecifiedModel(nn.Module):
         return {name: Slot(f"module.{s.parameter}", s.rows) for name, s in slots.items()}
 
     def _norms(self, wanted) -> dict[str, Slot]:
-        slots = {}
+        slots: dict[str, Slot] = {}
         for path, module in self.module.named_modules():
             kind = isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or any(
                 c.__name__.endswith(("RMSNorm", "LayerNorm")) for c in type(module).__mro__
@@ -212,7 +214,7 @@ class SpecifiedModel(nn.Module):
                         two,
                         tuple(p.path for p in self.projections),
                         {name for p in self.projections for name in (p.modules or (p.path,))},
-                        self.spec.encode,
+                        cast("tuple[str, ...] | None", self.spec.encode),
                     )
                 output = seen.output
         self._learn_attention(attending.calls, seen, check)
@@ -255,6 +257,7 @@ class SpecifiedModel(nn.Module):
         with span("encode"), self._running():
             if self._pair:  # what it does in place must not reach the caller's inputs
                 return self._pair[0](self.module, *(x.clone() for x in inputs))
+            assert self._found.replay is not None  # learnt from the first batch
             return self._found.replay.encode(self.module, inputs)
 
     def _pass(self, features: Tensor) -> Tensor:
@@ -263,6 +266,7 @@ class SpecifiedModel(nn.Module):
             if self._pair:
                 output = self._pair[1](self.module, features.clone())
             else:
+                assert self._found.replay is not None
                 inputs = stack.enter_context(self._found.replay.given(self.module, features))
                 output = self.module(*inputs)
         logits = self._logits(output)

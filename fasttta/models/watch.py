@@ -103,7 +103,8 @@ class Watch(TorchFunctionMode):
 
 def watch(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Watch:
     """Runs the module (or ``run``, which calls it) on inputs once, without gradients."""
-    seen, counts = Watch(known={id(x): x for x in inputs}), {}
+    seen = Watch(known={id(x): x for x in inputs})
+    counts: dict[str, int] = {}
     with ExitStack() as hooks, torch.no_grad():
         for name, child in module.named_modules():
             if name:
@@ -158,9 +159,10 @@ def finished(
             names is None or any(c.name in names for c in around)
         )
         held = any(k == call.name or k.startswith(call.name + ".") for k in keep)
-        if held or not wanted or not (call.stop is not None and call.stop < time):
+        stop = call.stop
+        if held or not wanted or stop is None or not stop < time:
             continue
-        if not any(c.start < call.start and call.stop < c.stop for c in chosen):
+        if not any(c.start < call.start and stop < (c.stop or 0) for c in chosen):
             chosen.append(call)
     for name in names or ():
         calls = [c for c in seen.calls if c.name == name]

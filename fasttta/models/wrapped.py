@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -10,7 +12,8 @@ def wrapping(module: nn.Module, part: str) -> str | None:
     """How a module makes its weight ``part``, and what to type to have a plain one; None: it is a
     plain parameter, or none at all."""
     if parametrize.is_parametrized(module, part):
-        kinds = ", ".join(type(p).__name__.strip("_") for p in module.parametrizations[part])
+        made = cast(nn.ModuleDict, module.parametrizations)[part]
+        kinds = ", ".join(type(p).__name__.strip("_") for p in cast(nn.ModuleList, made))
         return (
             f"it is parametrised ({kinds}); "
             f'torch.nn.utils.parametrize.remove_parametrizations(module, "{part}") makes it plain'
