@@ -118,7 +118,8 @@ class Recognised:
     def keep_structure(self) -> None:
         """Has every later ``verify`` compare with what ``fusion`` is now: a user's module may get
         other classes and buffers, which what adapts does not have."""
-        self.structure = structural_copy(self.fusion, lambda name, parameter: parameter)
+        twin = structural_copy(self.fusion, lambda name, parameter: parameter)
+        self.structure = cast(nn.Module, twin)
         own_buffers(self.structure, None)
 
     @property
@@ -532,7 +533,8 @@ def _convert(module: nn.Module, prefix: str) -> Recognised:
 
 def _check_head(module: nn.Module) -> None:
     """Raises ValueError if the classifier is another than the published one."""
-    parts = {f"mlp_head.{name}" for name, _ in module.mlp_head.named_parameters()}
+    head = module.get_submodule("mlp_head")
+    parts = {f"mlp_head.{name}" for name, _ in head.named_parameters()}
     if parts != {f"mlp_head.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")}:
         raise ValueError(
             f"{type(module).__name__} has the parts of a CAV-MAE, but another head: mlp_head is "

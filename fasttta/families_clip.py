@@ -205,7 +205,7 @@ def _open_clip(module: Any, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
     return module.encode_image(pixels), module.encode_text(ids)
 
 
-def _cut_text(text: nn.Module, ids: Tensor) -> Tensor:
+def _cut_text(text: Any, ids: Tensor) -> Tensor:
     """Features of ids by the parts of a text tower whose mask is cut: its own encode_text adds all
     positions and fails, its users run the parts."""
     x = text.token_embedding(ids).to(text.ln_final.weight.dtype)

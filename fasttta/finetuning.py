@@ -199,7 +199,11 @@ def finetune(
     taken = ("bias", "image", "score", "also", "also_lr")
     if whole and (given := [name for name in taken if name in options]):
         raise ValueError(f"{', '.join(given)}: {type(model).__name__} has its own")
-    known = model.num_classes if whole else len(text)
+    if isinstance(model, FeatureClassifier):
+        known = model.num_classes
+    else:
+        assert text is not None  # _check_model
+        known = len(text)
     labels = _labels(labels, len(inputs[0]), known)
     with torch.inference_mode(False):
         tuned: RationalHead | FeatureClassifier

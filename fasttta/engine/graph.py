@@ -168,7 +168,7 @@ class GraphStep(Step):
             else _fill(features.new_empty((size, *features.shape[1:])), features),
             torch.ones(size, dtype=self.precision.master, device=self.device),
         )
-        tokens = self.encode(plan.inputs) if features is None else plan.features
+        tokens: Any = self.encode(plan.inputs) if features is None else plan.features
         if self._window:
             places = self._window
             # Empty places repeat a real batch: all-zero tokens give NaN in some models. A batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -205,7 +205,7 @@ class ModelWatch:
         packed, third = self.copies[name]
         return packed in now and _equal(now[packed].detach().chunk(3)[third], x)
 
-    def _check_values(self, skipped: set[str] = frozenset()) -> None:
+    def _check_values(self, skipped: Set[str] = frozenset()) -> None:
         digests = self._digests()
         odd = [
             kept.name

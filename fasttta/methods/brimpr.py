@@ -144,8 +144,9 @@ class BriMPR(Method):
         for name, count in zip(model.input_names, self.prompts, strict=True):
             blocks, dim = shapes[name]
             # whatever the default type of the process is: the same seed, the same numbers
-            kind = {"dtype": torch.float32, "device": "cpu"}
-            drawn = torch.rand(blocks, count, dim, generator=generator, **kind)
+            drawn = torch.rand(
+                (blocks, count, dim), generator=generator, dtype=torch.float32, device="cpu"
+            )
             prompts[name] = ((2 * drawn - 1) * _INIT).to(weight)
         return model.prompted(prompts)
 
@@ -193,8 +194,10 @@ class BriMPR(Method):
             return ()
         drawn, device = [], inputs[0].device
         for tokens in model.spans:
-            kind = {"dtype": torch.float32, "device": generator.device}
-            noise = torch.rand(len(inputs[0]), tokens, generator=generator, **kind)
+            noise = torch.rand(
+                (len(inputs[0]), tokens), generator=generator, dtype=torch.float32,
+                device=generator.device,
+            )  # fmt: skip
             ids = noise.argsort(dim=1)[:, : self._kept(tokens)]
             if device.type == "cuda":  # a copy from pageable memory waits for the device
                 ids = ids.contiguous().pin_memory()

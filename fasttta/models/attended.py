@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -130,7 +130,7 @@ class Attending(TorchFunctionMode):
         self._inside.append(call)
         self.calls.append(call)
         if not self._projections:
-            _multihead(self._path, module, call, args, kwargs)
+            _multihead(self._path, cast(nn.MultiheadAttention, module), call, args, kwargs)
 
     def _stop(self, *_: Any) -> None:
         self._inside.pop()

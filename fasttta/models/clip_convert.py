@@ -119,7 +119,7 @@ def convert_open_clip(module: nn.Module) -> CLIP:
     return clip
 
 
-def mask_length(text: nn.Module) -> int | None:
+def mask_length(text: Any) -> int | None:
     """Tokens that a text tower's causal mask is cut to, where that is less than it has positions
     for (the code of TPT's line cuts it to 40 of 77); None: it is not cut."""
     holders = (text, text.transformer, *text.transformer.resblocks)

@@ -52,13 +52,14 @@ class PatchEmbed(nn.Module):
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.proj.weight
+        weight, bias = self.proj.weight, self.proj.bias
+        assert bias is not None  # made with one
         dtype = self.compute_dtype or weight.dtype
         ph, pw = self.proj.kernel_size
         b, c, h, w = x.shape
         x = x.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
         x = x.reshape(b, (h // ph) * (w // pw), c * ph * pw)  # [B, tokens, c ph pw]
-        return F.linear(x.to(dtype), weight.flatten(1).to(dtype), self.proj.bias.to(dtype))
+        return F.linear(x.to(dtype), weight.flatten(1).to(dtype), bias.to(dtype))
 
 
 class SelfAttention(nn.Module):

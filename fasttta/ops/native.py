@@ -184,7 +184,7 @@ def _build(compiler: str, ninja_path: str, target: Path) -> None:
     rules += "".join(f"build {unit}.o: compile {unit}.cpp\n" for unit in units)
     rules += f"build library.so: link {' '.join(f'{unit}.o' for unit in units)}\n"
     (folder / "build.ninja").write_text(rules)
-    command = [ninja_path, "-C", folder]
+    command = [ninja_path, "-C", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
         native_cache.store(folder / "library.so", target)
