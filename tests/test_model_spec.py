@@ -333,3 +333,16 @@ def test_sar_needs_the_encoders_names():
     before = adapted.tuned
     adapted(*Three.batch(4))
     assert any(not torch.equal(before[n], x) for n, x in adapted.tuned.items())
+
+
+def test_a_model_in_training_mode_is_run_in_evaluation_mode():
+    model = build("joint")
+    batch = FUSIONS["joint"].batch(5)
+    expected = model(*batch)
+    model.train()
+    assert not torch.allclose(model(*batch), expected)  # dropout
+    adapted = fasttta.adapt(model, "read", spec=FUSIONS["joint"].spec)
+    assert torch.allclose(adapted.predict(*batch), expected, atol=1e-5)
+    assert torch.allclose(adapted.step(*batch).logits_before, expected, atol=1e-5)
+    assert model.training
+    assert all(module.training for module in model.modules())

@@ -49,6 +49,11 @@ def test_collect_and_anchor(tiny_model, tiny_batch, tmp_path, heads):
     assert torch.equal(loaded.step(*batch).logits, adapted.step(*batch).logits)
 
 
+def test_fewer_samples_than_wanted(tiny_model, tiny_batch):
+    assert fasttta.collect_stats(tiny_model(), [tiny_batch(5), tiny_batch(3)], n=32).n == 8
+    assert fasttta.collect_stats(tiny_model(), [tiny_batch(5), tiny_batch(3)], n=6).n == 6
+
+
 def test_features(tiny_model, tiny_batch, tmp_path):
     """Of pooled features behind every block, over samples that come in odd batches."""
     model = tiny_model(depth=(1, 2, 1))

@@ -223,6 +223,13 @@ def test_distributions():
         assert min(c.top, c.left) >= 0
         assert c.top + c.height <= 100
         assert c.left + c.width <= 150
+    # every place is as likely, both edges included
+    few = [(c.top, 100 - c.height) for c in crops if 0 < 100 - c.height <= 4]
+    assert len(few) > 20
+    assert {top == 0 for top, _ in few} == {top == free for top, free in few} == {True, False}
+    shares = torch.tensor([(c.top / (100 - c.height), c.left / (150 - c.width)) for c in crops
+                           if c.height < 70])  # fmt: skip
+    assert (shares.mean(0) - 0.5).abs().max() < 0.02
     assert (draws.share.sum(1) - 1).abs().max() < 1e-6
     assert (draws.share.mean(0) - 1 / 3).abs().max() < 0.02
     assert abs(draws.share.var(0).mean() - 1 / 18) < 0.005  # of Dirichlet(1, 1, 1)
@@ -231,10 +238,12 @@ def test_distributions():
     counts = draws.operation.flatten().bincount()
     assert len(counts) == len(OPERATIONS)
     assert (counts / counts.sum() - 1 / 9).abs().max() < 0.01
-    assert (draws.depth.flatten().bincount()[1:] / 12000 - 1 / DEPTH).abs().max() < 0.02
+    depths = draws.depth.flatten().bincount(minlength=DEPTH + 1) / 12000
+    assert depths.tolist() == pytest.approx([0, *[1 / DEPTH] * DEPTH], abs=0.02)
     assert abs(draws.sign.double().mean()) < 0.02
     assert draws.level.min() >= 0.1
     assert draws.level.max() < 1
+    assert draws.level.mean().item() == pytest.approx(0.55, abs=0.01)
 
 
 @pytest.mark.parametrize(("shape", "crop"), [((10, 400), (10, 13)), ((400, 10), (13, 10))])
