@@ -372,6 +372,13 @@ def test_what_changes_by_itself_is_not():
     assert key() == key()
 
 
+def test_precision_and_storage_are_part_of_a_key(tiny_model):
+    """Also where the weights are the same: tf32 differs from fp32 in the products alone."""
+    model = tiny_model().requires_grad_(False)
+    kinds = [(p, d) for p in ("fp32", "tf32") for d in ("fp32", "bf16")]
+    assert len({model_key(model, *kind) for kind in kinds}) == len(kinds)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_methods_have_one_key(tiny_model, tiny_batch, precision):
     """Those with frozen encoders, adapted or not; the model may be wrapped."""
