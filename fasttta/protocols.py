@@ -258,7 +258,7 @@ class SourceStats:
         from safetensors.torch import save_file
 
         tensors = {
-            f"{name}.{part}": x.detach().cpu().contiguous()
+            f"{name}.{part}": x.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, *_ in _STATISTICS
             if getattr(self, name) is not None
             for part, x in zip(("std", "mean"), getattr(self, name), strict=True)

@@ -29,8 +29,9 @@ def rewrite(source: Path, target: Path, changes: dict[str, object], compressed: 
                 new.writestr(name, data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # duplicate names are meant
-            for end in changes.keys() - used:
-                new.writestr(end.replace("ROOT", root), changes[end])
+            for end in sorted(changes.keys() - used):
+                if isinstance(changes[end], bytes):
+                    new.writestr(end.replace("ROOT", root), changes[end])
     return target
 
 

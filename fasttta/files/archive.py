@@ -192,9 +192,12 @@ def read_archive(path: str | os.PathLike) -> Any:
             if isinstance(found, Record) and inert_pickle.is_script(found.name):
                 return _state_dict(found, archive)
             return found
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError) as error:
-        raise Refused(f"a damaged zip archive ({error})") from error
-    except (RuntimeError, MemoryError, OverflowError, struct.error) as error:
+    except Refused:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise Refused(f"a damaged or truncated zip archive ({error})") from error
+    except (ValueError, LookupError, RuntimeError, MemoryError, OverflowError,
+            struct.error) as error:  # fmt: skip
         raise Refused(f"a damaged archive ({type(error).__name__})") from error
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import stat
 import struct
-import zipfile
 from typing import Any
 
 import torch
@@ -57,8 +56,6 @@ def describe(path: str | os.PathLike) -> str:
         return "a tar archive; unpack it first"
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return "a damaged or truncated pickle"
-    if head[:2] == b"PK":
-        return "a damaged or truncated zip archive (an incomplete download?)"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not any(byte < 9 or 13 < byte < 32 for byte in head):
         if text[:1] in (b"{", b"["):
@@ -114,7 +111,7 @@ def read_file(path: str | os.PathLike, what: str = "checkpoint") -> Any:
     try:
         if _looks_like_safetensors(head):
             return _safetensors(name)
-        if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(name):
+        if head[:2] == b"PK":
             return read_archive(name)
         if head[:1] == b"\x80" and _LEGACY in head:
             return _legacy(name)

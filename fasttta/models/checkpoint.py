@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .state_dicts import floating, named_tensors
+from .state_dicts import check_ranks, floating, named_tensors
 
 # What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
 SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
@@ -66,7 +66,7 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict:
     """The arguments of ``CAVMAE`` that shapes determine.
 
     Raises:
-        ValueError: a tensor that decides a size is missing or of the wrong rank.
+        ValueError: a tensor that decides a size is missing, of the wrong rank or empty.
     """
     ranks = {
         "pos_embed_a": 3,
@@ -87,11 +87,7 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict:
             f"this is not a fine-tuned CAV-MAE checkpoint: {', '.join(missing)} missing; "
             f"found {len(state)} keys: {', '.join(list(state)[:4])}, ..."
         )
-    for name, rank in ranks.items():
-        if state[name].ndim != rank:
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)}, needed {rank} dimensions"
-            )
+    check_ranks(state, ranks)
 
     def blocks(prefix: str) -> int:
         found = re.compile(rf"{prefix}\.(\d+)\.")

@@ -11,21 +11,28 @@ from typing import Any
 from torch import Tensor
 
 from ..files import plain_name, read_file
-from .state_dicts import floating, named_tensors, unwrapped
+from .state_dicts import check_ranks, floating, named_tensors, unwrapped
 
 # integers in the published archives beside the weights, BatchNorm's counters, and the causal mask,
 # which some modules keep as a buffer or attribute
 _NOT_WEIGHTS = re.compile(
     r"input_resolution|context_length|vocab_size|.*num_batches_tracked|(.*\.)?attn_mask"
 )
-_TEXT = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight",
-         "logit_scale", "transformer.resblocks.0.attn.in_proj_weight",
-         "transformer.resblocks.0.mlp.c_fc.weight")  # fmt: skip
-_VIT = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj",
-        "visual.transformer.resblocks.0.attn.in_proj_weight",
-        "visual.transformer.resblocks.0.mlp.c_fc.weight")  # fmt: skip
-_RESNET = ("visual.layer1.0.conv1.weight", "visual.layer4.0.conv1.weight",
-           "visual.attnpool.positional_embedding", "visual.attnpool.c_proj.weight")  # fmt: skip
+# what decides sizes, and how many dimensions it has
+_TEXT = {
+    "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2,
+    "ln_final.weight": 1, "logit_scale": 0, "transformer.resblocks.0.attn.in_proj_weight": 2,
+    "transformer.resblocks.0.mlp.c_fc.weight": 2,
+}  # fmt: skip
+_VIT = {
+    "visual.conv1.weight": 4, "visual.positional_embedding": 2, "visual.proj": 2,
+    "visual.transformer.resblocks.0.attn.in_proj_weight": 2,
+    "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
+}  # fmt: skip
+_RESNET = {
+    "visual.layer1.0.conv1.weight": 4, "visual.layer4.0.conv1.weight": 4,
+    "visual.attnpool.positional_embedding": 2, "visual.attnpool.c_proj.weight": 2,
+}  # fmt: skip
 
 
 def read_clip_state(source: str | os.PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +74,7 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     channels, of the last feature map in ResNets.
 
     Raises:
-        ValueError: a tensor that decides a size is missing.
+        ValueError: a tensor that decides a size is missing, of the wrong rank or empty.
     """
     kind = _VIT if "visual.proj" in state else _RESNET
     missing = [name for name in (*_TEXT, *kind) if name not in state]
@@ -77,6 +84,7 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
             f"found {len(state)} keys: {', '.join(list(state)[:4])}, ... A Hugging Face or "
             "open_clip model goes to fasttta.adapt as the module it is"
         )
+    check_ranks(state, {**_TEXT, **kind})
     width = state["ln_final.weight"].shape[0]
     text = {
         "dim": width,

@@ -95,3 +95,13 @@ def floating(state: Mapping[str, Tensor], what: str, *, copy: bool) -> dict[str,
             .contiguous()
             for name, x in state.items()
         }
+
+
+def check_ranks(state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    """Raises ValueError if a tensor that decides sizes has other dimensions, or is empty."""
+    for name, rank in ranks.items():
+        if state[name].ndim != rank or not state[name].numel():
+            needed = f"{rank} dimensions" if rank != 1 else "1 dimension"
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)}, needed {needed}, none of them 0"
+            )
