@@ -109,14 +109,15 @@ def read_file(path: str | os.PathLike, what: str = "checkpoint") -> Any:
     with open(name, "rb") as file:
         head = file.read(64)
     try:
-        if _looks_like_safetensors(head):
-            return _safetensors(name)
-        if head[:2] == b"PK":
-            return read_archive(name)
-        if head[:1] == b"\x80" and _LEGACY in head:
-            return _legacy(name)
-        if head[:1] == b"\x80" and head[1:2] <= b"\x05":
-            return _plain_pickle(name)
+        with torch.inference_mode(False):
+            if _looks_like_safetensors(head):
+                return _safetensors(name)
+            if head[:2] == b"PK":
+                return read_archive(name)
+            if head[:1] == b"\x80" and _LEGACY in head:
+                return _legacy(name)
+            if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+                return _plain_pickle(name)
     except Refused as error:
         raise ValueError(
             f"{name!r} is damaged, truncated or not a plain checkpoint of tensors, and was not "
@@ -175,7 +176,7 @@ def _plain_pickle(name: str) -> Any:
         storage = _legacy(io.BytesIO(stored))
         if not isinstance(storage, torch.storage.TypedStorage):
             raise Refused("a storage that is none")
-        memory = torch.empty(0, dtype=storage.dtype)
+        memory = torch.empty(0, dtype=storage.dtype, device="cpu")
         return Storage(memory.set_(storage._untyped_storage, 0, (storage._size(),), (1,)))
 
     return inert_pickle.load(data, nested=nested)

@@ -96,7 +96,7 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if kind is _VIT:
         patch = state["visual.conv1.weight"]
-        vision = {
+        vision: dict[str, Any] = {
             "resolution": patch.shape[-1] * _side(state["visual.positional_embedding"]),
             "patch": patch.shape[-1],
             "dim": patch.shape[0],
