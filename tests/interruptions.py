@@ -12,11 +12,16 @@ import fasttta
 PACKAGE = str(Path(fasttta.__file__).parent)
 
 
-def run(action: Callable[[], object], at: frozenset[int] | set[int] = frozenset()) -> int:
+def run(
+    action: Callable[[], object],
+    at: frozenset[int] | set[int] = frozenset(),
+    files: tuple[str, ...] = ("",),
+) -> int:
     """Runs an action, raises KeyboardInterrupt just before the lines of fasttta with these numbers
     (counted from 1 as they run), and returns how many lines ran.
 
-    The interrupt may be caught, and another one hit the code that catches it.
+    Args:
+        files: only lines of files with these ends of their names.
     """
     count = 0
 
@@ -29,7 +34,8 @@ def run(action: Callable[[], object], at: frozenset[int] | set[int] = frozenset(
         return lines
 
     def calls(frame, event, argument):
-        return lines if frame.f_code.co_filename.startswith(PACKAGE) else None
+        name = frame.f_code.co_filename
+        return lines if name.startswith(PACKAGE) and name.endswith(files) else None
 
     before = sys.gettrace()
     sys.settrace(calls)
