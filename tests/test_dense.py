@@ -130,6 +130,7 @@ def _calls(adapted):
     return {
         "call": adapted, "step": adapted.step, "predict": adapted.predict,
         "stream": lambda *inputs: list(adapted.stream([inputs])),
+        "ahead": lambda *inputs: list(adapted.stream([inputs], encode_batch=8)),
     }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..ops.dense import dense
+
 T = TypeVar("T")
 
 # iterator's address -> the reader that has batches of it; closed ones hold what was not stepped on
@@ -114,7 +116,11 @@ class Reader:
 
 def copied(x: Any) -> Any:
     """A tensor's values, whatever is written to it from now on; other things as they are."""
-    if not isinstance(x, Tensor) or x.layout != torch.strided:
+    if not isinstance(x, Tensor):
+        return x
+    try:
+        x = dense("input", x)
+    except TypeError:  # which the check of the whole batch says by its name
         return x
     with torch.inference_mode(False):
         return x.detach().clone()
