@@ -326,7 +326,7 @@ class Adapted(Stateful):
             if self._in_source or not (encode_batch or kept):
                 return group, [None] * len(group)
             try:
-                return group, self._encode(group, encode_batch, kept)
+                return group, [*self._encode(group, encode_batch, kept)]
             except Exception:
                 return group, [None] * len(group)  # one of them fails, at its turn
 

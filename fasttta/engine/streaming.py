@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ class Stream(Generic[T]):
         TypeError: the loader yields nothing.
     """
 
-    def __init__(self, results: Iterator[T], loader: Any) -> None:
+    def __init__(self, results: Generator[T], loader: Any) -> None:
         if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
             raise TypeError(f"loader must yield batches, found {loader!r:.80}")
         self._results, self._loader = results, loader

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ def dense(name: str, x: Tensor) -> Tensor:
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             advice = "call .full_tensor()" if kind.__name__ == "DTensor" else "give its values"
             raise _refusal(name, f"a {kind.__name__} ({kind.__module__})", advice)
-        own = kind.__torch_function__.__func__ is not Tensor.__torch_function__.__func__
+        own = _function_of(kind) is not _function_of(Tensor)
         if own and not kind.__module__.startswith(_MARKED):
             raise _refusal(
                 name, f"a {kind.__name__} ({kind.__module__}), whose operations are its own",
@@ -58,6 +60,12 @@ def dense(name: str, x: Tensor) -> Tensor:
     if x.is_complex():
         raise _refusal(name, f"complex ({x.dtype})", "give its real part, .real, or .abs()")
     return x.resolve_neg()
+
+
+def _function_of(kind: type) -> Any:
+    """The function behind a class' ``__torch_function__``, a class method."""
+    method: Any = kind.__torch_function__  # type: ignore[attr-defined]
+    return getattr(method, "__func__", method)
 
 
 def _refusal(name: str, kind: str, advice: str) -> TypeError:
