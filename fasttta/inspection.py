@@ -16,8 +16,11 @@ from .imported_model import imported_model
 from .inspection_clip import describe_clip, table_clip
 from .models import CAVMAE, CLIP
 from .models.clip_checkpoint import is_clip_checkpoint
+from .models.detect import undisturbed
 from .models.spec import ModelSpec
 from .models.specified import SpecifiedModel
+from .models.trees import tensors
+from .models.wrapped import how_to_unwrap
 from .protocols import FusionModel
 
 
@@ -83,15 +86,16 @@ def detect(
     """The ModelSpec of a model that takes inputs of these shapes, found with random ones.
 
     Args:
-        shapes: ``"4x1024x128"``, ``"4x20:int64"`` for token ids (0 or 1).
+        shapes: ``"4x1024x128"``, ``"4x20:int64"`` for token ids, which are drawn from the whole
+            of the largest embedding that the model takes them for.
         logits: a key, or the digits of an index.
 
     Raises:
         TypeError, ValueError: a shape that cannot be read; as ``ModelSpec.detect``.
     """
     where = int(logits) if logits is not None and logits.lstrip("-").isdigit() else logits
-    inputs = [_random(shape) for shape in shapes]
     try:
+        inputs = _in_range(model, [_random(shape) for shape in shapes])
         return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
     except (TypeError, ValueError):
         raise
@@ -100,6 +104,31 @@ def detect(
         raise UserCodeError(
             f"{type(model).__name__} failed on inputs of {', '.join(shapes)}: {reason}"
         ) from error
+
+
+def _in_range(model: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Integer inputs drawn from the largest range that the model runs on with finite results: of
+    ids 0 and 1 only, most tokens would be alike in all samples."""
+    sizes = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    for i, x in enumerate(inputs):
+        if x.is_floating_point() or x.dtype == torch.bool:
+            continue
+        for size in sorted(sizes, reverse=True):
+            wide = torch.randint(0, max(2, size), x.shape).to(x.dtype)
+            tried = [*inputs[:i], wide, *inputs[i + 1 :]]
+            if _runs(model, tried):
+                inputs = tried
+                break
+    return inputs
+
+
+def _runs(model: nn.Module, inputs: list[torch.Tensor]) -> bool:
+    try:
+        with undisturbed(model):
+            output = model(*(x.clone() for x in inputs))
+    except Exception:  # an id out of range, whatever a model makes of it
+        return False
+    return all(torch.isfinite(x).all() for x in tensors(output) if x.is_floating_point())
 
 
 def _random(shape: str) -> torch.Tensor:
@@ -188,6 +217,8 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     if method.group is not None and not slots:
         return {"impossible": f"the model has nothing of the kind it tunes ({method.group})"}
     parameters = {slot.parameter for slot in slots.values()}
+    for name in sorted(parameters - {name for name, _ in fusion.named_parameters()}):
+        return {"impossible": f"{name} cannot be tuned: {how_to_unwrap(fusion, name)}"}
     values = sum(fusion.get_parameter(name).numel() for name in parameters)
     size = 8 if next(fusion.parameters()).dtype == torch.float64 else 4
     return {

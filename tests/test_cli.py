@@ -103,7 +103,7 @@ def test_inspect(capsys, tmp_path):
 def test_inspect_says_what_cannot_run(tiny_model):
     found = inspection.describe(torch.nn.DataParallel(tiny_model()))
     assert found["found_at"] == "module"
-    assert "k=8: needed at most the model's 7 classes" in found["methods"]["abpem"]["impossible"]
+    assert found["methods"]["abpem"]["tuned"] == 468  # its default k gives way to 7 classes
     bare = inspection.describe(tiny_model(depth=(0, 0, 1)))
     assert "encoder_norm" in bare["methods"]["sar"]["impossible"]
     with pytest.raises(ValueError, match="SAR finds nothing to tune in this model"):

@@ -77,7 +77,9 @@ def convert_hugging_face(module: nn.Module) -> CLIP:
         epsilons={name: tower.layer_norm_eps for name, tower in towers.items()},
     )
     end = getattr(config.text_config, "eos_token_id", 2)
-    if end != 2:  # 2: their published models, whose features are at the largest id
+    # 2: CLIP's published models, whose features are at the largest id; MetaCLIP 2 has 2 as well,
+    # and takes the first such token
+    if end != 2 or getattr(config, "model_type", "") == "metaclip_2":
         clip.find_end = functools.partial(_first_of, int(end))  # can be pickled
     return clip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -48,17 +50,20 @@ def detect(
     attentions = {n: m for n, m in model.named_modules() if n and _attends(m)}
     if not attentions:
         raise ValueError(f"{type(model).__name__} has no attention that fasttta knows: {_KINDS}")
-    with _undisturbed(model):
-        base, output = _tokens(model, inputs, attentions)
-        moved = []
-        for i in range(len(inputs)):
-            changed = [x.flip(0) if i == j else x for j, x in enumerate(inputs)]
-            moved.append(_tokens(model, tuple(changed), attentions)[0])
-    seen = {
-        name: [(base[name] != tokens[name]).flatten(2).any(2).any(0) for tokens in moved]
-        for name in base
-        if all(name in tokens and tokens[name].shape == base[name].shape for tokens in moved)
-    }
+    with undisturbed(model):
+        base, output, seen = _owners(model, inputs, attentions, 0)
+        again = _tokens(model, inputs, attentions, 1)[0]
+        odd = [n for n, x in base.items() if n in again and not torch.equal(x, again[n])]
+        if odd:  # something random in evaluation mode: do other draws give the same owners?
+            other = _owners(model, inputs, attentions, 1)[2]
+            for name in odd:
+                pairs = zip(seen.get(name, ()), other.get(name, ()), strict=False)
+                if name in seen and not all(torch.equal(a, b) for a, b in pairs):
+                    raise ValueError(
+                        f"{name} attends over other tokens in each run on equal inputs: the model "
+                        "draws something at random in evaluation mode. Say where its parts are: "
+                        "ModelSpec(fusion=..., spans=...)"
+                    )
     fitting = [name for name, owners in seen.items() if _separate(owners)]
     if len(fitting) != 1:
         found = "; ".join(f"{n}: {_described(owners, names)}" for n, owners in seen.items())
@@ -76,13 +81,86 @@ def detect(
             f"{fusion} does not say how many heads it has; say it: "
             "ModelSpec.detect(model, *inputs, num_heads=...)"
         )
-    return ModelSpec(
+    spec = ModelSpec(
         fusion=fusion,
         spans=spans,
         qkv=children[0] if len(children) == 1 else children or None,
         logits=_find_logits(output, len(inputs[0])) if logits is None else logits,
         num_heads=num_heads,
     )
+    _try_out(model, spec, inputs)
+    unowned = (~torch.stack(seen[fusion]).any(0)).nonzero().flatten().tolist()
+    if unowned:
+        warnings.warn(
+            f"tokens {_ranges(unowned)} of {fusion} changed with no input and are in no span: "
+            "class tokens, or parts of an input that are the same in every sample?",
+            stacklevel=_outside(),
+        )
+    return spec
+
+
+def _outside() -> int:
+    """The number of stack frames, for the caller's warning, up to the one outside fasttta."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fasttta":
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _owners(
+    model: nn.Module, inputs: tuple[Tensor, ...], attentions: dict[str, nn.Module], seed: int
+) -> tuple[dict[str, Tensor], Any, dict[str, list[Tensor]]]:
+    """Tokens of each attention, the output, and which tokens change with each input [T].
+
+    An input is exchanged between the samples, and then drawn anew from its own values: what is the
+    same in all samples (a first token, padding at the end) changes then, too.
+    """
+    base, output = _tokens(model, inputs, attentions, seed)
+    moved: list[dict[str, list[Tensor]]] = []
+    generator = torch.Generator().manual_seed(seed)
+    for i, x in enumerate(inputs):
+        changed = [x.flip(0)]
+        if not torch.equal(x, x.flip(0)):
+            index = torch.randint(x.numel(), x.shape, generator=generator).to(x.device)
+            changed.append(x.flatten()[index])
+        tokens: dict[str, list[Tensor]] = {}
+        for number, new in enumerate(changed):
+            given = tuple(new if i == j else y for j, y in enumerate(inputs))
+            try:
+                found = _tokens(model, given, attentions, seed)[0]
+            except Exception:
+                if number == 0:
+                    raise
+                continue  # values that cannot stand at any place
+            for name, y in found.items():
+                if torch.isfinite(y).all():
+                    tokens.setdefault(name, []).append(y)
+        moved.append(tokens)
+    seen = {
+        name: [
+            torch.stack([(x != y).flatten(2).any(2).any(0) for y in tokens[name]]).any(0)
+            for tokens in moved
+        ]
+        for name, x in base.items()
+        if all(name in t and all(y.shape == x.shape for y in t[name]) for t in moved)
+    }
+    return base, output, seen
+
+
+def _try_out(model: nn.Module, spec: ModelSpec, inputs: tuple[Tensor, ...]) -> None:
+    """Raises ValueError where a proposal is one that methods refuse on such a batch."""
+    from .specified import SpecifiedModel
+
+    with undisturbed(model):
+        specified = SpecifiedModel(model, spec)
+        try:
+            specified.learn(inputs, check=True)
+            specified.fuse_attention(specified.encode(*inputs))
+        except ValueError as error:
+            raise ValueError(
+                f"the first attention over several inputs is {spec.fusion[0]}, with spans "
+                f"{dict(spec.spans)}, but {error}"
+            ) from error
 
 
 def _attends(module: nn.Module) -> bool:
@@ -99,7 +177,7 @@ def _names(model: nn.Module, count: int) -> list[str]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients or fused paths; flags and buffers as before afterwards."""
     training = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -116,9 +194,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _tokens(
-    model: nn.Module, inputs: tuple[Tensor, ...], attentions: dict[str, nn.Module]
+    model: nn.Module, inputs: tuple[Tensor, ...], attentions: dict[str, nn.Module], seed: int
 ) -> tuple[dict[str, Tensor], Any]:
-    """What each attention is first called with, [B, T, D], in the order of calls; the output."""
+    """What each attention is first called with, [B, T, D], in the order of calls; the output.
+    ``seed``: of what the model draws at random, which is then the same in every run."""
     found: dict[str, Tensor] = {}
     batch = len(inputs[0])
 
@@ -137,7 +216,9 @@ def _tokens(
             sequence_first = not getattr(module, "batch_first", True)
             handle = module.register_forward_pre_hook(keep(name, sequence_first), with_kwargs=True)
             hooks.callback(handle.remove)
-        output = model(*(x.clone() for x in inputs))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            output = model(*(x.clone() for x in inputs))
     return found, output
 
 

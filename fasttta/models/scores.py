@@ -26,7 +26,7 @@ def check_scores(last: Projections, seen: Watch, q: Tensor, k: Tensor) -> None:
 
     Args:
         last: the fusion attention.
-        seen: a pass over two samples in float64.
+        seen: a pass over two samples, in float64 to be strict.
         q, k: [2, H, T, d] of that pass.
 
     Raises:
@@ -51,7 +51,8 @@ def check_scores(last: Projections, seen: Watch, q: Tensor, k: Tensor) -> None:
             continue
         same = theirs.numel() == ours.numel()
         error = (theirs.reshape(ours.shape) - ours).abs().max().item() if same else float("inf")
-        if not error <= 1e-6 * max(1.0, ours.abs().max().item()):
+        limit = max(1e-6, 8 * q.shape[-1] * torch.finfo(ours.dtype).eps)
+        if not error <= limit * max(1.0, ours.abs().max().item()):
             raise ValueError(
                 f"the scores that {last.path} computes differ from scale * q·k of its projections "
                 f"({', '.join(last.modules)}; {last.num_heads} heads, scale "

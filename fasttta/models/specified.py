@@ -51,6 +51,7 @@ class SpecifiedModel(nn.Module):
         self.spec = spec
         self.projections: tuple[Projections, ...] = resolve(module, spec)
         self.num_heads = self.projections[-1].num_heads
+        self._refuse_keywords()
         self.compute_dtype: torch.dtype | None = None
         self.outputs: list[Any] | None = None
         self._found = _Found()
@@ -105,6 +106,18 @@ class SpecifiedModel(nn.Module):
             names += [f"input {i}" for i in range(len(names), _ANY)]
             required = max(1, required)
         return tuple(names), required
+
+    def _refuse_keywords(self) -> None:
+        parameters = inspect.signature(self.module.forward).parameters.values()
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        if by_name or not self.input_names:
+            kind = type(self.module).__name__
+            names = ", ".join(by_name) or ", ".join(p.name for p in parameters) or "none"
+            raise ValueError(
+                f"forward of {kind} takes inputs by keyword only ({names}), and an adapted model "
+                "gives them in order; wrap it in a module whose forward takes them so: "
+                "def forward(self, audio, video): return self.model(audio=audio, video=video)"
+            )
 
     def check_inputs(self, *inputs: Tensor) -> None:
         """Raises unless the inputs are tensors with one batch dimension on the model's device."""
