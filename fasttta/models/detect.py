@@ -183,7 +183,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         model.eval()
-        with torch.no_grad(), without_fast_path():
+        with torch.no_grad(), torch.random.fork_rng(), without_fast_path():
             yield
     finally:
         for module, flag in training.items():
