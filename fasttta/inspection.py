@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -218,7 +218,8 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
         return {"impossible": f"the model has nothing of the kind it tunes ({method.group})"}
     parameters = {slot.parameter for slot in slots.values()}
     for name in sorted(parameters - {name for name, _ in fusion.named_parameters()}):
-        return {"impossible": f"{name} cannot be tuned: {how_to_unwrap(fusion, name)}"}
+        how = how_to_unwrap(cast(nn.Module, fusion), name)
+        return {"impossible": f"{name} cannot be tuned: {how}"}
     values = sum(fusion.get_parameter(name).numel() for name in parameters)
     size = 8 if next(fusion.parameters()).dtype == torch.float64 else 4
     return {

@@ -128,9 +128,7 @@ def test_what_every_method_refuses_is_not_proposed(kind, words):
 
 
 def test_tokens_of_no_input_are_reported():
-    with pytest.warns(
-        UserWarning, match=r"tokens 0:1 of .*self_attn changed with no input"
-    ):
+    with pytest.warns(UserWarning, match=r"tokens 0:1 of .*self_attn changed with no input"):
         spec = ModelSpec.detect(build("joint"), *Joint.batch(4))
     assert list(spec.spans.values()) == [(1, 7), (7, 11)]
 

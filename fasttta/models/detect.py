@@ -157,8 +157,9 @@ def _try_out(model: nn.Module, spec: ModelSpec, inputs: tuple[Tensor, ...]) -> N
             specified.learn(inputs, check=True)
             specified.fuse_attention(specified.encode(*inputs))
         except ValueError as error:
+            place = spec.fusion[0] if isinstance(spec.fusion, tuple) else spec.fusion
             raise ValueError(
-                f"the first attention over several inputs is {spec.fusion[0]}, with spans "
+                f"the first attention over several inputs is {place}, with spans "
                 f"{dict(spec.spans)}, but {error}"
             ) from error
 
