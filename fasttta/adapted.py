@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -294,7 +294,7 @@ class Adapted(Stateful):
 
     def _stream(
         self, loader: Iterable, encode_batch: int | None, cache: Any, kept: Any
-    ) -> Iterator[StepResult]:
+    ) -> Generator[StepResult]:
         lane, reader = self._lane(), Reader(loader)
 
         def read(batch: Any) -> tuple[tuple[Tensor, ...], list[str] | None]:

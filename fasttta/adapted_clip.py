@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -335,7 +335,7 @@ def stream_of(adapted: Adapted, loader: Iterable, cache: None) -> Iterator[StepR
     if cache is not None:
         raise ValueError("cache: views are made anew of every image, so no features are kept")
 
-    def steps() -> Iterator[StepResult]:
+    def steps() -> Generator[StepResult]:
         reader = Reader(loader)
         try:
             for item in reader:
