@@ -261,6 +261,9 @@ def attempt() -> Outcome:
     or registers nothing, is built anew once."""
     global _outcome
     asked = mode()
+    # without the lock, which a call that is interrupted here would keep for ever
+    if (outcome := _outcome) is not None:
+        return outcome
     with _threads:
         if _outcome is None:
             try:
