@@ -208,3 +208,27 @@ def test_errors(change, error, message):
     arguments = {"classify": _linear(), "pixels": IMAGES, "labels": LABELS, "steps": 1, **change}
     with pytest.raises(error, match=message):
         pgd(**arguments)
+
+
+def test_a_misclassified_start_goes_before_one_of_larger_loss():
+    clean, labels = torch.full((2, 3, 2, 2), 0.5), torch.tensor([0, 0])
+    right, wrong = (torch.tensor(p).log() for p in ([0.37, 0.33, 0.30], [0.45, 0.55, 1e-6]))
+    assert right[0] < wrong[0]  # the larger loss
+
+    def classify(x):
+        up = (x[:, 0, 0, 0] > 0.5)[:, None]
+        return torch.where(up, wrong, right) + 0 * x.sum((1, 2, 3))[:, None]
+
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"eps": 0.1, "steps": 0, "generator": generator}
+        result = pgd(classify, clean, labels, restarts=12, **options)
+        assert result.success.all()
+        assert (result.pixels[:, 0, 0, 0] > 0.5).all()
+
+
+def test_a_start_is_cut_to_the_ball():
+    clean = torch.full((1, 3, 2, 2), 0.5)
+    start = torch.linspace(-1, 1, 12).view(1, 3, 2, 2)
+    result = pgd(lambda x: x.flatten(1), clean, "pseudo", eps=0.1, steps=0, start=start)
+    assert torch.allclose(result.pixels, clean + start.clamp(-0.1, 0.1))
