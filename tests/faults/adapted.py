@@ -1,0 +1,46 @@
+"""Adapted models: calls, states, single images."""
+
+FAULTS = [
+    (
+        "no-rollback-after-a-failure",
+        "fasttta/adapted.py",
+        ("            self._state.sync()\n            raise"),
+        "            raise",
+        ("test_state.py::test_failure_after_the_update_rolls_back[forward-RuntimeError-tent]"),
+    ),
+    (
+        "head-losses-sum",
+        "fasttta/adapted_head.py",
+        '{name: x.mean() for name, x in stacked("losses").items()}',
+        '{name: x.sum() for name, x in stacked("losses").items()}',
+        "test_rada_models.py::test_several_images_are_as_many_episodes",
+    ),
+    (
+        "head-n-used",
+        "fasttta/adapted_head.py",
+        "torch.stack([part.n_used for part in parts]).sum()",
+        "parts[0].n_used",
+        "test_rada_models.py::test_several_images_are_as_many_episodes",
+    ),
+    (
+        "clip-noise-of-others",
+        "fasttta/adapted_clip.py",
+        "return noise if noise is None or len(noise) == 1 else noise[rows]",
+        "return noise",
+        "test_adapted_clip.py::test_each_image_has_its_noise",
+    ),
+    (
+        "clip-reset-keeps-the-prompt",
+        "fasttta/adapted_clip.py",
+        "self._publish(self._source_prompt)",
+        "pass",
+        "test_adapted_clip.py::test_a_prompt_to_start_from",
+    ),
+    (
+        "clip-source-prompt-adapted",
+        "fasttta/adapted_clip.py",
+        "wanted = self._source_prompt if self._in_source else self._start",
+        "wanted = self._start",
+        "test_adapted_clip.py::test_a_prompt_to_start_from",
+    ),
+]

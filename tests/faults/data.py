@@ -1,0 +1,88 @@
+"""Data: feature caches, audio, frames, attacks."""
+
+FAULTS = [
+    (
+        "sample-key-without-layout",
+        "fasttta/data/feature_keys.py",
+        'f"{len(name)} {name} {layout}"',
+        'f"{len(name)} {name}"',
+        "test_feature_samples.py::test_keys",
+    ),
+    (
+        "shards-nan-kept",
+        "fasttta/data/feature_shards.py",
+        "            if usable:\n",
+        "            if True:\n",
+        "test_feature_cache.py::test_non_finite_features_are_not_kept",
+    ),
+    (
+        "shards-crc",
+        "fasttta/data/feature_shards.py",
+        "if zlib.crc32(into[i]) != row.crc:",
+        "if False:",
+        "test_feature_shards.py::test_damaged_shards_are_noticed_and_rebuilt",
+    ),
+    (
+        "cache-rows-misplaced",
+        "fasttta/data/feature_cache.py",
+        "rows[missing] = fresh.cpu()",
+        "rows[: len(missing)] = fresh.cpu()",
+        "test_feature_cache.py::test_any_order_and_partial_hits",
+    ),
+    (
+        "cache-rounded-in-the-run",
+        "fasttta/data/feature_cache.py",
+        "return fresh if dtype == fresh.dtype else stored.to(fresh)",
+        "return fresh",
+        "test_feature_cache.py::test_bf16_rounds_alike_in_every_run",
+    ),
+    (
+        "pgd-pseudo",
+        "fasttta/data/attack.py",
+        'label_source="pseudo" if isinstance(labels, str) else "true"',
+        'label_source="true"',
+        "test_attack.py::test_pseudo_label",
+    ),
+    (
+        "cache-key-without-precision",
+        "fasttta/data/feature_keys.py",
+        "(FORMAT, __version__, precision, dtype, model)",
+        "(FORMAT, __version__, dtype, model)",
+        "test_feature_keys.py::test_precision_and_storage_are_part_of_a_key",
+    ),
+    (
+        "cache-key-without-dtype",
+        "fasttta/data/feature_keys.py",
+        "(FORMAT, __version__, precision, dtype, model)",
+        "(FORMAT, __version__, precision, model)",
+        "test_feature_keys.py::test_precision_and_storage_are_part_of_a_key",
+    ),
+    (
+        "cache-key-without-buffers",
+        "fasttta/data/feature_keys.py",
+        "(*module._parameters.items(), *module._buffers.items())",
+        "module._parameters.items()",
+        "test_feature_keys.py::test_every_weight_and_buffer_counts",
+    ),
+    (
+        "pgd-restarts-loss",
+        "fasttta/data/attack.py",
+        "better = torch.where(wrong == best[3], loss > best[2], wrong)",
+        "better = loss > best[2]",
+        "test_attack.py::test_a_misclassified_start_goes_before_one_of_larger_loss",
+    ),
+    (
+        "pgd-start-outside",
+        "fasttta/data/attack.py",
+        "noise.clamp(-eps, eps)",
+        "noise",
+        "test_attack.py::test_a_start_is_cut_to_the_ball",
+    ),
+    (
+        "named-cache-key-without-precision",
+        "fasttta/data/feature_keys.py",
+        'precision, dtype, "named", name)',
+        'dtype, "named", name)',
+        "test_feature_keys.py::test_named_model",
+    ),
+]

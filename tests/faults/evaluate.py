@@ -1,0 +1,91 @@
+"""Statistics, evaluation and the command line."""
+
+FAULTS = [
+    (
+        "stats-variance-of-means",
+        "fasttta/collect.py",
+        "moments.std.square().diagonal",
+        "moments.std.diagonal",
+        "test_source_stats.py::test_collect_and_anchor[mean]",
+    ),
+    (
+        "stats-biased",
+        "fasttta/collect.py",
+        "(self.squares / (self.n - 1)).sqrt()",
+        "(self.squares / self.n).sqrt()",
+        "test_source_stats.py::test_features",
+    ),
+    (
+        "stats-merged",
+        "fasttta/collect.py",
+        "step.square() * (self.n * len(x) / total)",
+        "0",
+        "test_source_stats.py::test_features",
+    ),
+    (
+        "cli-seeds-up-to-2-63",
+        "fasttta/cli.py",
+        "if not 0 <= seed < 2**63]",
+        "if not 0 <= seed <= 2**70]",
+        "test_cli.py::test_values_of_options",
+    ),
+    (
+        "cli-no-heads",
+        "fasttta/cli.py",
+        "if number < 1:",
+        "if number < 0:",
+        (
+            "test_cli.py::test_values_of_options[arguments7-argument --num-heads: 0: needed "
+            "at least 1]"
+        ),
+    ),
+    (
+        "console-interrupt",
+        "fasttta/console.py",
+        "BROKEN_PIPE, INTERRUPTED = 141, 130",
+        "BROKEN_PIPE, INTERRUPTED = 130, 141",
+        "test_cli.py::test_no_error_ends_in_a_traceback[error6-130-]",
+    ),
+    (
+        "evaluate-spread",
+        "fasttta/evaluate/stream.py",
+        "statistics.stdev(scores)",
+        "statistics.pstdev(scores)",
+        "test_measure_stream.py::test_over_seeds",
+    ),
+    (
+        "evaluate-mean-of-batches",
+        "fasttta/evaluate/stream.py",
+        'samples = sum(series["samples"])',
+        'samples = len(series["samples"]) * series["samples"][0]',
+        "test_measure_stream.py::test_every_sample_is_counted[source]",
+    ),
+    (
+        "evaluate-after",
+        "fasttta/evaluate/stream.py",
+        'series["hits_after"].append(_hits(after, labels))',
+        'series["hits_after"].append(_hits(result.logits_before, labels))',
+        "test_measure_stream.py::test_every_sample_is_counted[read]",
+    ),
+    (
+        "evaluate-predicted",
+        "fasttta/evaluate/stream.py",
+        "_counts(result.logits.argmax(dim=1), classes)",
+        "_counts(result.logits_before.argmax(dim=1), classes)",
+        "test_measure_stream.py::test_every_sample_is_counted[read]",
+    ),
+    (
+        "stats-n",
+        "fasttta/collect.py",
+        "        n=seen,\n",
+        "        n=n,\n",
+        "test_source_stats.py::test_fewer_samples_than_wanted",
+    ),
+    (
+        "fisher-per-sample",
+        "fasttta/collect.py",
+        "total / batches for",
+        "total / n for",
+        "test_eata_sar.py::test_collect_fisher",
+    ),
+]

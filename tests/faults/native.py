@@ -1,0 +1,61 @@
+"""Kernels in Triton and in C++."""
+
+FAULTS = [
+    (
+        "triton-columns-beyond-the-block",
+        "kernels/attention_bootstrap.py",
+        "b_w = tl.where(m_n[None, :], a + b * (b_a - mean / c), 0.0)",
+        "b_w = a + b * (b_a - mean / c)",
+        "test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+    ),
+    (
+        "triton-diagonal-not-excluded",
+        "kernels/score_blocks.py",
+        "tl.where((i_b < M * M) & (i != j), kl, 0.0)",
+        "tl.where(i_b < M * M, kl, 0.0)",
+        "test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+    ),
+    (
+        "triton-pair-query-for-key",
+        "kernels/score_blocks.py",
+        (
+            "    s = i if PAIR_QUERY else j\n"
+            "    if p_anchor_mean is not None:\n"
+            "        mean_s = tl.load(p_anchor_mean + s, mask"
+        ),
+        (
+            "    s = j if PAIR_QUERY else i\n"
+            "    if p_anchor_mean is not None:\n"
+            "        mean_s = tl.load(p_anchor_mean + s, mask"
+        ),
+        "test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+    ),
+    (
+        "triton-gradient-without-weight",
+        "kernels/score_blocks.py",
+        ("grad_std = tl.where(upstream != 0, upstream * (std / variance_s - 1.0 / std), 0.0)"),
+        "grad_std = upstream * (std / variance_s - 1.0 / std)",
+        "test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+    ),
+    (
+        "triton-gradient-of-no-spread",
+        "kernels/score_blocks.py",
+        "beta = tl.where(std > 0, grad_std * tl.abs(c) / (count - 1.0), 0.0)",
+        "beta = grad_std * tl.abs(c) / (count - 1.0)",
+        "test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+    ),
+    (
+        "triton-top-k-ties",
+        "kernels/adaptation_head.py",
+        "tl.cumsum(tied.to(tl.int32), axis=0) <= left",
+        "tl.cumsum(tied.to(tl.int32), axis=0) < left",
+        "test_kernels_logits.py::test_head[in-one-piece-(2, 309)-random]",
+    ),
+    (
+        "c++-quick-gelu",
+        "csrc/quick_gelu.cpp",
+        "s + A(1.702) * from[i] * s * (1 - s)",
+        "s + A(1.702) * from[i] * s",
+        "test_activation.py",
+    ),
+]

@@ -1,0 +1,70 @@
+"""Views of images."""
+
+FAULTS = [
+    (
+        "chains-solarize",
+        "fasttta/views/chains.py",
+        "thresholds = 256 - (25.6 * level[chosen]).long()",
+        "thresholds = 255 - (25.6 * level[chosen]).long()",
+        "test_views.py::test_reference_is_pillow_from_end_to_end",
+    ),
+    (
+        "chains-translate",
+        "fasttta/views/chains.py",
+        "int(size / 30 * level)",
+        "int(224 / 30 * level)",
+        "test_views.py::test_reference_is_pillow_from_end_to_end",
+    ),
+    (
+        "draw-corner",
+        "fasttta/views/draw.py",
+        "int(u_top * (height - h + 1))",
+        "int(u_top * (height - h))",
+        "test_views.py::test_distributions",
+    ),
+    (
+        "draw-flip",
+        "fasttta/views/draw.py",
+        "u_flip < 0.5",
+        "u_flip < 0.4",
+        "test_views.py::test_distributions",
+    ),
+    (
+        "draw-area",
+        "fasttta/views/draw.py",
+        "area: tuple[float, float] = (0.08, 1.0)",
+        "area: tuple[float, float] = (0.2, 1.0)",
+        "test_views.py::test_distributions",
+    ),
+    (
+        "draw-level",
+        "fasttta/views/draw.py",
+        "level=0.1 + 0.9 * steps[:, 1]",
+        "level=steps[:, 1]",
+        "test_views.py::test_distributions",
+    ),
+    (
+        "draw-depth",
+        "fasttta/views/draw.py",
+        "depth=1 + (depths * DEPTH).long()",
+        "depth=(depths * DEPTH).long()",
+        "test_views.py::test_distributions",
+    ),
+    (
+        "make-anchor-weight",
+        "fasttta/views/make.py",
+        "draws.weight.new_ones(1)",
+        "draws.weight.new_zeros(1)",
+        "test_views.py::test_views[shape0-False-crop]",
+    ),
+    (
+        "regions-ties",
+        "fasttta/views/regions.py",
+        "descending=True, stable=True).indices",
+        (
+            "descending=True, stable=True).indices if False else maps.flip(1).sort(dim=1, "
+            "descending=True, stable=True).indices.neg().add(maps.shape[1] - 1)"
+        ),
+        "test_views_regions.py::test_masks_of_the_paper",
+    ),
+]
