@@ -86,8 +86,10 @@ def test_saved_with_the_state(tiny_model, tiny_batch, tmp_path):
     for batch in batches[:5]:
         adapted.step(*batch)
     adapted.save(tmp_path)
+    assert any(name.startswith("guard.") for name in snapshot(adapted))
     loaded = fasttta.load(tiny_model(), tmp_path)
     twin = copy.deepcopy(loaded)
+    assert differing(adapted, loaded) == differing(adapted, twin) == []
     for batch in batches[5:]:
         expected = adapted.step(*batch)
         assert same(loaded.step(*batch), expected)
