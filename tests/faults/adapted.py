@@ -43,4 +43,47 @@ FAULTS = [
         "wanted = self._start",
         "test_adapted_clip.py::test_a_prompt_to_start_from",
     ),
+    (
+        "guard-does-not-reset",
+        "fasttta/adapted.py",
+        ("                self._state.reset()\n            else:"),
+        ("                self._state.commit({})\n            else:"),
+        "test_guard.py::test_begins_anew[tent]",
+    ),
+    (
+        "source-block-is-adapted",
+        "fasttta/adapted.py",
+        "value = self._step.method.unadapted(self._state.source[name])",
+        "value = self._state.leaves[name].detach()",
+        "test_state.py::test_source_block[read]",
+    ),
+    (
+        "guard-not-undone",
+        "fasttta/adapted.py",
+        "                result = self._step(inputs, **given)\n",
+        (
+            "                result = self._step(inputs, **given)\n"
+            "                self._state.commit(values)\n"
+            "                self._state.begin()\n"
+        ),
+        "test_guard.py::test_a_step_that_reports_nothing_of_the_name_is_undone[abpem]",
+    ),
+    (
+        "head-without-restore",
+        "fasttta/adapted.py",
+        "                results.append(result)\n",
+        (
+            "                results.append(result)\n"
+            "                self._state.commit(values)\n"
+            "                self._state.begin()\n"
+        ),
+        "test_rada_models.py::test_a_refused_image_undoes_those_before_it[image]",
+    ),
+    (
+        "model-verified-whatever-it-says",
+        "fasttta/adapted.py",
+        "verified = self._known.verify(prepared)",
+        "verified = True",
+        "test_families.py::test_a_patched_module_is_noticed",
+    ),
 ]

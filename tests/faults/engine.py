@@ -231,4 +231,69 @@ FAULTS = [
         "if plan is not self.current:",
         "test_graph.py::test_a_state_is_apart_from_the_buffers[abpem]",
     ),
+    (
+        "shift-biased-std",
+        "fasttta/engine/shift.py",
+        "statistics.stdev(self.values)",
+        "statistics.pstdev(self.values)",
+        "test_shift.py::test_official_sequence",
+    ),
+    (
+        "update-on-no-sample",
+        "fasttta/engine/step.py",
+        "if not finite or not apply:",
+        "if not finite:",
+        "test_eata_sar.py::test_eata_selects",
+    ),
+    (
+        "restored-without-the-guard",
+        "fasttta/engine/restore.py",
+        "            guard=guard,\n",
+        "            guard={},\n",
+        "test_guard.py::test_saved_with_the_state",
+    ),
+    (
+        "inputs-finite-unchecked",
+        "fasttta/engine/inputs.py",
+        "if check_finite and not",
+        "if False and not",
+        "test_bad_input.py::test_a_bad_batch_changes_nothing[read]",
+    ),
+    (
+        "autocast-stays",
+        "fasttta/engine/precision.py",
+        "        torch.autocast(device.type, enabled=False),\n",
+        "",
+        "test_numerics.py::test_autocast_makes_no_difference",
+    ),
+    (
+        "record-moved-before-the-tensors",
+        "fasttta/engine/folder.py",
+        (
+            "        os.replace(parts[0], folder / name)\n"
+            "        _flush(folder)\n"
+            "        _write(parts[1], text.encode())\n"
+            "        os.replace(parts[1], folder / RECORD)\n"
+        ),
+        (
+            "        _write(parts[1], text.encode())\n"
+            "        os.replace(parts[1], folder / RECORD)\n"
+            "        os.replace(parts[0], folder / name)\n"
+        ),
+        "test_state.py::test_interrupted_save_keeps_the_earlier_one",
+    ),
+    (
+        "checksum-of-tensors-unchecked",
+        "fasttta/engine/folder.py",
+        ('if record["format"] != 1 and records.tensors_digest(tensors) != record["sha256"]:'),
+        "if False:",
+        "test_state.py::test_damaged_saves",
+    ),
+    (
+        "update-on-a-bad-batch-on-the-device",
+        "fasttta/engine/step.py",
+        "(1 - finite * apply)",
+        "(1 - apply * torch.ones_like(finite))",
+        "test_numerics.py::test_device_side_skip[read]",
+    ),
 ]

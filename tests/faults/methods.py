@@ -301,4 +301,18 @@ FAULTS = [
         "itertools.combinations(unit, 2)",
         "test_brimpr.py::test_against_the_plain_path[5-kept0-depth0]",
     ),
+    (
+        "brimpr-biased-std",
+        "fasttta/methods/realignment.py",
+        "features.std(dim=0)",
+        "features.std(dim=0, correction=0)",
+        "test_brimpr.py::test_against_the_plain_path[5-kept0-depth0]",
+    ),
+    (
+        "queue-order",
+        "fasttta/methods/window.py",
+        "for n in (*numbers[-2:-1], *numbers[:-2], numbers[-1])",
+        "for n in (*numbers[:-2], *numbers[-2:-1], numbers[-1])",
+        "test_ahead.py::test_one_pass_fewer_and_the_same_bits",
+    ),
 ]
