@@ -9,31 +9,31 @@ FAULTS = [
     (
         "a step that fails is not undone", STATE,
         "        self.sync()\n        self._live = None\n", "        self.sync()\n",
-        "test_state.py::test_failure_after_the_update_rolls_back",
+        "test_state.py::test_failure_after_the_update_rolls_back[forward-RuntimeError-read]",
     ),
     (
         "a step leaves the state where it was", STATE,
         "        self.current = snapshot\n        self._live = snapshot\n",
         "        self._live = snapshot\n",
-        "test_state.py::test_reset_is_bitwise",
+        "test_state.py::test_reset_is_bitwise[read]",
     ),
     (
         "the guard's values are not those of the step", STATE,
         "snapshot = self._captured(guard, written)",
         "snapshot = self._captured(self.current.guard, written)",
-        "test_guard.py::test_begins_anew",
+        "test_guard.py::test_begins_anew[read]",
     ),
     (
         "a cleanup that is interrupted is left", TURN,
         "    finally:\n        cleanup()\n\n\nclass Turn",
         "    finally:\n        pass\n\n\nclass Turn",
-        "test_interruptions.py::test_every_line_that_puts_the_state",
+        "test_interruptions.py::test_every_line_that_puts_the_state[source-files1]",
     ),
     (
         "no lock", TURN,
         "        with self._turn():\n            return method(self, *args, **kwargs)",
         "        return method(self, *args, **kwargs)",
-        "test_threads.py::test_no_step_is_lost", "test_threads.py::test_everything_at_once",
+        "test_threads.py::test_no_step_is_lost[read]", "test_threads.py::test_everything_at_once",
     ),
     (
         "a captured step goes on from buffers of no state", GRAPH,
@@ -96,7 +96,7 @@ FAULTS = [
     (
         "a checkpoint of another object is taken", STATEFUL,
         "if handle._owner is not self._owner:", "if False:",
-        "test_state_dict.py::test_checkpoint_and_rollback",
+        "test_state_dict.py::test_checkpoint_and_rollback[read]",
     ),
     (
         "a state_dict of other settings is taken", STATEFUL,
