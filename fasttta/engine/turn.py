@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
+import torch
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -59,10 +61,14 @@ class Turn:
 
 
 def exclusive(method: F) -> F:
-    """A method of an object with a ``_turn``, for one thread at a time."""
+    """A method of an object with a ``_turn``, for one thread at a time. Under ``torch.compile`` it
+    runs as it is: traced, a step's own backward pass would be lost, and every check of a value
+    would warn."""
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(alone)(self, *args, **kwargs)
         with self._turn():
             return method(self, *args, **kwargs)
 
