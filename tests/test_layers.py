@@ -26,6 +26,7 @@ LEVELS = (
     ("models", "methods"),
     ("engine",),
     ("families_dual",),
+    ("families_check", "families_weights", "families_wrapped"),
     ("families", "families_clip", "classes", "episodes"),
     ("collect", "finetuning"),
     ("inspection_clip", "imported_model"),
