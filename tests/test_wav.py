@@ -92,7 +92,8 @@ def test_fewer_bits_than_places(tmp_path):
 
 PLACES = {
     "ffmpeg": (0xFFFFFFFF, 0xFFFFFFFF), "sox": (0x7FFFF000, 0x7FFFF024), "zeros": (0, 0),
-    "no size": (0, 36), "another": (0xFFFFFFFF - 36, 0xFFFFFFFF), "too large": (4000, 0),
+    "no size": (0, 36), "no size of the samples": (0xFFFFFFFF, 5000),
+    "another": (0xFFFFFFFF - 36, 0xFFFFFFFF), "too large": (4000, 0),
 }  # fmt: skip
 
 
