@@ -137,7 +137,7 @@ def adapt(
         verify_model: whether the wrapped model is still what it was, asked at every call; an error
             names what changed. ``"first"``: by what PyTorch counts (versions, storages,
             identities of tensors, hooks, classes): sees ``load_state_dict``, optimiser steps,
-            replaced tensors and layers, in about 0.2 ms, not writes through ``.data`` or numpy.
+            replaced tensors and layers, in about 0.3 ms, not writes through ``.data`` or numpy.
             ``"always"``: also reads all weights and buffers, exactly. ``"never"``: not at all.
             (Moving it to another device or type, ``train()`` and ``eval()`` change nothing.)
         preset: name of published settings of the method, ``methods.ABPEM.preset(name)``; options
