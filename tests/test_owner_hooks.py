@@ -258,6 +258,8 @@ class Recording(Three):
         self.features, self.once = {}, None
         if how == "method":
             self.audio_encoder.register_forward_hook(self.record)
+        elif how == "inside":  # of a module whose result could be kept without calling this one
+            self.audio_encoder.inner.register_forward_hook(self.record)
         elif how == "closure":
 
             def keep(_module, _inputs, output):
@@ -277,7 +279,7 @@ class Recording(Three):
         return pooled, logits + self.extra(recorded.mean(1))
 
 
-@pytest.mark.parametrize("how", ["method", "closure", "attribute"])
+@pytest.mark.parametrize("how", ["method", "inside", "closure", "attribute"])
 @pytest.mark.parametrize("used", [False, True])
 def test_hooks_of_the_model_itself(how, used):
     """Recorded by the model for its own forward; an earlier batch left a stale record."""
