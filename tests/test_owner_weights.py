@@ -165,7 +165,7 @@ def test_several_devices(monkeypatch):
 
 def test_scripted_parts():
     model = build("joint")
-    with pytest.warns(DeprecationWarning, match="script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):
         model.head = torch.jit.script(model.head)
     with pytest.raises(ValueError, match="head is a TorchScript module"):
         fasttta.adapt(model, "tent", spec=Joint.spec)
