@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import os
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ class Checkpoint:
         return "<state of an adapted model, for its rollback>"
 
 
-class Stateful(nn.Module):
+class Stateful(nn.Module, abc.ABC):
     """State of a model that adapts. Subclasses hold it as one immutable object.
 
     Attributes:
@@ -53,45 +54,42 @@ class Stateful(nn.Module):
         self._turn = Turn()
         self._owner = object()  # of checkpoints; a copy has its own
 
-    # ------------------------------------------------------------------ of subclasses
-
+    @abc.abstractmethod
     def _state_now(self) -> Any:
         """The state, immutable."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _publish(self, state: Any) -> None:
         """Makes what ``_state_now`` or ``_state_of`` returned the state."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         """A state from a record and tensors, everything checked; changes nothing.
 
         Raises:
             ValueError: it is another model's, or damaged.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _saved(self) -> dict[str, Tensor]:
         """The state's tensors by name: copies on the CPU."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _base(self) -> dict[str, Any]:
         """Fingerprint of the model that the state is of."""
-        raise NotImplementedError
 
     def _guard_record(self) -> dict[str, Any] | None:
         return None
 
     @property
+    @abc.abstractmethod
     def tuned(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Copies of what is adapted, by name."""
 
     @property
     def device(self) -> torch.device:
         """Where the model runs, and takes its inputs."""
         return next(self._hidden[1].parameters()).device
-
-    # ------------------------------------------------------------------ parameters
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -111,8 +109,6 @@ class Stateful(nn.Module):
             f"tuned: {count:,} of {total:,} values ({100 * count / max(total, 1):.4g} %) in "
             f"{len(tuned)} tensors, by {self.method!r}"
         )
-
-    # ------------------------------------------------------------------ in memory
 
     @exclusive
     def checkpoint(self) -> Checkpoint:
@@ -136,8 +132,6 @@ class Stateful(nn.Module):
                 "load_state_dict()"
             )
         self._publish(handle._state)
-
-    # ------------------------------------------------------------------ state_dict
 
     def _record(self) -> dict[str, Any]:
         cls, guard = type(self.options), self._guard_record()
@@ -188,8 +182,6 @@ class Stateful(nn.Module):
                     f"{name}: it was saved with {theirs!r:.80}, this one has {ours!r:.80}; make it "
                     "with the same settings, or read a save of it with fasttta.load"
                 )
-
-    # ------------------------------------------------------------------ files
 
     @exclusive
     def save(self, folder: str | os.PathLike[str]) -> None:
