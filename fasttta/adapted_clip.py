@@ -70,7 +70,7 @@ class AdaptedCLIP(Adapted):
                 classes, getattr(method, "prompt", "a photo of a"), known.clip.context_length,
                 resources.get("tokenizer"),
             )  # fmt: skip
-            if len(ids) < 2 and method.name not in ("source", "mta"):
+            if len(ids) < 2 and method.group is not None:
                 raise ValueError(
                     f"{method.name!r} learns from the distribution over classes, and of one class "
                     "it is 1 whatever the image: needed at least 2 classes"
@@ -163,7 +163,7 @@ class AdaptedCLIP(Adapted):
     def _ready(self) -> None:
         """Sets the prompts to the state, where they are not there; is the model what it was?"""
         if (changed := self._watch.check()) is not None:
-            self._known.compare_again()
+            self._recognised.compare_again()
             self._verified, self._changed = False, changed
         wanted = self._source_prompt if self._in_source else self._start
         if self._at is not wanted:

@@ -241,13 +241,14 @@ def test_at_least_one_view_is_selected(model):
 
 
 def test_one_class(model, method):
+    if method in TUNING:
+        with pytest.raises(ValueError, match="needed at least 2 classes"):
+            fasttta.adapt(model, method, classes=tiny_ids(1), **METHODS[method])
+        return
     adapted = fasttta.adapt(model, method, classes=tiny_ids(1), **METHODS[method])
     result = adapted.step(image(0))
     assert result.logits.shape == (1, 1)
     assert result.logits.isfinite().all()
-    if method in TUNING:
-        assert result.losses["entropy"].item() == pytest.approx(0, abs=1e-6)
-        assert result.stats["prompt"].isfinite().all()
 
 
 def test_one_view(model, method):
