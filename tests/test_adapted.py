@@ -397,13 +397,6 @@ def test_single_sample(tiny_model, tiny_batch):
     fasttta.adapt(tiny_model(), "abpem", k=3, balance_weight=0.0).step(*tiny_batch(1))
 
 
-def test_several_fusion_blocks(tiny_model, tiny_batch):
-    adapted = fasttta.adapt(tiny_model(depth=(1, 1, 2)), "abpem", k=3)
-    result = adapted.step(*tiny_batch(), trace=True)
-    assert len(adapted.tuned) == 12
-    assert all(g.abs().sum() > 0 for n, g in result.grads.items() if "v." in n)
-
-
 @pytest.mark.parametrize("encode_batch", [None, 3, 100])
 def test_what_came_before_a_failure_is_adapted_on(tiny_model, tiny_batch, encode_batch):
     def loader():
@@ -428,10 +421,13 @@ def test_what_came_before_a_failure_is_adapted_on(tiny_model, tiny_batch, encode
 def test_the_users_hooks_stay_with_the_user(tiny_model, tiny_batch):
     model, calls = tiny_model(), []
     model.mlp_head.register_forward_hook(lambda *_: calls.append(1))
-    fasttta.adapt(model, "read").step(*tiny_batch())
-    assert calls == []
-    model(*tiny_batch())
+    adapted = fasttta.adapt(model, "read")
+    adapted.step(*tiny_batch())
+    assert calls == [1]  # the comparison with the user's own forward, on the first batch only
+    adapted.step(*tiny_batch())
     assert calls == [1]
+    model(*tiny_batch())
+    assert calls == [1, 1]
 
 
 def test_warnings_point_at_the_caller(tiny_model, tiny_batch):

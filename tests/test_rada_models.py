@@ -172,7 +172,8 @@ def test_a_refused_image_undoes_those_before_it(clip, monkeypatch, where):
         def dies(self, *inputs, **options):
             calls.append(inputs)
             if len(calls) == 2:
-                assert differing(before, adapted) != []
+                running = adapted._state._written()  # the state follows when the step is done
+                assert any(not torch.equal(before[name], x) for name, x in running.items())
                 raise KeyboardInterrupt
             return run(self, *inputs, **options)
 
