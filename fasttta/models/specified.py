@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ..protocols import Slot
 from ..trace import span
@@ -192,7 +193,9 @@ class SpecifiedModel(nn.Module):
         if self.compute_dtype is not None:
             # without its cache, which would outlive the update of a tuned weight
             cast = torch.autocast(device, dtype=self.compute_dtype, cache_enabled=False)
-        with without_fast_path(), cast:
+        # a checkpoint around kept results computes them anew in the backward: more tensors than the
+        # forward saved, which is noticed only where it does not stop at their number
+        with without_fast_path(), cast, set_checkpoint_early_stop(False):
             yield
 
     def learn(self, inputs: tuple[Tensor, ...], check: bool = False) -> Any:
