@@ -139,7 +139,8 @@ def adapt(
             identities of tensors, hooks, classes): sees ``load_state_dict``, optimiser steps,
             replaced tensors and layers, in about 0.3 ms, not writes through ``.data`` or numpy.
             ``"always"``: also reads all weights and buffers, exactly. ``"never"``: not at all.
-            (Moving it to another device or type, ``train()`` and ``eval()`` change nothing.)
+            (Moving it to another device or type, loading the same weights again, ``train()`` and
+            ``eval()`` change nothing.)
         preset: name of published settings of the method, ``methods.ABPEM.preset(name)``; options
             that are given besides count in place of the preset's.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.

@@ -16,6 +16,7 @@ from test_families import _user_module
 from torch import nn
 
 import fasttta
+from fasttta.engine import model_watch
 
 
 def made(name, tiny_model, method="read", **options):
@@ -310,3 +311,62 @@ def test_official_modules_may_run(golden, golden_model, flavour):
         module.blocks_u[0].attn.qkv.weight.mul_(1.5)
     with pytest.raises(ValueError, match="blocks_u.0.attn.qkv.weight of the wrapped model changed"):
         adapted.step(*batch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["first", "always"])
+def test_the_same_weights_again(name, mode, tiny_model):
+    """Values that are written over with themselves: a checkpoint that is loaded twice, the
+    broadcast of DistributedDataParallel."""
+    _, model, call = made(name, tiny_model, verify_model=mode)
+    _, _, plain = made(name, tiny_model)
+    assert same(call(), plain())
+    state = copy.deepcopy(model.state_dict())
+    versions = [x._version for x in model.parameters()]
+    model.load_state_dict(state)
+    assert all(x._version > v for x, v in zip(model.parameters(), versions, strict=True))
+    assert same(call(), plain())
+    with torch.no_grad():
+        last(model)[1].view(-1)[-1] += 1
+    with pytest.raises(ValueError, match=last(model)[0]):
+        call()
+
+
+class Lazy(nn.Module):
+    """Registers a buffer when it first runs, as caches of position codes do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = build("three")
+
+    def forward(self, *inputs):
+        if not hasattr(self, "table"):
+            self.register_buffer("table", torch.ones(()), persistent=False)
+        return self.inner(*inputs)[1] * self.table
+
+
+def test_buffers_that_a_forward_registers():
+    model, batch = Lazy().eval(), FUSIONS["three"].batch(3)
+    spec = fasttta.ModelSpec("inner.attn", FUSIONS["three"].spec.spans, "qkv")
+    adapted, twin = (fasttta.adapt(m, "read", spec=spec) for m in (model, copy.deepcopy(model)))
+    for _ in range(3):
+        assert same(adapted.step(*batch), twin.step(*batch))
+        model(*batch)
+    assert "table" in dict(model.named_buffers())
+    model.table.mul_(2)
+    with pytest.raises(ValueError, match="buffer table of the wrapped model changed"):
+        adapted.step(*batch)
+
+
+def test_weights_are_not_read_again_for_a_counter(monkeypatch):
+    """Checksums are taken when the model is wrapped, then of what was written to only."""
+    model, batch = Counting().eval(), FUSIONS["three"].batch(3)
+    spec = fasttta.ModelSpec("inner.attn", FUSIONS["three"].spec.spans, "qkv")
+    adapted = fasttta.adapt(model, "read", spec=spec)
+    read = []
+    taken = model_watch.byte_sums
+    monkeypatch.setattr(model_watch, "byte_sums", lambda x: read.extend(x) or taken(x))
+    for _ in range(3):
+        model(*batch)
+        adapted.step(*batch)
+    assert read and all(x is model.calls for x in read)

@@ -88,6 +88,7 @@ class Prompts:
             self.initial = self._embedded(self.ids[1 : 1 + length]).clone()  # [n, D]
             self.chunks = list(self._chunks(rows, order, device))
         self._first: Linearised | None = None
+        self._versions: list[int] = []  # of the weights that it holds for
 
     def start_at(self, prompt: Tensor) -> None:
         """Takes another initial prompt [n, D]."""
@@ -225,9 +226,11 @@ class Prompts:
         """
         if prompt is not None:
             return self._kept(prompt) if self._fits(len(prompt)) else self._again(prompt)
-        if self._first is None:
+        versions = [x._version for x in self.model.parameters() if not x.is_inference()]
+        if self._first is None or versions != self._versions:  # the graph is of other weights
             start = self.initial[None]
             self._first = self._kept(start) if self._fits(1) else self._again(start)
+            self._versions = versions
         return self._first
 
     def _fits(self, prompts: int) -> bool:
