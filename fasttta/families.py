@@ -264,7 +264,8 @@ class Prompted(Recognised):
             return
         holder = module.get_submodule(self.holder.rstrip(".")) if self.holder else module
         theirs = getattr(holder, self._NAMES[name])
-        wanted = value.detach().to(self.fusion.norm.weight if theirs is None else theirs)
+        like = cast(CAVMAE, self.fusion).norm.weight if theirs is None else theirs
+        wanted = value.detach().to(like)
         setattr(holder, self._NAMES[name], nn.Parameter(wanted.clone()))
         setattr(holder, f"num_{self._NAMES[name]}", value.shape[1])
 
@@ -273,8 +274,8 @@ def _with_prompts(known: Recognised, holder: nn.Module, prefix: str) -> Recognis
     """A CAV-MAE with the prompts of the PromptVA that holds it."""
     prompts = {
         name: x.detach()
-        for name, x in (("audio", holder.prompts_a), ("video", holder.prompts_v))
-        if x is not None
+        for name, attribute in (("audio", "prompts_a"), ("video", "prompts_v"))
+        if (x := getattr(holder, attribute)) is not None
     }
     fusion = known.fusion
     assert isinstance(fusion, CAVMAE)

@@ -369,4 +369,5 @@ def test_weights_are_not_read_again_for_a_counter(monkeypatch):
     for _ in range(3):
         model(*batch)
         adapted.step(*batch)
-    assert read and all(x is model.calls for x in read)
+    assert read
+    assert all(x is model.calls for x in read)

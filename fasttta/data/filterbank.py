@@ -192,7 +192,7 @@ def _at_rate(waveform: Tensor, sample_rate: float, resample: bool) -> Tensor:
     if waveform.requires_grad and torch.is_grad_enabled():
         raise ValueError("resample=True has no gradient; give waveform.detach(), or 16000 Hz")
     try:
-        import soxr  # type: ignore[import-not-found,unused-ignore]
+        import soxr
     except ImportError as error:
         raise ImportError(
             "resample=True needs the package soxr: pip install fasttta[audio]"

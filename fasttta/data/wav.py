@@ -158,7 +158,7 @@ def _to_float(data: bytearray, kind: _Format) -> Tensor:
 def _other(name: str, convert: str) -> tuple[Tensor, int]:
     """A file that is no WAV, through soundfile."""
     try:
-        import soundfile  # type: ignore[import-not-found,unused-ignore]
+        import soundfile
     except ImportError as error:
         raise ValueError(
             f"{name!r} is no PCM WAV file (file does not start with RIFF id); for FLAC, Ogg and "

@@ -44,6 +44,8 @@ class TextTower(Protocol):
     ln_final: nn.LayerNorm
     text_projection: nn.Parameter
 
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
 
 @dataclass
 class Chunk:
