@@ -6,6 +6,7 @@ decorated. What the environment says is left as it was, for subprocesses.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
@@ -35,6 +36,9 @@ from fasttta.kernels import (
 
 from fasttta.ops import composite
 from fasttta.ops.triton import KERNELS
+
+# defines the operations of which composite ones call the parts in C++
+importlib.import_module("fasttta.ops.schema")
 
 if not NATIVE:
     triton.knobs.runtime.interpret = True

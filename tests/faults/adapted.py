@@ -2,13 +2,6 @@
 
 FAULTS = [
     (
-        "no-rollback-after-a-failure",
-        "fasttta/adapted.py",
-        ("            self._state.sync()\n            raise"),
-        "            raise",
-        ("test_state.py::test_failure_after_the_update_rolls_back[forward-RuntimeError-tent]"),
-    ),
-    (
         "head-losses-sum",
         "fasttta/adapted_head.py",
         '{name: x.mean() for name, x in stacked("losses").items()}',
