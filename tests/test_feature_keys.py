@@ -189,8 +189,36 @@ def test_weights_changed_while_they_are_used(read, tiny_model, tiny_batch, tmp_p
         return tokens
 
     type(working).encode = staticmethod(interrupted)
-    list(adapted.stream([batch], cache=FeatureCache(tmp_path)))
+    with pytest.warns(RuntimeWarning, match=r"changed while .* not kept.*FeatureCache\(.*key="):
+        list(adapted.stream([batch], cache=FeatureCache(tmp_path)))
     assert shards(tmp_path) == []
+
+
+def test_a_forward_that_counts_its_calls(tmp_path):
+    """Nothing can be kept, which is said once; under a key of the user's everything is."""
+
+    class Counted(HuggingFaceStyle):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, *inputs):
+            self.calls += 1
+            return super().forward(*inputs)
+
+    torch.manual_seed(0)
+    model, batches = Counted().eval(), [HuggingFaceStyle.batch(3, seed=i) for i in range(3)]
+
+    def stream(**options):
+        cache = FeatureCache(tmp_path, **options)
+        list(fasttta.adapt(model, "read", spec=HuggingFaceStyle.spec).stream(batches, cache=cache))
+        return cache
+
+    with pytest.warns(RuntimeWarning, match="count") as warned:
+        stream()
+    assert len(warned) == 1
+    stream(key="counted")
+    assert stream(key="counted").hits == 9
 
 
 def test_every_weight_and_buffer_counts():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..engine.step import warn
 from .feature_keys import model_key, named_key, sample_keys
 from .feature_shards import NAME, PART, Shards, clear_parts
 
@@ -145,6 +146,7 @@ class Kept:
     def __init__(self, cache: FeatureCache, model: nn.Module, precision: str) -> None:
         self._cache, self._model, self._precision = cache, model, precision
         self._last = ""
+        self._warned = False
 
     keys = staticmethod(sample_keys)
 
@@ -214,8 +216,16 @@ class Kept:
         dtype = DTYPES[self._cache.dtype]
         dtype = dtype if dtype.itemsize < fresh.dtype.itemsize else fresh.dtype
         stored = fresh.detach().to("cpu", dtype).contiguous()
-        if self._kind() == kind:  # else the weights changed while these features were computed
+        if self._kind() == kind:
             self._cache.shards(kind).add(keys, stored, fresh.dtype)
+        elif not self._warned:
+            self._warned = True
+            warn(
+                "weights or buffers of the model changed while its features were computed (does "
+                "its forward count calls?): they are not kept; where such a change has no effect "
+                "on features, FeatureCache(folder, key=...) names the model without reading it",
+                RuntimeWarning,
+            )
         return fresh if dtype == fresh.dtype else stored.to(fresh)
 
 
