@@ -124,8 +124,8 @@ def read_file(path: str | os.PathLike, what: str = "checkpoint") -> Any:
             f"run: {_reason(str(error))}. {_ADVICE}"
         ) from None
     raise ValueError(
-        f"{name!r} is {describe(name)}; needed a {what}: safetensors, or what torch.save made "
-        "(it may be damaged or truncated)"
+        f"{name!r} is {describe(name)}; needed a {what} file: safetensors, or what torch.save "
+        "made (it may be damaged or truncated)"
     )
 
 
