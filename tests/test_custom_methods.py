@@ -6,7 +6,7 @@ import abc
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -230,6 +230,50 @@ def test_a_missing_part_is_refused_when_the_class_is_made():
         del parts[part]
         with pytest.raises(TypeError, match=f"^Mine lacks .*{part}: needed"):
             type("Mine", (Episodic,), parts)
+
+
+def test_frozen_encoders_give_their_layers_no_gradient():
+    for group in ("norm", "encoder_norm", "prompts"):
+        with pytest.raises(TypeError, match=f"tunes '{group}', .* frozen_encoder = False"):
+            type("Mine", (Method,), {**COMPLETE, "group": group, "frozen_encoder": True})
+    own = {**COMPLETE, "frozen_encoder": True, "tuned": lambda self, model: {}}
+    type("Mine", (Method,), own)  # says itself what it tunes
+
+
+class Count:
+    """Not a tensor."""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: None, r"Wrong.objective returned NoneType; needed fasttta.methods.Objective\("),
+        (lambda o: o.losses["total"], "returned Tensor; needed fasttta.methods.Objective"),
+        (lambda o: replace(o, losses={"e": o.losses["total"]}), "the losses 'e'; needed \"total\""),
+        (lambda o: replace(o, losses={}), 'the losses none; needed "total"'),
+        (lambda o: replace(o, losses={"total": 1.0}), "float as loss 'total'; needed a tensor"),
+        (
+            lambda o: replace(o, losses={"total": o.logits[0]}),
+            r"'total' of shape \[7\]; needed one",
+        ),
+        (lambda o: replace(o, logits=None), r"NoneType as logits; needed a tensor \[B, C\]"),
+        (lambda o: replace(o, logits=o.logits[0]), r"logits of shape \[7\]; needed \[B, C\]"),
+        (lambda o: replace(o, n_used=None), "n_used=None; needed the number of samples"),
+        (lambda o: replace(o, stats={"a": 1.0}), r"float as stats\['a'\]; needed a tensor"),
+        (lambda o: replace(o, state={"a": Count()}), r"Count as state\['a'\]; needed a tensor"),
+    ],
+)
+def test_a_wrong_objective_is_named(change, message, tiny_model, tiny_batch):
+    @dataclass(frozen=True)
+    class Wrong(Gap):
+        def objective(self, model, features, **others) -> Objective:
+            return change(super().objective(model, features, **others))
+
+    adapted = fasttta.adapt(tiny_model(), Wrong())
+    before = snapshot(adapted)
+    with pytest.raises((TypeError, ValueError), match=message):
+        adapted(*tiny_batch())
+    assert not differing(before, adapted)
 
 
 def test_bases_may_lack_parts():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Method, Objective
+from ..methods.contract import check_objective
 from ..protocols import FusionModel
 from ..trace import span
 from .ahead import Ahead
@@ -162,13 +163,15 @@ class Step:
         # what an Ahead does not keep is the model's
         model = cast(FusionModel, self.ahead) if self.ahead else self.model
         with span("objective"):
-            return self.method.objective(
+            objective = self.method.objective(
                 model,
                 features,
                 state=state,
                 constants=self.state.constants,
                 valid=valid,
             )
+        check_objective(self.method, objective, Objective)
+        return objective
 
     def _finite(self, objective: Objective, valid: Tensor) -> Tensor:
         """0-d float, 1 if inputs and loss are finite."""

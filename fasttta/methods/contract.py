@@ -15,6 +15,9 @@ _PARTS = {
     "frozen_encoder": "whether everything before fuse is frozen, frozen_encoder = True or False",
 }
 
+# groups of tuned tensors of which some lie in the encoders
+_IN_ENCODERS = ("norm", "encoder_norm", "prompts")
+
 
 def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None:
     """Checks that a subclass of a base of methods is complete, unless it is a base itself: made
@@ -39,6 +42,12 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
     if not isinstance(cls.frozen_encoder, bool):
         raise TypeError(
             f"{cls.__name__}.frozen_encoder is {cls.frozen_encoder!r}: needed True or False"
+        )
+    if cls.frozen_encoder and cls.group in _IN_ENCODERS and cls.tuned is base.tuned:
+        raise TypeError(
+            f"{cls.__name__} tunes {cls.group!r}, which lies in the encoders, and has "
+            "frozen_encoder = True: these tensors would get no gradient; needed "
+            "frozen_encoder = False"
         )
     families = cls.families
     if not (
@@ -99,6 +108,58 @@ def _declared(cls: type, name: str) -> bool:
 def _of_steps(cls: Any) -> bool:
     """Whether steps of fusion models would run it."""
     return any(family != "vision-language" for family in cls.families) or cls.group is not None
+
+
+def check_objective(method: Any, result: Any, kind: type[Any]) -> None:
+    """Checks what a method's ``objective`` returned, before anything is updated by it. Reads no
+    values, so that a GPU need not be waited for.
+
+    Args:
+        kind: the class that it must be of, ``Objective``.
+
+    Raises:
+        TypeError, ValueError: a part is missing, or is of the wrong kind; names the part.
+    """
+    where = f"{type(method).__name__}.objective"
+    if not isinstance(result, kind):
+        raise TypeError(
+            f"{where} returned {type(result).__name__}; needed fasttta.methods.Objective("
+            'losses={"total": loss}, logits=logits, n_used=len(logits))'
+        )
+    if method.updates and "total" not in result.losses:
+        names = ", ".join(map(repr, result.losses)) or "none"
+        raise ValueError(
+            f'{where} returned the losses {names}; needed "total", the one that is minimised'
+        )
+    for name, loss in result.losses.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"{where} returned {type(loss).__name__} as loss {name!r}; needed a tensor"
+            )
+        if loss.ndim:
+            raise ValueError(
+                f"{where} returned a loss {name!r} of shape {list(loss.shape)}; needed one number, "
+                "a 0-d tensor: take its mean"
+            )
+    if not isinstance(result.logits, Tensor):
+        raise TypeError(
+            f"{where} returned {type(result.logits).__name__} as logits; needed a tensor [B, C]"
+        )
+    if result.logits.ndim != 2:
+        raise ValueError(
+            f"{where} returned logits of shape {list(result.logits.shape)}; needed [B, C]"
+        )
+    if not isinstance(result.n_used, (Tensor, int)):
+        raise TypeError(
+            f"{where} returned n_used={result.n_used!r:.40}; needed the number of samples that "
+            "entered the loss"
+        )
+    for part in ("stats", "state"):
+        for name, value in getattr(result, part).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{where} returned {type(value).__name__} as {part}[{name!r}]; needed a tensor"
+                )
 
 
 def check_layout(
