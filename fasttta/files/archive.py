@@ -58,7 +58,7 @@ class _Archive:
             return sys.byteorder != "little"
         order = self.text(name, 64)
         if order not in ("little", "big"):
-            raise Refused(f"a byte order of {order[:20]!r}")
+            raise Refused(f"its byte order is {order[:20]!r}, needed 'little' or 'big'")
         return order != sys.byteorder
 
     def bytes_of(self, name: str, most: int) -> bytes:
@@ -68,14 +68,14 @@ class _Archive:
             Refused: it is missing, or larger than ``most``, or far larger than what is stored.
         """
         if name not in self.members:
-            raise Refused(f"no {name.removeprefix(self.root)} in the archive")
+            raise Refused(f"{name.removeprefix(self.root)} is missing in the archive")
         size = self._size(name)
         if size > most:
-            raise Refused(f"{name} of {size:,} bytes")
+            raise Refused(f"{name} is too large: {size:,} bytes, at most {most:,} are read")
         with self.file.open(name) as member:
             data = member.read(size + 1)
         if len(data) != size:
-            raise Refused(f"{name} of {len(data):,} bytes, {size:,} were announced")
+            raise Refused(f"{name} holds {len(data):,} bytes, the archive says {size:,}")
         return data
 
     def text(self, name: str, most: int) -> str:
@@ -85,24 +85,24 @@ class _Archive:
         member = self.members[name]
         if member.file_size > _MIB and member.file_size > _MOST_RATIO * member.compress_size:
             raise Refused(
-                f"{name}: {member.compress_size:,} bytes that unpack to {member.file_size:,}"
+                f"{name}: {member.compress_size:,} bytes would unpack to {member.file_size:,}"
             )
         return member.file_size
 
     def storage(self, identifier: Any) -> Storage | Unreadable:
         """The storage of a persistent identifier in data.pkl."""
         if not (isinstance(identifier, tuple) and len(identifier) >= 5):
-            raise Refused("a storage without a name")
+            raise Refused("a storage has no name")
         _, kind, key, _, count = identifier[:5]
         if type(count) is not int or count < 0 or not isinstance(key, str):
-            raise Refused("a storage without a name or size")
+            raise Refused("a storage has no name or no size")
         dtype = inert_pickle.storage_type(kind)
         if dtype is None:
             quantised = isinstance(kind, inert_pickle.Name) and kind.name.startswith("Q")
             return Unreadable("quantised" if quantised else "of an unknown type")
         memory = self._typed(key, dtype)
         if len(memory) < count:
-            raise Refused(f"storage {key} holds {len(memory):,} values, {count:,} were announced")
+            raise Refused(f"storage {key} holds {len(memory):,} values, needed {count:,}")
         return Storage(memory[:count])
 
     def _typed(self, key: str, dtype: torch.dtype) -> Tensor:
@@ -127,11 +127,11 @@ class _Archive:
         with self.file.open(name) as member:
             while portion := member.read(_PORTION):
                 if position + len(portion) > size:
-                    raise Refused(f"{name} is longer than announced")
+                    raise Refused(f"{name} is longer than the archive says")
                 view[position : position + len(portion)] = portion
                 position += len(portion)
         if position != size:
-            raise Refused(f"{name} holds {position:,} bytes, {size:,} were announced")
+            raise Refused(f"{name} holds {position:,} bytes, the archive says {size:,}")
         return memory
 
     def tensors_of(self, record: Record) -> set[str] | None:
@@ -152,25 +152,25 @@ class _Archive:
 def _checked_members(file: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     infos = file.infolist()
     if len(infos) > _MOST_MEMBERS:
-        raise Refused(f"a zip archive of {len(infos):,} members")
+        raise Refused(f"its zip archive has too many members ({len(infos):,})")
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         name = info.filename
         if name != info.orig_filename or name.startswith("/") or "\\" in name or ":" in name:
-            raise Refused(f"a zip archive with a member at {name[:80]!r}")
+            raise Refused(f"its zip archive has a member at {name[:80]!r}, outside the archive")
         if ".." in name.split("/"):
-            raise Refused(f"a zip archive with a member at {name[:80]!r}")
+            raise Refused(f"its zip archive has a member at {name[:80]!r}, outside the archive")
         if name in members:
-            raise Refused(f"a zip archive with {name[:80]!r} twice")
+            raise Refused(f"its zip archive has {name[:80]!r} twice")
         if info.flag_bits & 1:
-            raise Refused("an encrypted zip archive")
+            raise Refused("its zip archive is encrypted")
         if info.compress_type == zipfile.ZIP_STORED and info.file_size != info.compress_size:
-            raise Refused(f"a zip archive whose {name[:80]!r} has two sizes")
+            raise Refused(f"{name[:80]!r} has two sizes in its zip archive")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise Refused(f"a zip archive whose {name[:80]!r} is compressed in an unusual way")
+            raise Refused(f"{name[:80]!r} is compressed in an unusual way")
         members[name] = info
     if sum(info.compress_size for info in infos) > size:
-        raise Refused("a zip archive whose members overlap")
+        raise Refused("the members of its zip archive overlap")
     return members
 
 
@@ -195,10 +195,10 @@ def read_archive(path: str | os.PathLike) -> Any:
     except Refused:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise Refused(f"a damaged or truncated zip archive ({error})") from error
+        raise Refused(f"its zip archive is damaged or truncated ({error})") from error
     except (ValueError, LookupError, RuntimeError, MemoryError, OverflowError,
             struct.error) as error:  # fmt: skip
-        raise Refused(f"a damaged archive ({type(error).__name__})") from error
+        raise Refused(f"its archive is damaged ({type(error).__name__})") from error
 
 
 def _state_dict(module: Record, archive: _Archive) -> dict[str, Any]:
@@ -214,12 +214,12 @@ def _state_dict(module: Record, archive: _Archive) -> dict[str, Any]:
             if is_tensor and (listed is None or name in listed):
                 state[f"{path}.{name}" if path else name] = value
                 if len(state) > _MOST_NAMES:
-                    raise Refused(f"a module of more than {_MOST_NAMES:,} tensors")
+                    raise Refused(f"a module holds more than {_MOST_NAMES:,} tensors")
     if not state:
         why = ""
         if opaque:
             why = f": {', '.join(opaque[:3])} is stored in a form that only its own code reads"
-        raise Refused(f"a TorchScript archive in which no parameter is found{why}")
+        raise Refused(f"no parameter was found in this TorchScript archive{why}")
     return state
 
 
@@ -231,7 +231,7 @@ def _modules(module: Record) -> Iterator[tuple[str, Record]]:
         path, record, above = waiting.pop()
         count += 1
         if id(record) in above or len(above) > 200 or count > _MOST_NAMES:
-            raise Refused("a module that holds itself")
+            raise Refused("a module holds itself")
         yield path, record
         if not isinstance(record.state, dict):
             continue

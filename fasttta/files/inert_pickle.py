@@ -88,24 +88,24 @@ def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         Refused: it is not described by numbers, or reaches beyond its storage.
     """
     if not isinstance(storage, Storage):
-        raise Refused("a tensor without a storage")
+        raise Refused("a tensor has no storage")
     memory, numbers = (
         storage.memory,
         isinstance(size, (tuple, list)) and isinstance(stride, (tuple, list)),
     )
     if not numbers or any(type(n) is not int for n in (offset, *size, *stride)):
-        raise Refused("a tensor whose size and strides are no integers")
+        raise Refused("the size or strides of a tensor are not integers")
     if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS:
-        raise Refused(f"a tensor of {len(size)} sizes and {len(stride)} strides")
+        raise Refused(f"a tensor has {len(size)} sizes and {len(stride)} strides")
     if min((offset, *size, *stride)) < 0:
-        raise Refused("a tensor with a negative size, stride or offset")
+        raise Refused("a tensor has a negative size, stride or offset")
     if math.prod(n for n in size if n) >= 2**62 or max(stride, default=0) >= 2**62:
-        raise Refused(f"a tensor of shape {_short(size)}, which no memory holds")
+        raise Refused(f"a tensor of shape {_short(size)} is larger than any memory")
     empty = 0 in size
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     if offset > len(memory) or (not empty and last >= len(memory)):
         raise Refused(
-            f"a tensor of shape {_short(size)} that reaches to value {last + 1:,} of a storage of "
+            f"a tensor of shape {_short(size)} needs {last + 1:,} values, and its storage holds "
             f"{len(memory):,}"
         )
     if empty:
@@ -134,7 +134,7 @@ class _Machine:
     def call(self, function: Any, arguments: Any) -> Any:
         """What a function of the file would return, for the few that make tensors."""
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise Refused("a call of something that is no function")
+            raise Refused("it calls something that is not a function")
         if str(function) == "copyreg._reconstructor" and arguments:
             return self.make(arguments[0], arguments[1:])
         if function.module == "collections":
@@ -150,7 +150,7 @@ class _Machine:
                     and isinstance(arguments[6], dict)
                     and arguments[6].get("neg")
                 ):
-                    raise Refused("a tensor that is stored negated")
+                    raise Refused("a tensor is stored negated: save its x.resolve_neg()")
                 return rebuild_tensor(*arguments[:4])
             if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
                 return arguments[0]
@@ -172,14 +172,14 @@ class _Machine:
     def make(self, name: Any, arguments: Any) -> Record:
         if isinstance(name, Name) and (is_script(name) or str(name) in _HARMLESS):
             return Record(name, arguments)
-        raise Refused(f"it names {name}" if isinstance(name, Name) else "an object of no class")
+        raise Refused(f"it names {name}" if isinstance(name, Name) else "an object has no class")
 
     def build(self, state: Any) -> None:
         thing = self.stack[-1]
         if isinstance(thing, Record):
             thing.state = state
         elif not isinstance(thing, (dict, Tensor)):  # state dicts carry versions, tensors hooks
-            raise Refused(f"a state for a {type(thing).__name__}")
+            raise Refused(f"it sets the state of a {type(thing).__name__}, which has none")
 
 
 def _bytes(stored: Any) -> bytes:
@@ -188,7 +188,7 @@ def _bytes(stored: Any) -> bytes:
         text = stored.made_of[0] if isinstance(stored.made_of, tuple) and stored.made_of else None
         stored = text.encode("latin1") if isinstance(text, str) else text
     if not isinstance(stored, (bytes, bytearray)):
-        raise Refused("a storage that is no bytes")
+        raise Refused("the values of a tensor are not stored as bytes")
     return bytes(stored)
 
 
@@ -196,7 +196,7 @@ def _pairs(items: Any) -> list[tuple[Any, Any]]:
     pairs = list(items.items() if isinstance(items, dict) else items)
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise Refused("a dict of something else than pairs")
+            raise Refused("a dict holds something other than pairs of key and value")
     return [(_key(key), value) for key, value in pairs]
 
 
@@ -206,19 +206,19 @@ def _key(key: Any) -> Any:
     flat = type(key) is tuple and len(key) <= 16 and all(isinstance(x, plain) for x in key)
     if isinstance(key, plain) or flat:
         return key
-    raise Refused(f"a dict key that is a {type(key).__name__}")
+    raise Refused(f"a dict has a key of the type {type(key).__name__}")
 
 
 def _put(container: Any, items: list[Any]) -> None:
     if not isinstance(container, dict) or len(items) % 2:
-        raise Refused("a dict of something else than pairs")
+        raise Refused("a dict holds something other than pairs of key and value")
     for key, value in zip(items[::2], items[1::2], strict=True):
         container[_key(key)] = value
 
 
 def _extend(container: Any, items: list[Any]) -> None:
     if type(container) is not list:
-        raise Refused(f"a {type(container).__name__} where a list was needed")
+        raise Refused(f"it appends to a {type(container).__name__}; only lists can grow")
     container.extend(items)
 
 
@@ -282,7 +282,7 @@ def _run(machine: _Machine, operation: str, argument: Any) -> None:
     elif operation == "STACK_GLOBAL":
         name, module = stack.pop(), stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
-            raise Refused("a class without a name")
+            raise Refused("a class has no name")
         stack.append(Name(module, name))
     elif operation == "BINPERSID":
         stack.append(m.persistent(stack.pop()))
@@ -300,11 +300,11 @@ def _run(machine: _Machine, operation: str, argument: Any) -> None:
     elif operation == "POP":
         stack.pop()
     else:
-        raise Refused(f"the pickle operation {operation}")
+        raise Refused(f"it uses the pickle operation {operation}, which is not read")
 
 
 def _no_storage(_: Any) -> NoReturn:
-    raise Refused("a tensor whose storage lies elsewhere")
+    raise Refused("the values of a tensor lie outside the file")
 
 
 def load(
@@ -330,18 +330,18 @@ def load(
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
             if count > _MOST_OPERATIONS:
-                raise Refused(f"more than {_MOST_OPERATIONS:,} pickle operations")
+                raise Refused(f"it has more than {_MOST_OPERATIONS:,} pickle operations")
             if end := operation.name == "STOP":
                 break
             _run(machine, operation.name, argument)
         if not end or not machine.stack:
-            raise Refused("a pickle that is cut short")
+            raise Refused("its pickle is cut short")
         return machine.stack[-1]
     except Refused:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
             MemoryError, RecursionError) as error:  # fmt: skip
-        raise Refused(f"a damaged pickle ({type(error).__name__})") from error
+        raise Refused(f"its pickle is damaged ({type(error).__name__})") from error
 
 
 def storage_type(name: Any) -> torch.dtype | None:

@@ -160,22 +160,22 @@ def _legacy(source: str | io.BytesIO) -> Any:
             raise Refused(f"it names {unsupported[1] or unsupported[2]}") from error
         line = str(error).split("\n")[0]
         told = line and "weights_only" not in line
-        raise Refused(line if told else "PyTorch's restricted reader refuses it") from error
+        raise Refused(line if told else "torch.load(..., weights_only=True) refuses it") from error
 
 
 def _plain_pickle(name: str) -> Any:
     """A dict of tensors as ``pickle.dump`` writes it: every storage is a file of its own."""
     if os.path.getsize(name) > _MOST_PICKLE:
-        raise Refused("a plain pickle of more than 2 GiB")
+        raise Refused("a plain pickle of more than 2 GiB is not read")
     with open(name, "rb") as file:
         data = file.read()
 
     def nested(stored: bytes) -> Storage:
         if _LEGACY not in stored[:64]:
-            raise Refused("a storage that torch.save did not write")
+            raise Refused("a tensor's values were not written by torch.save")
         storage = _legacy(io.BytesIO(stored))
         if not isinstance(storage, torch.storage.TypedStorage):
-            raise Refused("a storage that is none")
+            raise Refused("a tensor is stored as something other than a storage")
         memory = torch.empty(0, dtype=storage.dtype, device="cpu")
         return Storage(memory.set_(storage._untyped_storage, 0, (storage._size(),), (1,)))
 
