@@ -91,3 +91,26 @@ def test_messages_show_what_lies_outside(clip, low, high, text):
     image[0, 0, 0] = max(high, 1.002)
     with pytest.raises(ValueError, match="pixels runs from .* to (2.64|1.002|255), needed"):
         clip.encode_image(image)
+
+
+@pytest.mark.parametrize("kind", ["levels", "floats"])
+def test_advice_on_the_order_of_axes_is_a_call_that_works(clip, kind):
+    """An array has no ``permute``; a shape that no order mends gets no such advice."""
+    adapted = clips.adapt(clip, "source")
+    right = _levels()
+    if kind == "floats":
+        right = (right / 255).transpose(2, 0, 1)
+    wrong = right.transpose((2, 0, 1) if kind == "levels" else (1, 2, 0)).copy()
+    for image in (wrong, torch.from_numpy(wrong)):
+        for reads in (adapted, cavmae_frame):
+            with pytest.raises(ValueError, match="if it is") as raised:
+                reads(image)
+            call = str(raised.value).rpartition(", give ")[2]
+            assert call.startswith("image.")
+            mended = eval(call, {"image": image})  # a call of our own message
+            assert torch.equal(reads(mended), reads(right))
+    grey = right[:, :, 0] if kind == "levels" else right[0]
+    for reads in (adapted, cavmae_frame):
+        with pytest.raises(ValueError, match="needed") as raised:
+            reads(grey)
+        assert "image." not in str(raised.value)

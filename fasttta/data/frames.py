@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.dense import dense
+from ..views.image import layout_advice
 from ..views.types import ROUNDING, shown
 
 
@@ -48,7 +49,8 @@ def _resize_pil(image: Any, size: int) -> Tensor:
 
 def _pixels(image: Any) -> tuple[Tensor, bool]:
     """A tensor or array as float32 [3, H, W] in [0, 1], and whether it came in 8-bit levels."""
-    if not isinstance(image, Tensor):
+    array = not isinstance(image, Tensor)
+    if array:
         if not hasattr(image, "__array_interface__"):
             raise TypeError(
                 f"image is a {type(image).__name__}; needed a PIL image, a torch tensor "
@@ -60,15 +62,15 @@ def _pixels(image: Any) -> tuple[Tensor, bool]:
     if image.dtype == torch.uint8:
         if image.ndim != 3 or shape[2] != 3:
             raise ValueError(
-                f"image is uint8 with shape {shape}; needed [H, W, 3], "
-                "from [3, H, W]: image.permute(1, 2, 0)"
+                f"image is uint8 with shape {shape}; needed [H, W, 3]"
+                f"{layout_advice(shape, True, array)}"
             )
         pixels = image.permute(2, 0, 1).float() / 255
     elif image.is_floating_point():
         if image.ndim != 3 or shape[0] != 3:
             raise ValueError(
-                f"image is {image.dtype} with shape {shape}; needed [3, H, W], "
-                "from [H, W, 3]: image.permute(2, 0, 1)"
+                f"image is {image.dtype} with shape {shape}; needed [3, H, W]"
+                f"{layout_advice(shape, False, array)}"
             )
         pixels = image.float()
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,20 @@ def _from_pil(image: Any, name: str) -> Tensor:
     return levels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
+def layout_advice(shape: Sequence[int], levels: bool, array: bool) -> str:
+    """What to type where only the order of an image's axes is wrong; else an empty string.
+
+    Args:
+        levels: whether the image is of 8-bit levels, which lie as [H, W, 3].
+        array: whether it is a NumPy array, whose axes ``transpose`` reorders.
+    """
+    call = "transpose" if array else "permute"
+    if len(shape) == 3 and shape[0 if levels else 2] == 3:
+        order, layout = ("1, 2, 0", "[3, H, W]") if levels else ("2, 0, 1", "[H, W, 3]")
+        return f"; if it is {layout}, give image.{call}({order})"
+    return ""
+
+
 def read_image(image: Any, name: str, device: torch.device | str | None = None) -> Tensor:
     """A PIL image or tensor as uint8 levels or floats in [0, 1], [3, H, W] either way.
 
@@ -40,7 +55,8 @@ def read_image(image: Any, name: str, device: torch.device | str | None = None) 
         TypeError: it is none of these.
         ValueError: its shape or its values are wrong.
     """
-    if isinstance(image, np.ndarray):
+    array = isinstance(image, np.ndarray)
+    if array:
         image = torch.from_numpy(image.copy())  # writable, without negative strides
     if isinstance(image, Tensor):
         image = dense(name, image)
@@ -54,15 +70,15 @@ def read_image(image: Any, name: str, device: torch.device | str | None = None) 
     elif image.dtype == torch.uint8:
         if image.ndim != 3 or image.shape[2] != 3 or image.numel() == 0:
             raise ValueError(
-                f"{name} is uint8 with shape {list(image.shape)}; needed [H, W, 3], "
-                "from [3, H, W]: image.permute(1, 2, 0)"
+                f"{name} is uint8 with shape {list(image.shape)}; needed [H, W, 3] with at least "
+                f"one pixel{layout_advice(image.shape, True, array)}"
             )
         pixels = image.permute(2, 0, 1)
     elif image.is_floating_point():
         if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
             raise ValueError(
-                f"{name} has shape {list(image.shape)}; needed [3, H, W] with at least one pixel, "
-                "from [H, W, 3]: image.permute(2, 0, 1)"
+                f"{name} has shape {list(image.shape)}; needed [3, H, W] with at least one pixel"
+                f"{layout_advice(image.shape, False, array)}"
             )
         pixels = image.detach()
         if check_range(**{name: pixels}):
