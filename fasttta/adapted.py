@@ -149,7 +149,8 @@ class Adapted(Stateful):
             names = ", ".join(self._step.model.input_names)
             also = f"; keywords: {', '.join(known)}" if known else ""
             raise TypeError(
-                f"{', '.join(options)}: unexpected; inputs are given in order ({names}){also}"
+                f"unexpected keyword {', '.join(options)}: inputs are given without names, in "
+                f"the order {names}{also}"
             )
 
     def _unadapted(self, inputs: tuple[Tensor, ...], trace: bool) -> StepResult:

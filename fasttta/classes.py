@@ -64,8 +64,10 @@ def token_ids(
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise TypeError(f"classes must be a list of names or token ids, found {classes!r:.80}")
     odd = [name for name in classes if not isinstance(name, str) or not name.strip()]
-    if odd or not classes:
-        raise TypeError(f"classes must be a list of names, found {odd[0] if odd else 'none'!r}")
+    if not classes:
+        raise TypeError("classes is an empty list; needed a list of names")
+    if odd:
+        raise TypeError(f"classes must be a list of names, found {odd[0]!r:.80} in it")
     before, behind = split_prompt(prompt)
     texts = [before + name.replace("_", " ") + behind for name in classes]
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):

@@ -36,7 +36,7 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{outside[0]} is out of range, needed 0 to 2**63 - 1")
     twice = [seed for i, seed in enumerate(seeds) if seed in seeds[:i]]
     if twice:
-        raise argparse.ArgumentTypeError(f"{twice[0]} stands there twice; a spread needs others")
+        raise argparse.ArgumentTypeError(f"{twice[0]} is given twice; needed different seeds")
     return seeds
 
 

@@ -224,7 +224,8 @@ def _method(
 ) -> tuple[Method, dict[str, Any]]:
     """The method object, and those options that are tensors from source data."""
     if not isinstance(method, (str, Method)):
-        raise TypeError(f"method must be a name or a method object, found {method!r}")
+        hint = f"; give an object of it: {method.__name__}(...)" if isinstance(method, type) else ""
+        raise TypeError(f"method must be a name or a method object, found {method!r:.80}{hint}")
     if isinstance(method, str):
         cls = methods.by_name("abpem" if method == "auto" else method)
     else:

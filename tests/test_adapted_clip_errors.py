@@ -108,7 +108,7 @@ def test_bad_classes(model):
     for classes, options, error, match in (
         (None, {}, ValueError, "classes=None: vision-language models need class names"),
         ("cat", {}, TypeError, "a list of names or token ids, found 'cat'"),
-        ([], {}, TypeError, "a list of names, found 'none'"),
+        ([], {}, TypeError, "classes is an empty list; needed a list of names"),
         (["cat", ""], {}, TypeError, "a list of names, found ''"),
         (["cat", 3], {}, TypeError, "a list of names, found 3"),
         (torch.zeros(2, 3), {}, TypeError, "int64 token ids .*found torch.float32"),

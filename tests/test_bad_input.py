@@ -107,6 +107,7 @@ def test_adapt(tiny_model):
     for options, error, match in (
         ({"method": "tint"}, ValueError, "method='tint' is unknown; known: 'source', 'tent'"),
         ({"method": 3}, TypeError, "method must be a name or a method object"),
+        ({"method": fasttta.methods.Tent}, TypeError, r"give an object of it: Tent\(...\)"),
         ({"method": "read", "k": 3}, TypeError, "READ has no option k; known: steps, score_at, lr"),
         (
             {"method": methods.READ(), "lr": 1.0},

@@ -363,7 +363,7 @@ def test_warnings_are_text(capsys, monkeypatch):
         (("study", "--seeds", "0,1.5"), "argument --seeds: '0,1.5': needed integers with commas"),
         (("demo", "--seeds", "99999999999999999999"), "out of range, needed 0 to 2**63 - 1"),
         (("demo", "clip", "--seeds", "-1"), "-1 is out of range"),
-        (("study", "--seeds", "1,2,1"), "1 stands there twice"),
+        (("study", "--seeds", "1,2,1"), "1 is given twice"),
         (("demo", "--methods", ","), "argument --methods: ',': needed names"),
         (("inspect", "x", "--num-heads", "0"), "argument --num-heads: 0: needed at least 1"),
         (("inspect", "x", "--num-heads", "four"), "'four': needed an integer"),

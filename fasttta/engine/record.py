@@ -120,7 +120,7 @@ def _check_format(record: Mapping[str, Any]) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        raise ValueError("a field stands there twice")
+        raise ValueError("it has a field twice")
     return content
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .state_dicts import check_ranks, floating, named_tensors
+from .state_dicts import check_ranks, floating, listed, named_tensors
 
 # What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
 SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
@@ -55,9 +55,9 @@ def published_heads(dim: int) -> int:
     """
     if dim not in _PUBLISHED_HEADS:
         raise ValueError(
-            f"give num_heads: a checkpoint does not hold it, and only width 768 (12 heads) is "
-            f"published, this one's is {dim}: from_checkpoint(path, num_heads=...), on the command "
-            "line --num-heads"
+            f"give num_heads: weights do not tell it. Published models have width 768 and 12 "
+            f"heads; this one's is {dim}. Type from_checkpoint(path, num_heads=...), or "
+            "--num-heads on the command line"
         )
     return _PUBLISHED_HEADS[dim]
 
@@ -85,7 +85,7 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict:
     if missing:
         raise ValueError(
             f"this is not a fine-tuned CAV-MAE checkpoint: {', '.join(missing)} missing; "
-            f"found {len(state)} keys: {', '.join(list(state)[:4])}, ..."
+            f"found {listed(state)}"
         )
     check_ranks(state, ranks)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files import plain_name, read_file
-from .state_dicts import check_ranks, floating, named_tensors, unwrapped
+from .state_dicts import check_ranks, floating, listed, named_tensors, unwrapped
 
 # integers in the published archives beside the weights, BatchNorm's counters, and the causal mask,
 # which some modules keep as a buffer or attribute
@@ -81,8 +81,8 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if missing:
         raise ValueError(
             f"this is not a CLIP checkpoint in OpenAI's names: {', '.join(missing[:6])} missing; "
-            f"found {len(state)} keys: {', '.join(list(state)[:4])}, ... A Hugging Face or "
-            "open_clip model goes to fasttta.adapt as the module it is"
+            f"found {listed(state)}. A Hugging Face or open_clip model goes to fasttta.adapt as "
+            "the module it is"
         )
     check_ranks(state, {**_TEXT, **kind})
     width = state["ln_final.weight"].shape[0]

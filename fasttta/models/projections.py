@@ -217,7 +217,7 @@ def _check_rows(model: nn.Module, modules: tuple[str, ...]) -> None:
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise ValueError(
                 f"qkv: {name} is {type(module).__name__}, needed a linear module with a weight "
-                "[out, in]"
+                "[out, in]. If it wraps one (LoRA), merge the adapter into the linear module first"
             )
         if type(module).__name__ == "Conv1D":  # transformers' linear with weight [in, out]
             raise ValueError(f"qkv: {name} keeps its weight as [in, out], needed [out, in]")

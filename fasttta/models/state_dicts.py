@@ -17,6 +17,12 @@ from ..files.inert_pickle import Unreadable
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "model_state")
 
 
+def listed(state: Mapping[str, Any]) -> str:
+    """How many keys a state dict has, and the first of them."""
+    keys = "1 key" if len(state) == 1 else f"{len(state)} keys"
+    return f"{keys}: {', '.join(list(state)[:4])}{', ...' if len(state) > 4 else ''}"
+
+
 def unwrapped(state: Any) -> Any:
     """The state dict in what a training script saved, which may lie a few names deep."""
     for _ in range(8):
