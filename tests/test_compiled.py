@@ -38,6 +38,9 @@ for name, (function, x) in calls.items():
         results.append((value.detach(), leaf.grad))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, msg=name)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x), msg=name)  # without a gradient
     print(name)
 """
 

@@ -75,7 +75,8 @@ class _PerSample(torch.autograd.Function):
     """An op (x [n, ...], *options) -> [n], whose backward op is (grad, x, *options)."""
 
     @staticmethod
-    def forward(ctx, name, x, *options):
+    def forward(*given):  # see _CausalWithPrefix
+        ctx, name, x, *options = given
         ctx.name, ctx.options = name, options
         ctx.save_for_backward(x)
         return getattr(ops, name)(x, *options)
@@ -146,7 +147,8 @@ class _FlatAttention(torch.autograd.Function):
     """Over several kinds of queries, added up."""
 
     @staticmethod
-    def forward(ctx, scale, k, v, *queries):
+    def forward(*given):  # see _CausalWithPrefix
+        ctx, scale, k, v, *queries = given
         results = [(q, *ops.flat_attention(q, k, v, scale)) for q in queries]
         ctx.save_for_backward(k, v, *(x for result in results for x in result))
         ctx.scale = scale
@@ -190,7 +192,10 @@ class _CausalWithPrefix(torch.autograd.Function):
     """Of the prefix's tokens too, which lie in front of the packed ones."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prefix, packed, *options):
+    def forward(*given):
+        # one parameter for all: torch.compile leaves ctx out where a call without gradients has as
+        # many arguments as forward has parameters, which those with some in a list may come to
+        ctx, q, k, v, prefix, packed, *options = given
         n, none = prefix.longest, k[:, :0]
         (q0, q1), (k0, k1), (v0, v1) = ((x[:, :n], x[:, n:]) for x in (q, k, v))
         out0, lse0 = ops.shared_prefix_attention(q0, k0, v0, none, none, *prefix, *options)
