@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -230,6 +231,22 @@ def test_a_missing_part_is_refused_when_the_class_is_made():
         del parts[part]
         with pytest.raises(TypeError, match=f"^Mine lacks .*{part}: needed"):
             type("Mine", (Episodic,), parts)
+
+
+def test_the_method_of_the_readme(tiny_model, tiny_batch, tmp_path):
+    """The example is run as it stands there, saved and loaded."""
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    text = readme.split("<!-- method-example -->")[1].split("<!-- /method-example -->")[0]
+    names: dict[str, Any] = {"__name__": "builtins"}  # dataclass looks it up
+    exec(text.strip().removeprefix("```python").removesuffix("```"), names)
+    model, mine = tiny_model(), names["Mine"]
+    adapted = fasttta.adapt(model, mine(k=2, lr=1e-2))
+    before = snapshot(adapted)
+    adapted(*tiny_batch())
+    assert differing(before, adapted)
+    adapted.save(tmp_path)
+    again = fasttta.load(model, tmp_path, method=mine)
+    assert torch.equal(again(*tiny_batch(seed=2)), adapted(*tiny_batch(seed=2)))
 
 
 def test_frozen_encoders_give_their_layers_no_gradient():

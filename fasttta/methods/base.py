@@ -70,7 +70,15 @@ def require_number(
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Options that every method has.
+    """Options that every method has, and what a subclass must say.
+
+    A subclass is a dataclass, ``@dataclass(frozen=True)``: its fields are the method's options. It
+    has ``name``, the name that records and errors give it; ``group``, what of the model is tuned
+    (``"norm"``, ``"encoder_norm"``, ``"fusion_qkv"``; None: nothing); ``frozen_encoder``, whether
+    everything before the fusion is encoded once a batch, without gradient (then ``group`` must not
+    lie in the encoders); ``lr``, an option, if it tunes; and ``objective``, which returns
+    ``Objective(losses={"total": loss}, logits=logits, n_used=len(logits))``. Its ``state=`` is the
+    ``state`` of the next batch, is saved, and starts as an empty dict.
 
     Args:
         steps: updates on each batch.
