@@ -315,4 +315,18 @@ FAULTS = [
         "for n in (*numbers[:-2], *numbers[-2:-1], numbers[-1])",
         "test_ahead.py::test_one_pass_fewer_and_the_same_bits",
     ),
+    (
+        "objective-not-checked",
+        "fasttta/engine/step.py",
+        "check_objective(self.method, objective, Objective)",
+        "pass",
+        "test_custom_methods.py::test_a_wrong_objective_is_named",
+    ),
+    (
+        "frozen-encoders-with-tuned-norms",
+        "fasttta/methods/contract.py",
+        "cls.frozen_encoder and cls.group in _IN_ENCODERS",
+        "False and cls.group in _IN_ENCODERS",
+        "test_custom_methods.py::test_frozen_encoders_give_their_layers_no_gradient",
+    ),
 ]

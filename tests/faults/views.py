@@ -67,4 +67,11 @@ FAULTS = [
         ),
         "test_views_regions.py::test_masks_of_the_paper",
     ),
+    (
+        "axes-advice-for-arrays",
+        "fasttta/views/image.py",
+        'call = "transpose" if array else "permute"',
+        'call = "permute"',
+        "test_image_inputs.py::test_advice_on_the_order_of_axes_is_a_call_that_works",
+    ),
 ]
