@@ -144,6 +144,13 @@ def test_pseudo_label():
     assert (attacked.threat.label_source, by_hand.threat.label_source) == ("pseudo", "true")
 
 
+def test_labels_are_plain():
+    classify, images = _linear(), _images()
+    labels = classify(images).argmax(1)
+    with pytest.raises(TypeError, match="labels is a sparse COO tensor.*to_dense"):
+        pgd(classify, images, labels.to_sparse(), steps=1)
+
+
 def test_eight_bit():
     classify, images, labels = _linear(), _images(), torch.tensor([0, 1, 2])
     plain = pgd(classify, images, labels, steps=3)

@@ -258,6 +258,25 @@ def test_mean_row_has_its_spread(report):
         assert f"±{mean_spread(report.data, method):.1f}" in mean
 
 
+def test_spread_of_own_data_is_that_of_the_score(report):
+    """Which prediction is scored is told by the numbers where the protocol does not say it."""
+    data = copy.deepcopy(report.data)
+    data["protocol"].pop("score_at")
+    differing = 0
+    for method in ("tent", "abpem"):
+        assert mean_spread(data, method) == mean_spread(report.data, method)
+        data["protocol"]["score_at"] = {method: "before"}
+        before = mean_spread(data, method)
+        data["protocol"]["score_at"] = {method: "after"}
+        differing += before != mean_spread(data, method)
+        data["protocol"].pop("score_at")
+    assert differing
+
+
+def test_a_heat_map_has_its_scale(report):
+    assert "% and more</span>" in report.document.html()
+
+
 def test_notebooks_show_the_page(report):
     assert repr(report) == "<Report of source, tent, abpem on white, fog>"
     shown = HTMLParser()
