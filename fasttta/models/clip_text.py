@@ -44,8 +44,6 @@ class TextTower(Protocol):
     ln_final: nn.LayerNorm
     text_projection: nn.Parameter
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
 
 @dataclass
 class Chunk:
@@ -228,12 +226,17 @@ class Prompts:
         """
         if prompt is not None:
             return self._kept(prompt) if self._fits(len(prompt)) else self._again(prompt)
-        versions = [x._version for x in self.model.parameters() if not x.is_inference()]
+        versions = [x._version for x in self._weights() if not x.is_inference()]
         if self._first is None or versions != self._versions:  # the graph is of other weights
             start = self.initial[None]
             self._first = self._kept(start) if self._fits(1) else self._again(start)
             self._versions = versions
         return self._first
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from self.model.transformer.parameters()
+        yield from self.model.ln_final.parameters()
+        yield self.model.text_projection
 
     def _fits(self, prompts: int) -> bool:
         # values that a token, channel and block save for the backward pass: more where QuickGELU is
