@@ -15,6 +15,7 @@ take about a second, and five would be spent on imports.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -59,13 +60,20 @@ class Fault:
         """The file's text with the fault.
 
         Raises:
-            ValueError: the old text is not there exactly once.
+            ValueError: the old text is not there exactly once, or the new one is no Python: an
+                import that fails is no sign that a test looks at what changed.
         """
         text = (root / self.file).read_text()
         count = text.count(self.old)
         if count != 1:
             raise ValueError(f"{self.name}: the old text is {count} times in {self.file}, needed 1")
-        return text.replace(self.old, self.new)
+        changed = text.replace(self.old, self.new)
+        if self.file.endswith(".py"):
+            try:
+                ast.parse(changed)
+            except SyntaxError as error:
+                raise ValueError(f"{self.name}: is broken, the new text is no Python") from error
+        return changed
 
     def missing(self) -> str:
         """What this machine lacks to run it; empty: nothing."""
