@@ -160,7 +160,7 @@ def _legacy(source: str | io.BytesIO) -> Any:
             raise Refused(f"it names {unsupported[1] or unsupported[2]}") from error
         line = str(error).split("\n")[0]
         told = line and "weights_only" not in line
-        raise Refused(line if told else "torch.load(..., weights_only=True) refuses it") from error
+        raise Refused(line if told else "PyTorch's reader of tensors alone refuses it") from error
 
 
 def _plain_pickle(name: str) -> Any:
