@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 # what type checkers and editors read; at run time each name is imported on its first use
 if TYPE_CHECKING:
     from . import data, evaluate, functional, methods, models
-    from .adapted import Adapted
-    from .collect import collect_fisher, collect_stats
+    from .adapted.collect import collect_fisher, collect_stats
+    from .adapted.entry import adapt, load
+    from .adapted.fusion import Adapted
     from .engine.shift import ShiftDetector
     from .engine.step import StepResult
-    from .entry import adapt, load
-    from .finetuning import FineTuning, finetune
-    from .models.spec import ModelSpec
+    from .models.rational.finetuning import FineTuning, finetune
+    from .models.specified.spec import ModelSpec
     from .protocols import SourceStats
 
 __version__ = "0.1.0"
@@ -44,17 +44,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapt": "entry",
-    "load": "entry",
-    "Adapted": "adapted",
+    "adapt": "adapted.entry",
+    "load": "adapted.entry",
+    "Adapted": "adapted.fusion",
     "StepResult": "engine.step",
     "SourceStats": "protocols",
     "ShiftDetector": "engine.shift",
-    "ModelSpec": "models.spec",
-    "collect_stats": "collect",
-    "finetune": "finetuning",
-    "FineTuning": "finetuning",
-    "collect_fisher": "collect",
+    "ModelSpec": "models.specified.spec",
+    "collect_stats": "adapted.collect",
+    "finetune": "models.rational.finetuning",
+    "FineTuning": "models.rational.finetuning",
+    "collect_fisher": "adapted.collect",
 }
 _MODULES = ("data", "evaluate", "functional", "methods", "models")
 

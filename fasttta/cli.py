@@ -8,12 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import __version__, console
+from . import __version__
+from .commands import console
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .models.spec import ModelSpec
+    from .models.specified.spec import ModelSpec
 
     class _Report(Protocol):
         def to_html(self, path: str) -> Path: ...
@@ -268,7 +269,7 @@ def _inspect_parser(commands: _Commands) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from . import inspection
+    from .commands import inspect as inspection
     from .evaluate.output import as_json
 
     model = inspection.open_model(options.model, options.num_heads)

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import cases
 import goldens
 import pytest
 
@@ -113,24 +114,10 @@ def method(request):
     return request.param
 
 
-def _tiny(seed: int = 0, **sizes):
-    from fasttta.models import CAVMAE
-
-    torch.manual_seed(seed)
-    sizes = {
-        "dim": 12, "num_heads": 3, "audio_tokens": 6, "video_tokens": 4, "depth": (1, 2, 1),
-        "patch_audio": (4, 2), "patch_video": (3, 3), **sizes,
-    }  # fmt: skip
-    model = CAVMAE(7, **sizes)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
 @pytest.fixture
 def tiny_model():
     """Makes CAV-MAEs of odd sizes: 6 + 4 tokens of width 12, 7 classes."""
-    return _tiny
+    return cases.tiny_model
 
 
 @pytest.fixture

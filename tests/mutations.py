@@ -30,9 +30,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mutated_copy import Copy, caching_compiler, compiler
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from mutated_copy import Copy, caching_compiler, compiler  # noqa: E402
+
 TABLES = ROOT / "tests" / "faults"
 _SECONDS = 240  # of one run, after which it is stopped
 _BUILD_SECONDS = 600  # more, where C++ is compiled
@@ -128,7 +130,7 @@ def _child(copy: Copy, run: Run, output: Path) -> int:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(copy.tree)
-    checkout = ROOT, ROOT / "tests", copy.tree
+    checkout = ROOT, ROOT / "tests", ROOT / "tests" / "support", copy.tree
     others = [path for path in sys.path if Path(path or ".").resolve() not in checkout]
     sys.path[:] = [str(copy.lib), *others]
     os.environ["PYTHONPATH"] = str(copy.lib)  # of what the tests start

@@ -9,12 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BENCHES = ROOT / "benches"
 MACHINE = {
     "gpu": "NVIDIA H200", "cpu": "Some(R) CPU @ 2.00GHz", "cores": 8, "python": "3.12.1",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from clips import tiny_clip, tiny_ids, tiny_views
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fasttta"
 
 # lower imports nothing above it; one line is one level

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections import Counter
 
 import mutations
 import pytest
+from places import TESTS
 
+
+def _script(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mutations = _script(TESTS / "mutations.py")
 FAULTS = mutations.read_tables()
 # where faults must be known: folders of the library, and files at its top
 ROOMS = (
@@ -53,7 +65,7 @@ def test_survivors_are_told(tmp_path):
         ("gone", "this text is nowhere", ""),
         ("breaks", "class ShiftDetector:", "class ShiftDetector"),
     )
-    file, test = "fasttta/engine/shift.py", "test_shift.py::test_official_sequence"
+    file, test = "fasttta/engine/shift.py", "engine/test_shift.py::test_official_sequence"
     table.write_text(f"FAULTS = {[(n, file, old, new, test) for n, old, new in rows]!r}")
     before = (mutations.ROOT / file).read_text()
     command = [sys.executable, str(mutations.__file__), "--table", str(table)]

@@ -11,29 +11,29 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import fasttta
 
-ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("data", "evaluate", "functional", "methods", "models")
 
 # calls, and the type that each of them has
 CALLS = {
-    "fasttta.adapt(module)": "fasttta.adapted.Adapted",
-    'fasttta.adapt(module, "abpem", k=8)': "fasttta.adapted.Adapted",
-    "fasttta.adapt(module, name, seed=1)": "fasttta.adapted.Adapted",
-    "fasttta.adapt(module, classes=names)": "fasttta.adapted_clip.AdaptedCLIP",
-    'fasttta.adapt(module, "mta", classes=ids)': "fasttta.adapted_clip.AdaptedCLIP",
+    "fasttta.adapt(module)": "fasttta.adapted.fusion.Adapted",
+    'fasttta.adapt(module, "abpem", k=8)': "fasttta.adapted.fusion.Adapted",
+    "fasttta.adapt(module, name, seed=1)": "fasttta.adapted.fusion.Adapted",
+    "fasttta.adapt(module, classes=names)": "fasttta.adapted.images.AdaptedCLIP",
+    'fasttta.adapt(module, "mta", classes=ids)': "fasttta.adapted.images.AdaptedCLIP",
     "fasttta.adapt(module, fasttta.methods.TPT(), classes=names)":
-        "fasttta.adapted_clip.AdaptedCLIP",
-    'fasttta.adapt(module, "rada", classes=names)': "fasttta.adapted_head.AdaptedHead",
+        "fasttta.adapted.images.AdaptedCLIP",
+    'fasttta.adapt(module, "rada", classes=names)': "fasttta.adapted.head.AdaptedHead",
     "fasttta.adapt(module, fasttta.methods.RAda(), classes=names)":
-        "fasttta.adapted_head.AdaptedHead",
-    "fasttta.load(module, name)": "fasttta.adapted.Adapted",
+        "fasttta.adapted.head.AdaptedHead",
+    "fasttta.load(module, name)": "fasttta.adapted.fusion.Adapted",
     "fasttta.adapt(module).step(ids).logits": "torch._tensor.Tensor",
     "fasttta.adapt(module).tuned": "dict[str, torch._tensor.Tensor]",
     "fasttta.methods.ABPEM(k=3).k": "int",
-    "fasttta.models.CAVMAE.from_checkpoint(name)": "fasttta.models.cavmae.CAVMAE",
+    "fasttta.models.CAVMAE.from_checkpoint(name)": "fasttta.models.cavmae.model.CAVMAE",
     "fasttta.functional.entropy(ids)": "torch._tensor.Tensor",
     "fasttta.functional.attention_bootstrap(ids, ids, (1, 2))": "torch._tensor.Tensor",
     "fasttta.functional.attention_bootstrap(ids, ids, (1, 2), return_moments=True)[1].std":

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..collect import collect_stats
+from ..adapted.collect import collect_stats
 from ..data import fbank
 from ..protocols import SourceStats
 from .digits import DATA_PATH, MODEL_PATH, STATISTICS_PATH, enlarge, load_model, stream

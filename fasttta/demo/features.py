@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..entry import adapt
-from ..finetuning import finetune
+from ..adapted.entry import adapt
 from ..models import FeatureClassifier, RationalHead
+from ..models.rational.finetuning import finetune
 
 SCALE = 100.0  # exp(logit_scale) of CLIP
 

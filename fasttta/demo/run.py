@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..entry import adapt
+from ..adapted.entry import adapt
 from ..evaluate import (
     ProgressBar,
     attention_gap,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapted import Adapted
-from ..adapted_clip import AdaptedCLIP
-from ..adapted_head import AdaptedHead
-from ..episodes import as_list
+from ..adapted.episodes import as_list
+from ..adapted.fusion import Adapted
+from ..adapted.head import AdaptedHead
+from ..adapted.images import AdaptedCLIP
 from ..ops.labels import class_count, class_labels
 
 

@@ -1,9 +1,9 @@
 """Models that fasttta builds itself, from official checkpoints."""
 
-from .cavmae import CAVMAE
-from .clip import CLIP
-from .rational import FeatureAdapter, FeatureClassifier, RationalHead
-from .rational_models import RationalCAVMAE, RationalCLIP
+from .cavmae.model import CAVMAE
+from .clip.model import CLIP
+from .rational.head import FeatureAdapter, FeatureClassifier, RationalHead
+from .rational.models import RationalCAVMAE, RationalCLIP
 
 __all__ = [
     "CAVMAE", "CLIP", "FeatureAdapter", "FeatureClassifier", "RationalCAVMAE", "RationalCLIP",

@@ -6,7 +6,7 @@ FAULTS = [
         "kernels/score_blocks.py",
         "tl.where((i_b < M * M) & (i != j), kl, 0.0)",
         "tl.where(i_b < M * M, kl, 0.0)",
-        "test_kernels_attention.py::test_pairs_and_anchors[mean-False]",
+        "kernels/test_kernels_attention.py::test_pairs_and_anchors[mean-False]",
     ),
     (
         "triton-pair-query-for-key",
@@ -21,34 +21,34 @@ FAULTS = [
             "    if p_anchor_mean is not None:\n"
             "        mean_s = tl.load(p_anchor_mean + s, mask"
         ),
-        "test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+        "kernels/test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
     ),
     (
         "triton-gradient-without-weight",
         "kernels/score_blocks.py",
         "grad_mean = tl.where(upstream != 0, upstream * (mean - mean_s) / variance_s, 0.0)",
         "grad_mean = upstream * (mean - mean_s) / variance_s",
-        "test_kernels_attention.py::test_undefined_statistics[mean]",
+        "kernels/test_kernels_attention.py::test_undefined_statistics[mean]",
     ),
     (
         "triton-gradient-of-no-spread",
         "kernels/score_blocks.py",
         "beta = tl.where(std > 0, grad_std * tl.abs(c) / (count - 1.0), 0.0)",
         "beta = grad_std * tl.abs(c) / (count - 1.0)",
-        "test_kernels_attention.py::test_undefined_statistics[mean]",
+        "kernels/test_kernels_attention.py::test_undefined_statistics[mean]",
     ),
     (
         "triton-top-k-ties",
         "kernels/adaptation_head.py",
         "tl.cumsum(tied.to(tl.int32), axis=0) <= left",
         "tl.cumsum(tied.to(tl.int32), axis=0) < left",
-        "test_kernels_logits.py::test_head[in-one-piece-(2, 309)-random]",
+        "kernels/test_kernels_logits.py::test_head[in-one-piece-(2, 309)-random]",
     ),
     (
         "c++-quick-gelu",
         "csrc/quick_gelu.cpp",
         "s + A(1.702) * from[i] * s * (1 - s)",
         "s + A(1.702) * from[i] * s",
-        "test_activation.py",
+        "ops/test_activation.py",
     ),
 ]

@@ -3,120 +3,120 @@
 STATE, TURN, GRAPH = (f"fasttta/engine/{name}.py" for name in ("state", "turn", "graph"))
 FOLDER, RECORD = "fasttta/engine/folder.py", "fasttta/engine/record.py"
 RESTORE, STEP, SHIFT = (f"fasttta/engine/{name}.py" for name in ("restore", "step", "shift"))
-STATEFUL, ENTRY = "fasttta/adapted_state.py", "fasttta/entry.py"
+STATEFUL, ENTRY = "fasttta/adapted/base.py", "fasttta/adapted/entry.py"
 
 FAULTS = [
     (
         "a step that fails is not undone", STATE,
         "        self.sync()\n        self._live = None\n", "        self.sync()\n",
-        "test_state.py::test_failure_after_the_update_rolls_back[forward-RuntimeError-read]",
+        "engine/test_state.py::test_failure_after_the_update_rolls_back[forward-RuntimeError-read]",
     ),
     (
         "a step leaves the state where it was", STATE,
         "        self.current = snapshot\n        self._live = snapshot\n",
         "        self._live = snapshot\n",
-        "test_state.py::test_reset_is_bitwise[read]",
+        "engine/test_state.py::test_reset_is_bitwise[read]",
     ),
     (
         "the guard's values are not those of the step", STATE,
         "snapshot = self._captured(guard, written)",
         "snapshot = self._captured(self.current.guard, written)",
-        "test_guard.py::test_begins_anew[read]",
+        "engine/test_guard.py::test_begins_anew[read]",
     ),
     (
         "a cleanup that is interrupted is left", TURN,
         "    finally:\n        cleanup()\n\n\nclass Turn",
         "    finally:\n        pass\n\n\nclass Turn",
-        "test_interruptions.py::test_every_line_that_puts_the_state[source-files1]",
+        "engine/test_interruptions.py::test_every_line_that_puts_the_state[source-files1]",
     ),
     (
         "no lock", TURN,
         "        with self._turn():\n            return method(self, *args, **kwargs)",
         "        return method(self, *args, **kwargs)",
-        "test_threads.py::test_no_step_is_lost[read]", "test_threads.py::test_everything_at_once",
+        "engine/test_threads.py::test_no_step_is_lost[read]", "engine/test_threads.py::test_everything_at_once",
     ),
     (
         "a captured step goes on from buffers of no state", GRAPH,
         "published, self.published = self.published, None", "published = self.published",
-        "test_interruptions.py::test_a_step_on_buffers_that_ends_before_it_is_published",
+        "engine/test_interruptions.py::test_a_step_on_buffers_that_ends_before_it_is_published",
     ),
     (
         "the state is memory of the buffers", GRAPH,
         "newest = ring[self.place, : self.rows[-1]].clone()",
         "newest = ring[self.place, : self.rows[-1]]",
-        "test_state_dict.py::test_handles_of_steps_on_buffers",
+        "engine/test_state_dict.py::test_handles_of_steps_on_buffers",
     ),
     (
         "the state is memory of the caller", STEP,
         "    if not shared:\n        return state\n", "    return state\n",
-        "test_custom_methods.py::test_one_that_tunes_nothing_and_keeps_a_batch",
+        "methods/test_custom_methods.py::test_one_that_tunes_nothing_and_keeps_a_batch",
     ),
     (
         "a gradient whose square overflows counts", STEP,
         "finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()",
         "finite * torch.isfinite(grad).all()",
-        "test_records.py::test_a_gradient_whose_square_overflows_is_left_out",
+        "engine/test_records.py::test_a_gradient_whose_square_overflows_is_left_out",
     ),
     (
         "a load gives up where another save came between", FOLDER,
         "if _record(folder)[1] == name:", "if True:",
-        "test_sharing.py::test_a_load_goes_on_where_the_record_has_moved_on",
+        "engine/test_sharing.py::test_a_load_goes_on_where_the_record_has_moved_on",
     ),
     (
         "without a lock files of others are removed", FOLDER,
         "if alone or now - path.stat().st_mtime > _OLD:", "if True:",
-        "test_sharing.py::test_what_killed_saves_leave_is_removed_and_nothing_else",
+        "engine/test_sharing.py::test_what_killed_saves_leave_is_removed_and_nothing_else",
     ),
     (
         "a save removes whatever lies in the folder", FOLDER,
         "if path.name == current or not (", "if path.name in (current, RECORD) or False and not (",
-        "test_sharing.py::test_what_killed_saves_leave_is_removed_and_nothing_else",
+        "engine/test_sharing.py::test_what_killed_saves_leave_is_removed_and_nothing_else",
     ),
     (
         "files get their names before they are on the disk", FOLDER,
         "        os.fsync(file.fileno())\n", "",
-        "test_sharing.py::test_files_are_on_the_disk_before_they_get_their_names",
+        "engine/test_sharing.py::test_files_are_on_the_disk_before_they_get_their_names",
     ),
     (
         "the record's own checksum is not compared", RECORD,
         'if record.get("checksum") != _checksum(record) or version == 1:', "if version == 1:",
-        "test_records.py::test_one_checksum_over_everything",
+        "engine/test_records.py::test_one_checksum_over_everything",
     ),
     (
         "NaN in a saved tensor", RESTORE,
         "if (x.is_floating_point() or x.is_complex()) and not torch.isfinite(x).all():",
         "if False:",
-        "test_records.py::test_tensors", "test_records.py::test_constants",
+        "engine/test_records.py::test_tensors", "engine/test_records.py::test_constants",
     ),
     (
         "a saved method state is taken as it is", RESTORE,
         '    method.check_state(running, groups["method"])\n', "",
-        "test_records.py::test_tensors",
+        "engine/test_records.py::test_tensors",
     ),
     (
         "a checkpoint of another object is taken", STATEFUL,
         "if handle._owner is not self._owner:", "if False:",
-        "test_state_dict.py::test_checkpoint_and_rollback[read]",
+        "engine/test_state_dict.py::test_checkpoint_and_rollback[read]",
     ),
     (
         "a state_dict of other settings is taken", STATEFUL,
         "            self._check_same(record)\n", "",
-        "test_state_dict.py::test_state_dicts_that_do_not_fit",
+        "engine/test_state_dict.py::test_state_dicts_that_do_not_fit",
     ),
     (
         "damaged tensors in a state_dict", STATEFUL,
         'if records.tensors_digest(tensors) != record["sha256"]:', "if False:",
-        "test_state_dict.py::test_state_dicts_that_do_not_fit",
+        "engine/test_state_dict.py::test_state_dicts_that_do_not_fit",
     ),
     (
-        "a method that no image runs is taken", "fasttta/adapted_clip.py",
+        "a method that no image runs is taken", "fasttta/adapted/images.py",
         "if isinstance(method, Episodic) or type(method) is methods.Source:",
         "if True:",
-        "test_custom_methods.py::test_what_would_not_be_run_is_refused",
+        "methods/test_custom_methods.py::test_what_would_not_be_run_is_refused",
     ),
     (
         "a record without its class is read by name", ENTRY,
         'if cls is None and "class" in record:', "if False:",
-        "test_custom_methods.py::test_saved_and_loaded_by_its_class",
+        "methods/test_custom_methods.py::test_saved_and_loaded_by_its_class",
     ),
 ]  # fmt: skip

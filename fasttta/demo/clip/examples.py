@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...entry import adapt
+from ...adapted.entry import adapt
 from ...evaluate.pictures import data_uri
 from ...models import CLIP
 from ...views import Views, make_views

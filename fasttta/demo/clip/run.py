@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...adapted.entry import adapt
 from ...data.attack import pgd
-from ...entry import adapt
 from ...evaluate import machine, measure_stream, over_seeds
 from ...methods import by_name
 from .examples import example

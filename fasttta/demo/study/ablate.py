@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ...collect import collect_stats
+from ...adapted.collect import collect_stats
 from ...evaluate.charts import Dots, Mark, Row
 from ...evaluate.document import Cell, Figure, Heading, Table, Text
 from ...methods import ABPEM, Method, Source

@@ -1,0 +1,266 @@
+"""What fasttta makes of a model: ``fasttta inspect``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .. import methods
+from ..families.cavmae import recognise
+from ..families.clip import recognise_clip
+from ..models import CAVMAE, CLIP
+from ..models.clip.checkpoint import is_clip_checkpoint
+from ..models.parametrised import how_to_unwrap
+from ..models.specified.detect import undisturbed
+from ..models.specified.model import SpecifiedModel
+from ..models.specified.nested import tensors
+from ..models.specified.spec import ModelSpec
+from ..protocols import FusionModel
+from .console import UserCodeError
+from .imported_model import imported_model
+from .inspect_clip import describe_clip, table_clip
+
+
+def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
+    """What a model was recognised as, what each method would tune, what input it expects.
+
+    Args:
+        model, spec: as for ``fasttta.adapt``.
+
+    Returns:
+        JSON-ready. ``"methods"``: name -> ``"tuned"`` (values), ``"delta_bytes"`` (what
+        ``Adapted.save`` writes of tensors before any batch: tuned values, two moments and a step
+        count; source statistics that a method keeps come on top), ``"names"`` of the tuned
+        tensors, or ``"impossible"``, why it cannot run.
+
+    Raises:
+        TypeError, ValueError: it is not a model that fasttta knows.
+    """
+    if spec is None and (clip := recognise_clip(model)):
+        return describe_clip(clip)
+    known = recognise(model, spec)
+    fusion = known.fusion
+    weight = next(fusion.parameters())
+    if not isinstance(fusion, (CAVMAE, SpecifiedModel)):
+        raise TypeError(f"{known.family} is no fusion model, which is what can be described here")
+    about = _cavmae(fusion) if isinstance(fusion, CAVMAE) else _specified(fusion)
+    return {
+        "family": known.family,
+        "found_at": known.prefix.rstrip(".") or "the model itself",
+        "parameters": sum(p.numel() for p in fusion.parameters()),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device),
+        "heads": fusion.num_heads,
+        **about,
+        "methods": {
+            name: _method(fusion, methods.by_name(name)()) for name in methods.names("fusion")
+        },
+    }
+
+
+def open_model(name: str, num_heads: int | None = None) -> nn.Module:
+    """The model of a command line: that of a CAV-MAE or OpenAI CLIP checkpoint, or what
+    ``package.module:name`` is or makes (``imported_model``).
+
+    Raises:
+        ValueError, OSError: there is no such file, module or name, or it is of another kind.
+    """
+    if os.path.exists(name) or ":" not in name:
+        if is_clip_checkpoint(name):
+            if num_heads is not None:
+                raise ValueError(
+                    f"--num-heads {num_heads}: heads of a CLIP checkpoint have 64 channels; leave "
+                    "it out, or give another CLIP as package.module:name"
+                )
+            return CLIP.from_checkpoint(name)
+        return CAVMAE.from_checkpoint(name, num_heads=num_heads)
+    return imported_model(name)
+
+
+def detect(
+    model: nn.Module, shapes: list[str], logits: str | None = None, num_heads: int | None = None
+) -> ModelSpec:
+    """The ModelSpec of a model that takes inputs of these shapes, found with random ones.
+
+    Args:
+        shapes: ``"4x1024x128"``, ``"4x20:int64"`` for token ids, which are drawn from the whole
+            of the largest embedding that the model takes them for.
+        logits: a key, or the digits of an index.
+
+    Raises:
+        TypeError, ValueError: a shape that cannot be read; as ``ModelSpec.detect``.
+    """
+    where = int(logits) if logits is not None and logits.lstrip("-").isdigit() else logits
+    try:
+        inputs = _in_range(model, [_random(shape) for shape in shapes])
+        return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # whatever the model's own forward raises
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserCodeError(
+            f"{type(model).__name__} failed on inputs of {', '.join(shapes)}: {reason}"
+        ) from error
+
+
+def _in_range(model: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Integer inputs drawn from the largest range that the model runs on with finite results: of
+    ids 0 and 1 only, most tokens would be alike in all samples."""
+    sizes = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    for i, x in enumerate(inputs):
+        if x.is_floating_point() or x.dtype == torch.bool:
+            continue
+        for size in sorted(sizes, reverse=True):
+            wide = torch.randint(0, max(2, size), x.shape).to(x.dtype)
+            tried = [*inputs[:i], wide, *inputs[i + 1 :]]
+            if _runs(model, tried):
+                inputs = tried
+                break
+    return inputs
+
+
+def _runs(model: nn.Module, inputs: list[torch.Tensor]) -> bool:
+    try:
+        with undisturbed(model):
+            output = model(*(x.clone() for x in inputs))
+    except Exception:  # an id out of range, whatever a model makes of it
+        return False
+    return all(torch.isfinite(x).all() for x in tensors(output) if x.is_floating_point())
+
+
+def _random(shape: str) -> torch.Tensor:
+    sizes, _, kind = shape.partition(":")
+    try:
+        size = [int(part) for part in sizes.split("x")]
+        dtype = getattr(torch, kind or "float32")
+        if dtype.is_floating_point:
+            return torch.randn(size, dtype=dtype)
+        return torch.randint(0, 2, size).to(dtype)
+    except (ValueError, AttributeError, RuntimeError):
+        raise ValueError(
+            f"--input {shape}: needed a shape such as 4x1024x128 or 4x20:int64"
+        ) from None
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The ModelSpec that says of a CAV-MAE what fasttta knows of it: an example to start from.
+
+    Raises:
+        ValueError: it is no CAV-MAE.
+    """
+    try:
+        if recognise_clip(model):
+            raise ValueError(
+                f"{type(model).__name__} is a CLIP, which needs no ModelSpec: fasttta.adapt(model, "
+                "classes=names)"
+            )
+        fusion = recognise(model).fusion
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    assert isinstance(fusion, CAVMAE)  # what recognise knows without a spec
+    ta, tv = fusion.spans
+    return ModelSpec(
+        fusion=[f"blocks_u.{i}.attn" for i in range(len(fusion.blocks_u))],
+        spans={"audio": (0, ta), "video": (ta, ta + tv)},
+        qkv="qkv",
+    )
+
+
+def _cavmae(fusion: CAVMAE) -> dict[str, Any]:
+    return {
+        "classes": fusion.num_classes,
+        "width": fusion.dim,
+        "blocks": {
+            "audio": len(fusion.blocks_a),
+            "video": len(fusion.blocks_v),
+            "fusion": len(fusion.blocks_u),
+        },
+        "spans": dict(zip(fusion.input_names, fusion.spans, strict=True)),
+        "inputs": _inputs(fusion),
+    }
+
+
+def _specified(fusion: SpecifiedModel) -> dict[str, Any]:
+    return {
+        "fusion": [p.path for p in fusion.projections],
+        "projections": [list(p.modules) or [f"{p.path}.in_proj"] for p in fusion.projections],
+        "spans": dict(zip(fusion.spec.spans, fusion.spans, strict=True)),
+        "inputs": {name: "a tensor [B, ...]" for name in fusion.input_names},
+    }
+
+
+def _inputs(fusion: CAVMAE) -> dict[str, str]:
+    ta, tv = fusion.spans
+    audio, video = (e.proj for e in (fusion.patch_embed_a, fusion.patch_embed_v))
+    (fa, ta_size), (ph, pw) = audio.kernel_size, video.kernel_size
+    side = int(tv**0.5)
+    shape = f"{side * ph}, {side * pw}" if side * side == tv else "rows, columns"
+    return {
+        "audio": f"[B, frames, mel bins] with (frames / {ta_size}) x (mel bins / {fa}) = {ta}; "
+        "official models: fasttta.data.cavmae_audio, log-mel with mean -5.081 and std 4.4849",
+        "video": f"[B, {video.in_channels}, {shape}], {tv} patches of {ph} x {pw}; official "
+        "models: fasttta.data.cavmae_frame, ImageNet mean and std",
+    }
+
+
+def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
+    try:
+        method.check_model(fusion)
+        method = method.fitted(fusion)
+        fusion = method.extend(fusion, 0)
+        slots = method.tuned(fusion)
+    except ValueError as error:
+        return {"impossible": f"with its default options: {error}"}
+    if method.group is not None and not slots:
+        return {"impossible": f"the model has nothing of the kind it tunes ({method.group})"}
+    parameters = {slot.parameter for slot in slots.values()}
+    for name in sorted(parameters - {name for name, _ in fusion.named_parameters()}):
+        how = how_to_unwrap(cast(nn.Module, fusion), name)
+        return {"impossible": f"{name} cannot be tuned: {how}"}
+    values = sum(fusion.get_parameter(name).numel() for name in parameters)
+    size = 8 if next(fusion.parameters()).dtype == torch.float64 else 4
+    return {
+        "tuned": values,
+        # of episodes also what they start from
+        "delta_bytes": (4 if method.episodic else 3) * values * size + 4 * len(parameters),
+        "names": list(slots),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """What ``describe`` found, as text."""
+    if "image" in found:
+        return table_clip(found)
+    if "blocks" in found:
+        blocks = ", ".join(f"{n} {name}" for name, n in found["blocks"].items())
+        assumed = " (assumed, see --num-heads)" if found.get("heads_assumed") else ""
+        sizes = (
+            f"sizes       width {found['width']}, {found['heads']} heads{assumed}, blocks: "
+            f"{blocks}; {found['classes']} classes"
+        )
+    else:
+        parts = [", ".join(names) for names in found["projections"]]
+        of = [f"{f} (q, k, v of {p})" for f, p in zip(found["fusion"], parts, strict=True)]
+        sizes = f"fusion      {'; '.join(of)}, {found['heads']} heads"
+    spans = " + ".join(f"{n} {name}" for name, n in found["spans"].items())
+    lines = [
+        f"recognised  {found['family']} ({found['found_at']}), {found['parameters']:,} parameters, "
+        f"{found['dtype']} on {found['device']}",
+        sizes,
+        f"tokens      {spans}",
+        *(f"{name:<12}{text}" for name, text in found["inputs"].items()),
+        "",
+        f"{'method':<10}{'tuned values':>14}{'delta':>12}   what is tuned",
+    ]
+    for name, method in found["methods"].items():
+        if "impossible" in method:
+            lines.append(f"{name:<10}not possible {method['impossible']}")
+            continue
+        names = method["names"]
+        what = ", ".join(names[:2]) + (f", ... ({len(names)} tensors)" if len(names) > 2 else "")
+        size = f"{method['delta_bytes'] / 1e6:.2f} MB"
+        lines.append(f"{name:<10}{method['tuned']:>14,}{size:>12}   {what or 'nothing'}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Which family a user's model belongs to, told by its structure."""

@@ -1,0 +1,167 @@
+"""Comparing a model, as methods run it, with its user's own module: values and gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.hooks import CALLED, global_hooks
+from ..models.specified.nested import alike, described, tensors
+
+_CHECKPOINTING = (
+    "run fasttta.adapt with gradient checkpointing off (model.gradient_checkpointing_disable(), "
+    "or the flag or wrapper of that model); only training needs it"
+)
+_REENTRANT = "None of the inputs have requires_grad"
+
+
+def hooked_modules(module: nn.Module) -> list[str]:
+    """Names of the submodules that have hooks, for messages."""
+    names = [
+        name or type(module).__name__
+        for name, child in module.named_modules()
+        if any(vars(child).get(kind) for kind in CALLED)
+    ]
+    return names + (["every module (global hooks)"] if global_hooks() else [])
+
+
+def hook_advice(module: nn.Module) -> str:
+    """What to say of hooks where results differ."""
+    names = hooked_modules(module)
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (
+        f" Hooks are registered on {', '.join(names[:4])}{more}: remove those that change results."
+    )
+
+
+def altered(module: nn.Module) -> bool:
+    """Whether a module of fasttta's own may compute something else than its class says: it is of a
+    user's subclass, or has hooks."""
+    own = type(module).__module__.split(".")[0] == "fasttta"
+    return not own or bool(hooked_modules(module))
+
+
+def refuse_wrapper_hooks(wrapper: nn.Module) -> None:
+    """Raises ValueError if a wrapper (DataParallel, DDP, torch.compile), which is looked through,
+    has hooks of its own."""
+    if any(vars(wrapper).get(kind) for kind in CALLED):
+        raise ValueError(
+            f"hooks are registered on the {type(wrapper).__name__} around the model, which fasttta "
+            "does not run; register them on the module inside, or remove them"
+        )
+
+
+def refuse_backward_hooks(family: str, module: nn.Module) -> None:
+    """Raises ValueError if a module that fasttta computes in its own way has backward hooks."""
+    for name, child in module.named_modules():
+        if child._backward_hooks or child._backward_pre_hooks:
+            raise ValueError(
+                f"recognised as {family}, but {name or type(module).__name__} has backward hooks, "
+                "which gradients would have to pass; remove them (handle.remove())"
+            )
+
+
+def gradients_of(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a fixed weighted sum of logits; None for leaves that they do not reach.
+
+    Raises:
+        ValueError: the forward uses gradient checkpointing that no gradient passes.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=_REENTRANT)
+        try:
+            logits = run()
+            if not isinstance(logits, Tensor) or not logits.requires_grad:
+                return [None] * len(leaves)
+            index = torch.arange(logits.numel(), device=logits.device, dtype=logits.dtype)
+            weights = (1 + index).sin().view_as(logits)
+            total = (logits * weights).sum()
+            return list(torch.autograd.grad(total, leaves, allow_unused=True))
+        except (RuntimeError, UserWarning) as error:
+            if not any(word in str(error) for word in ("checkpoint", _REENTRANT)):
+                raise
+            reason = str(error).split("\n")[0].split(". ")[0]
+            raise ValueError(
+                f"its forward uses gradient checkpointing through which no gradient can be taken "
+                f"here ({reason}); {_CHECKPOINTING}"
+            ) from error
+
+
+def check_gradients(
+    family: str, names: Iterable[str], own: Sequence[Tensor | None], ours: Sequence[Tensor | None],
+    tolerance: float, module: nn.Module, needed: bool,
+) -> None:  # fmt: skip
+    """Compares gradients of the tuned tensors.
+
+    Args:
+        family: of the model, for messages.
+        own: by plain autograd on the module's own forward; ours: on the model as methods run it.
+        tolerance: of the largest gradient.
+        needed: every tensor must have one: the method tunes projections, which are all used.
+
+    Raises:
+        ValueError: they differ, or a needed one is missing.
+    """
+    names = list(names)
+    if all(a is None for a in own) and any(b is not None for b in ours):
+        return  # a forward under torch.no_grad(), whose function is known all the same
+    if all(b is None for b in ours):
+        raise ValueError(
+            f"{family}: its logits depend on none of the tuned tensors ({', '.join(names[:3])}, "
+            "...): does its forward run under torch.no_grad(), detach what the fusion computes, or "
+            f"checkpoint with use_reentrant=True? If so, {_CHECKPOINTING}"
+        )
+    largest = max(a.abs().max().item() for a in own if a is not None)
+    for name, a, b in zip(names, own, ours, strict=True):
+        if a is None and b is None:
+            if needed:
+                raise ValueError(
+                    f"{family}: the logits do not depend on {name}, which this method tunes: is "
+                    "the layer replaced by one that computes with other weights?"
+                )
+            continue
+        if a is None or b is None:
+            present = a if b is None else b
+            assert present is not None  # not both are missing
+            a, b = (torch.zeros_like(present) if x is None else x for x in (a, b))
+        error = (a - b).abs().max().item()
+        if not error <= tolerance * max(largest, 1e-12):
+            raise ValueError(
+                f"{family}: the gradient of {name} differs from that of plain autograd on the "
+                f"module's own forward by {error:.1e} (the largest is {largest:.1e}): is there "
+                "gradient checkpointing around the encoders, or do backward hooks change "
+                f"gradients? In the first case {_CHECKPOINTING}.{hook_advice(module)}"
+            )
+
+
+def check_returned(family: str, own: object, ours: object, tolerance: float) -> None:
+    """Compares what the module returns besides logits: hidden states, attention maps.
+
+    Raises:
+        ValueError: tensors are missing or differ.
+    """
+    theirs, mine = list(tensors(own)), list(tensors(ours))
+    same = len(theirs) == len(mine) and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(theirs, mine, strict=True)
+    )
+    if not same or (not alike(own, ours) and type(own) is not type(ours)):
+        raise ValueError(
+            f"{family}: its own forward returns {described(own)}, cut as the ModelSpec says "
+            f"{described(ours)}: are results recorded by hooks that others have registered?"
+        )
+    for a, b in zip(theirs, mine, strict=True):
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                raise ValueError(f"{family}: an integer tensor that it returns differs")
+            continue
+        bound = tolerance * max(1.0, a[torch.isfinite(a)].abs().max().item() if a.numel() else 1.0)
+        if not torch.allclose(a, b, rtol=0, atol=bound, equal_nan=True):
+            raise ValueError(
+                f"{family}: what it returns besides logits ({described(own)}) differs from its own "
+                "forward's: is there something random or stateful in it?"
+            )

@@ -1,0 +1,1 @@
+"""CAV-MAE: the model, its checkpoints, its form with prompts (BriMPR)."""

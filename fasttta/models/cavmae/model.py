@@ -1,0 +1,448 @@
+"""The fine-tuned contrastive audio-visual masked autoencoder, cut into encode and fuse."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...protocols import Slot
+from ...trace import span
+from .. import workers
+from ..blocks.layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
+from ..blocks.run_blocks import portion, through
+from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
+
+if TYPE_CHECKING:  # which import this module
+    from ..rational.models import RationalCAVMAE
+    from .prompted import PromptedCAVMAE
+
+MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
+_PARTS = ("weight", "bias")
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a set of LayerNorms for each way of being called."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm1_a, self.norm1_v = (nn.LayerNorm(dim) for _ in range(3))
+        self.attn = SelfAttention(dim, heads)
+        self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(dim) for _ in range(3))
+        self.mlp = MLP(dim, hidden)
+
+    def forward(self, x: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
+        """x [B, T, D]; modality "a" or "v" takes that modality's LayerNorms, "" the shared ones."""
+        suffix = f"_{modality}" if modality else ""
+        x, attention = self.attn(getattr(self, f"norm1{suffix}")(x), add=x)
+        return self.mlp(getattr(self, f"norm2{suffix}")(x), add=x), attention
+
+
+class CAVMAE(nn.Module):
+    """Fine-tuned CAV-MAE: two frozen encoders and a fusion block that attends over both.
+
+    Source: Gong et al., "Contrastive Audio-Visual Masked Autoencoder", ICLR 2023; parameter names
+    are those of the official checkpoints. ``from_checkpoint`` is the usual way to make one.
+
+    Args:
+        num_classes: C.
+        dim: D, the width; num_heads must divide it.
+        audio_tokens, video_tokens: Ta and Tv.
+        depth: (audio blocks, video blocks, fusion blocks).
+        hidden: width of the MLPs, 4 D unless given.
+        patch_audio, patch_video: patch sizes (mel bins, frames) and (rows, columns).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        dim: int = 768,
+        num_heads: int = 12,
+        audio_tokens: int = 512,
+        video_tokens: int = 196,
+        depth: tuple[int, int, int] = (11, 11, 1),
+        hidden: int | None = None,
+        patch_audio: tuple[int, int] = (16, 16),
+        patch_video: tuple[int, int] = (16, 16),
+        video_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if depth[2] < 1:
+            raise ValueError(f"depth={depth}: needed at least one fusion block")
+        if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads!r} does not divide the width {dim}; official CAV-MAE has "
+                "num_heads=12 at width 768"
+            )
+        hidden = 4 * dim if hidden is None else hidden
+        self.num_classes, self.dim, self.num_heads = num_classes, dim, num_heads
+        self.patch_embed_a = PatchEmbed(1, patch_audio, dim)
+        self.patch_embed_v = PatchEmbed(video_channels, patch_video, dim)
+        self.modality_a = nn.Parameter(torch.zeros(1, 1, dim))
+        self.modality_v = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed_a = nn.Parameter(torch.zeros(1, audio_tokens, dim))
+        self.pos_embed_v = nn.Parameter(torch.zeros(1, video_tokens, dim))
+        self.blocks_a, self.blocks_v, self.blocks_u = (
+            nn.ModuleList(Block(dim, num_heads, hidden) for _ in range(n)) for n in depth
+        )
+        self.norm_a, self.norm_v, self.norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_classes))
+        # no part of the weights, which source statistics and saved states are told by
+        self.register_buffer("prompts_audio", None, persistent=False)
+        self.register_buffer("prompts_video", None, persistent=False)
+        self.tuned_prompts = False
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
+        *,
+        num_heads: int | None = None,
+    ) -> CAVMAE:
+        """The model of an official checkpoint.
+
+        Every size but the head count follows from the tensors' shapes. Names may carry prefixes of
+        wrappers (``module.``, ``_orig_mod.``, ``model.``, ``net.``, in any nesting) and lie under
+        ``state_dict``, ``model_state_dict``, ``model`` or ``net`` of what a training script saved;
+        the layouts with 478 keys (CAV-MAE), 484 (READ) and 490 (ABPEM) are known. The split q, k,
+        v of the latter two are ignored, as the official code overwrites them with the rows of the
+        packed qkv. Of BriMPR's ``PromptVA`` tuned prompts are taken along (see ``take_prompts``).
+        Weights stored in half precision are widened to float32.
+
+        Args:
+            path_or_state_dict: a safetensors file, a file of ``torch.save`` or ``torch.jit.save``
+                (read for its tensors; no code in it is run), or a state dict.
+            num_heads: heads of every attention layer, which weights do not tell. None: 12 of the
+                published width 768; of any other width it must be given.
+
+        Raises:
+            FileNotFoundError, TypeError: there is no such file, or it is no path.
+            ValueError: the file is damaged or holds more than tensors, or tensors that are not
+                finite, not floating point, quantised, sparse or on meta; keys are missing, unknown
+                or of a wrong shape (all named); num_heads is missing or does not divide the width.
+        """
+        state, prompts = split_prompts(read_state_dict(path_or_state_dict))
+        if num_heads is None:
+            num_heads = published_heads(infer_sizes(state)["dim"])
+        return cls.from_tensors(state, num_heads=num_heads).take_prompts(prompts)
+
+    @classmethod
+    def from_tensors(cls, state: Mapping[str, Tensor], *, num_heads: int) -> CAVMAE:
+        """The model over these very tensors, named as in ``state_dict()``: nothing is copied.
+
+        Raises:
+            ValueError: keys are missing, unknown or of a wrong shape (all named).
+        """
+        with torch.device("meta"):
+            model = cls(**infer_sizes(state), num_heads=num_heads)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        missing = sorted(expected.keys() - state.keys())
+        unknown = sorted(state.keys() - expected.keys())
+        wrong = [
+            f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in state and state[name].shape != shape
+        ]
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            for what, names in (
+                ("missing keys", missing),
+                ("unknown keys", unknown),
+                ("keys of another shape", wrong),
+            )
+            if names
+        ]
+        if problems:
+            raise ValueError("this is not a fine-tuned CAV-MAE checkpoint: " + "; ".join(problems))
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def take_prompts(self, prompts: Mapping[str, Tensor]) -> CAVMAE:
+        """Takes the prompts that a model came with (BriMPR's); returns itself.
+
+        BriMPR starts with them and comes back to them at ``reset``. Prompts that were tuned also
+        count for predictions: the model then computes what the official ``PromptVA`` does with
+        ``prompt=True``, under every method. Fresh ones (no value beyond 1e-4) say nothing, and
+        ones that are fresh and of another shape are left. ``state_dict()`` does not hold them.
+
+        Args:
+            prompts: by modality, [blocks, n, D]; empty: none.
+
+        Raises:
+            ValueError: tuned prompts are of another shape than the encoders'.
+        """
+        if not prompts:
+            return self
+        shapes, ready = self.feature_shapes(), {}
+        largest = [x.detach().abs().max().item() for x in prompts.values() if x.numel()]
+        tuned = max(largest, default=0.0) > FRESH_PROMPTS * (1 + 1e-6)
+        for name in self.input_names:
+            blocks, dim = shapes[name]
+            x = prompts.get(name)
+            if x is None:
+                x = self.norm.weight.new_zeros(blocks, 0, dim)
+            if x.ndim != 3 or (x.shape[0], x.shape[2]) != (blocks, dim):
+                if not tuned:
+                    return self
+                raise ValueError(
+                    f"prompts of {name} have shape {list(x.shape)}, needed [{blocks}, n, {dim}] "
+                    "(encoder blocks, prompts, width)"
+                )
+            ready[name] = x.detach().clone().to(self.norm.weight)
+        self.prompts_audio, self.prompts_video = ready["audio"], ready["video"]
+        self.tuned_prompts = tuned
+        return self
+
+    def start_prompts(self) -> dict[str, Tensor]:
+        """The prompts [blocks, n, D] that the model came with, by modality; none: an empty dict."""
+        prompts = {"audio": self.prompts_audio, "video": self.prompts_video}
+        return {name: x for name, x in prompts.items() if x is not None}
+
+    # ------------------------------------------------------------------ protocol
+
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Token counts (Ta, Tv) of the fused sequence, audio first."""
+        return self.pos_embed_a.shape[1], self.pos_embed_v.shape[1]
+
+    @property
+    def input_names(self) -> tuple[str, str]:
+        return "audio", "video"
+
+    def tunable(self, group: str) -> dict[str, Slot]:
+        """What a method may tune: name -> where it lies among this module's parameters.
+
+        ``"norm"``: the LayerNorms on the multi-modal path (the ``_a`` and ``_v`` ones never run
+        there). ``"encoder_norm"``: of those, the ones in the encoders' blocks 0 to 8, SAR's choice.
+        ``"fusion_qkv"``: the query, key and value projections of the first fusion block; of
+        further ones (``modality_specific_depth=10`` has two) the official READ and ABPEM code
+        tunes none.
+        """
+        if group in ("norm", "encoder_norm"):
+            slots: dict[str, Slot] = {}
+            for name, module in self.named_modules():
+                path = name.split(".")
+                early = path[0] in ("blocks_a", "blocks_v") and int(path[1] if path[1:] else 9) < 9
+                if not isinstance(module, nn.LayerNorm) or path[-1].endswith(("_a", "_v")):
+                    continue
+                if group == "norm" or early:
+                    slots |= {f"{name}.{part}": Slot(f"{name}.{part}") for part in _PARTS}
+            return slots
+        if group == "fusion_qkv":
+            slots = {}
+            for part in _PARTS:
+                packed = f"blocks_u.0.attn.qkv.{part}"
+                for row, which in enumerate("qkv"):
+                    rows = (row * self.dim, (row + 1) * self.dim)
+                    slots[f"blocks_u.0.attn.{which}.{part}"] = Slot(packed, rows)
+            return slots
+        raise ValueError(f'group={group!r} is unknown; known: "norm", "encoder_norm", "fusion_qkv"')
+
+    def feature_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes [blocks, D] of the features that ``SourceStats`` describe, and ``"joint"``."""
+        depths = {"audio": len(self.blocks_a), "video": len(self.blocks_v), "joint": 1}
+        return {name: (depth, self.dim) for name, depth in depths.items()}
+
+    def prompted(self, prompts: Mapping[str, Tensor]) -> PromptedCAVMAE:
+        """A model over the same weights whose encoder blocks take prompts.
+
+        Args:
+            prompts: by modality, [blocks, n, D].
+        """
+        from .prompted import PromptedCAVMAE
+
+        return PromptedCAVMAE(self, prompts)
+
+    def rational(self, **options: Any) -> RationalCAVMAE:
+        """A model over the same weights whose linear classifier a rational head weighs, as RAda
+        tunes it; options as ``fresh_head`` takes them."""
+        from ..rational.models import RationalCAVMAE, fresh_head
+
+        linear = cast(nn.Linear, self.mlp_head[1])
+        return RationalCAVMAE(self, fresh_head(self.dim, linear.weight, **options))
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Multiply in this precision (None: in the weights' own), frozen weights converted once.
+
+        The residual stream, LayerNorms and the head keep theirs.
+        """
+        for module in self.modules():
+            if isinstance(module, (Linear, PatchEmbed)) and module is not self.mlp_head[1]:
+                module.compute_dtype = dtype
+                holder = module.proj if isinstance(module, PatchEmbed) else module
+                for name, parameter in holder.named_parameters(recurse=False):
+                    if dtype is not None and not parameter.requires_grad:
+                        frozen = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                        setattr(holder, name, frozen)
+
+    def check_inputs(self, audio: Tensor, video: Tensor) -> None:
+        """Raises if the two tensors cannot be one batch for this model.
+
+        audio: [B, frames, mel bins], normalised log-mel features. video: [B, channels, rows,
+        columns], one normalised RGB frame a sample.
+        """
+        self._check_input("audio", audio)
+        self._check_input("video", video)
+        if audio.shape[0] != video.shape[0]:
+            raise ValueError(
+                f"audio has {audio.shape[0]} samples, video {video.shape[0]}; needed equal batches"
+            )
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        is_audio = name == "audio"
+        embed = self.patch_embed_a if is_audio else self.patch_embed_v
+        layout = "[B, frames, mel bins]" if is_audio else "[B, channels, rows, columns]"
+        rank = 3 if is_audio else 4
+        tokens = self.spans[0 if is_audio else 1]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
+        shape = tuple(x.shape)
+        if x.ndim != rank:
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
+        if x.device != self.modality_a.device:
+            raise ValueError(
+                f"{name} is on {x.device}, the model on {self.modality_a.device}; "
+                f"move one: {name}.to({str(self.modality_a.device)!r})"
+            )
+        if shape[0] == 0:
+            raise ValueError(f"{name} is an empty batch, shape {shape}; needed at least 1 sample")
+        if is_audio and shape[1:] == (128, 1024):
+            # the patch count of the published size fits either way round
+            raise ValueError(f"{name} of shape {shape} looks transposed, needed {layout}")
+        ph, pw = embed.proj.kernel_size
+        # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
+        h, w = (shape[2], shape[1]) if is_audio else shape[2:]
+        channels = 1 if is_audio else shape[1]
+        if channels != embed.proj.in_channels:
+            raise ValueError(
+                f"{name} has {channels} channels, needed {embed.proj.in_channels}; "
+                f"found shape {shape}"
+            )
+        if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
+            raise ValueError(
+                f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of "
+                f"{ph} x {pw}, the checkpoint has positions for {tokens} tokens"
+            )
+
+    # ------------------------------------------------------------------ computation
+
+    def embed_audio(self, audio: Tensor) -> Tensor:
+        """Audio [B, frames, mel bins] -> what enters its encoder [B, Ta, D], frequency-major."""
+        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
+        return x + self.pos_embed_a + self.modality_a
+
+    def embed_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, rows, columns] -> what enters its encoder [B, Tv, D], row-major."""
+        return self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+
+    def encode_audio(self, audio: Tensor) -> Tensor:
+        """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
+        return through((self.blocks_a, self.embed_audio(audio)))[0]
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
+        return through((self.blocks_v, self.embed_video(video)))[0]
+
+    def encode(self, audio: Tensor, video: Tensor) -> Tensor:
+        """Both encoders: tokens [B, Ta + Tv, D], audio first; with the tuned prompts, if any, that
+        the model came with."""
+        with span("encode"):
+            if self.tuned_prompts:
+                master = self.norm.weight.dtype
+                prompts = {name: x.to(master) for name, x in self.start_prompts().items()}
+                return self.prompted(prompts).layers(audio, video)[0]
+            side = _side_stream(audio.device) if audio.is_cuda else None
+            if side is None or not torch.cuda.is_current_stream_capturing():
+                a, v = self.embed_audio(audio), self.embed_video(video)
+                return torch.cat(through((self.blocks_a, a), (self.blocks_v, v)), dim=1)
+            # the encoders are independent branches of the captured graph
+            here = torch.cuda.current_stream(audio.device)
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                v = self.encode_video(video)
+            a = self.encode_audio(audio)
+            here.wait_stream(side)
+            return torch.cat((a, v), dim=1)
+
+    def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
+        """Fusion blocks, final LayerNorm and mean over tokens: [B, T, D] -> [B, D].
+
+        Also queries and keys of the last fusion block, from whose raw scores ABPEM takes its
+        statistics (the published models have one block).
+        """
+        x = tokens
+        for block in self.blocks_u:
+            x, attention = block(x, modality)
+        norm = getattr(self, f"norm_{modality}") if modality else self.norm
+        return norm(x).mean(dim=1), attention
+
+    def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample
+        at a time, which needs a quarter of a batch of 4's buffers and is no slower."""
+        return tokens.split(portion(tokens))
+
+    def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, Attention]:
+        """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""
+        with span("fuse"):
+            pooled, attention = self.pool(tokens)
+            return self.mlp_head(pooled), attention
+
+    def fuse(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, Ta + Tv, D] -> logits [B, C]."""
+        used = (*self.blocks_u, self.norm, self.mlp_head)
+        if torch.is_grad_enabled() or not workers.suit(tokens, used):
+            return self.fuse_attention(tokens)[0]
+        with span("fuse"):
+
+            def pooled(x: Tensor) -> Tensor:
+                return self.pool(x)[0]
+
+            tasks = [functools.partial(pooled, x) for x in tokens.split(1)]
+            return self.mlp_head(torch.cat(workers.run(tasks)))
+
+    def forward(
+        self, audio: Tensor | None, video: Tensor | None, mode: str = "multimodal"
+    ) -> Tensor:
+        """Logits [B, C].
+
+        Args:
+            audio: [B, frames, mel bins]; unused, and may be None, in the video modes.
+            video: [B, 3, rows, columns]; unused, and may be None, in the audio modes.
+            mode: ``"multimodal"``; ``"audioonly"`` / ``"videoonly"``: a model fine-tuned on one
+                modality, through that modality's LayerNorms; ``"missingaudioonly"`` /
+                ``"missingvideoonly"``: a model fine-tuned on both that is *given* only audio /
+                video: the mean of both normalisations' features (official mode names).
+
+        Raises:
+            ValueError: an unknown mode, a needed input is None, or wrong shapes.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is unknown; known: {', '.join(MODES)}")
+        if mode == "multimodal":
+            both = cast("tuple[Tensor, Tensor]", (audio, video))  # None is refused
+            self.check_inputs(*both)
+            return self.fuse(self.encode(*both))
+        modality = "a" if "audio" in mode else "v"
+        name, x = ("audio", audio) if modality == "a" else ("video", video)
+        if x is None:
+            raise ValueError(f"mode={mode!r} needs {name}, found None")
+        self._check_input(name, x)
+        tokens = self.encode_audio(x) if modality == "a" else self.encode_video(x)
+        pooled, _ = self.pool(tokens, modality)
+        if mode.startswith("missing"):
+            pooled = (self.pool(tokens)[0] + pooled) / 2
+        return self.mlp_head(pooled)

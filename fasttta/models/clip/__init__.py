@@ -1,0 +1,1 @@
+"""CLIP: towers, checkpoints, conversion of other packages' modules."""

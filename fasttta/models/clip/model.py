@@ -1,0 +1,324 @@
+"""CLIP in OpenAI's architecture: image tower (ViT or ResNet), text tower, joint space."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.layers import Linear
+from .attention import AttentionMaps, attention_maps
+from .checkpoint import infer_clip_sizes, read_clip_state
+from .layers import ACTIVATIONS, Attention, Transformer
+from .pixels import MEAN, STD, check_pixels
+from .resnet import Conv, ModifiedResNet
+from .rollout import ROLLOUTS, normalise_map
+from .text import Prompts
+from .vision import PatchConv, VisionTransformer
+
+if TYPE_CHECKING:  # which imports this module
+    from ..rational.models import RationalCLIP
+
+# Views in one pass. CPU: activations of a ViT-B/16 stay near the cache (and as many values of a
+# smaller model: 256 views of 65 x 64 take 134 ms in one pass, 182 in pieces of 16); GPU: large
+# products.
+_VIEWS = {"cpu": 16, "cuda": 256}
+_VALUES = 16 * 197 * 768
+
+
+class CLIP(nn.Module):
+    """Contrastive image-text model; pixels are in [0, 1] and normalised inside.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language
+    Supervision", ICML 2021; parameter names are those of OpenAI's checkpoints.
+    ``from_checkpoint`` is the usual way to make one.
+
+    Args:
+        embed_dim: E, of the joint space.
+        vision: arguments of ``VisionTransformer``, or (with ``layers``) of ``ModifiedResNet``.
+        text: ``dim``, ``depth``, ``heads``, ``hidden``, ``context_length``, ``vocabulary``.
+        activation: ``"quick_gelu"`` (OpenAI) or ``"gelu"``, of both towers.
+        mean, std: [3] of the pixel normalisation.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vision: Mapping[str, Any],
+        text: Mapping[str, Any],
+        activation: str = "quick_gelu",
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation={activation!r} is unknown; known: {known}")
+        self.visual: ModifiedResNet | VisionTransformer
+        if "layers" in vision:
+            self.visual = ModifiedResNet(**vision, embed_dim=embed_dim)
+        else:
+            self.visual = VisionTransformer(**vision, embed_dim=embed_dim, activation=activation)
+        dim = text["dim"]
+        self.token_embedding = nn.Embedding(text["vocabulary"], dim)
+        self.positional_embedding = nn.Parameter(torch.zeros(text["context_length"], dim))
+        self.transformer = Transformer(
+            dim, text["depth"], text["heads"], text["hidden"], activation
+        )
+        self.ln_final = nn.LayerNorm(dim)
+        self.text_projection = nn.Parameter(torch.zeros(dim, embed_dim))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.class_features: Tensor | None = None  # [C, E], normalised
+        # ids [C, L] -> end positions [C]; None: that of the largest id
+        self.find_end: Callable[[Tensor], Tensor] | None = None
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_checkpoint(cls, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]) -> CLIP:
+        """The model of a checkpoint in OpenAI's names; every size follows from shapes.
+
+        Args:
+            path_or_state_dict: a TorchScript archive (as OpenAI publishes; opened for its weights),
+                a safetensors or torch file of a state dict, or a state dict. Half-precision
+                weights are widened to float32.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or it is damaged or of another model;
+                keys are missing, unknown or of a wrong shape (all named).
+        """
+        state = read_clip_state(path_or_state_dict)
+        return cls.from_tensors(state, infer_clip_sizes(state))
+
+    @classmethod
+    def from_tensors(cls, state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> CLIP:
+        """The model over these very tensors, named as in ``state_dict()``: nothing is copied.
+
+        Raises:
+            ValueError: keys are missing, unknown or of a wrong shape (all named).
+        """
+        with torch.device("meta"):
+            model = cls(**sizes)
+        for name, buffer in model.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                path, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(path), leaf, torch.zeros_like(buffer, device="cpu"))
+        expected = {
+            name: x.shape
+            for name, x in model.state_dict().items()
+            if not name.endswith("num_batches_tracked")
+        }
+        wrong = [
+            f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in state and state[name].shape != shape
+        ]
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            for what, names in (
+                ("missing keys", sorted(expected.keys() - state.keys())),
+                ("unknown keys", sorted(state.keys() - expected.keys())),
+                ("keys of another shape", wrong),
+            )
+            if names
+        ]
+        if problems:
+            raise ValueError("this is not a CLIP checkpoint: " + "; ".join(problems))
+        model.load_state_dict(state, assign=True, strict=False)
+        return model.eval().requires_grad_(False)
+
+    # ------------------------------------------------------------------ the two towers
+
+    @property
+    def resolution(self) -> int:
+        """R: images are [N, 3, R, R]."""
+        return self.visual.resolution
+
+    @property
+    def grid(self) -> int:
+        """G: attention maps are [N, G, G]."""
+        return self.visual.grid
+
+    @property
+    def context_length(self) -> int:
+        return self.positional_embedding.shape[0]
+
+    @property
+    def map_kind(self) -> str:
+        """Where attention maps come from: ``"rollout"`` (ViT) or ``"grad-cam"`` (ResNet)."""
+        return "grad-cam" if isinstance(self.visual, ModifiedResNet) else "rollout"
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Features of images, not normalised; differentiable with respect to the pixels.
+
+        Args:
+            pixels: [N, 3, R, R] in [0, 1].
+
+        Returns:
+            [N, E].
+
+        Raises:
+            ValueError, TypeError: wrong shape, type or device; pixels outside [0, 1].
+        """
+        check_pixels(pixels, self.resolution, self.positional_embedding.device)
+        return self._pieces(self._encode, pixels)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.visual(self._normalised(pixels))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        master = self.positional_embedding.dtype
+        mean, std = (
+            pixels.new_tensor(x, dtype=master)[:, None, None] for x in (self.mean, self.std)
+        )
+        return (pixels.to(master) - mean) / std
+
+    def _pieces(self, function, pixels: Tensor, *rows: Tensor):
+        """A function of views, a piece at a time where no graph is kept."""
+        size = _VIEWS["cuda" if pixels.is_cuda else "cpu"]
+        if isinstance(self.visual, VisionTransformer):
+            size = max(size, _VALUES // self.visual.positional_embedding.numel())
+        if len(pixels) <= size or (torch.is_grad_enabled() and pixels.requires_grad):
+            return function(pixels, *rows)
+        parts = [
+            function(*piece)
+            for piece in zip(*(x.split(size) for x in (pixels, *rows)), strict=True)
+        ]
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else type(parts[0]).cat(parts)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Features of token ids [C, L] int64 (ending at their EOT), not normalised: [C, E].
+
+        Raises:
+            ValueError, TypeError: wrong shape, type, or longer than the context.
+        """
+        return self.prompts(ids).features()[0]
+
+    def prompts(self, ids: Tensor, length: int = 0) -> Prompts:
+        """The text tower on a list of classes, as a function of the prompt's embeddings.
+
+        Args:
+            ids: [C, L] int64 token ids; a row ends at its EOT, the largest id.
+            length: tokens after SOT that the prompt replaces, which all rows must share.
+
+        Raises:
+            ValueError, TypeError: as said in the message.
+        """
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"token ids must be an int64 tensor [C, L], found {found}")
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"token ids must be [C, L], found {list(ids.shape)}")
+        ids = ids.detach().cpu()
+        ends = ids.argmax(1) if self.find_end is None else self.find_end(ids)
+        if ids.min() < 0 or ids.max() >= len(self.token_embedding.weight):
+            raise ValueError(
+                f"token ids run from {ids.min()} to {ids.max()}, the vocabulary has "
+                f"{len(self.token_embedding.weight)}"
+            )
+        if ends.max() >= self.context_length:
+            row = int(ends.argmax())
+            raise ValueError(
+                f"class {row} has {int(ends[row]) + 1} tokens, the context {self.context_length}: "
+                "shorten its name or the prompt"
+            )
+        if ends.min() <= length:
+            row = int(ends.argmin())
+            raise ValueError(
+                f"class {row} ends at token {int(ends[row])}, needed more than SOT and the "
+                f"{length} tokens of the prompt"
+            )
+        if (ids[:, : 1 + length] != ids[:1, : 1 + length]).any():
+            raise ValueError(
+                f"prompt_length={length}: the classes differ within their first {1 + length} "
+                "tokens (SOT and prompt), which they must share; give a smaller prompt_length"
+            )
+        return Prompts(self, ids, ends, length)
+
+    # ------------------------------------------------------------------ classes
+
+    def set_classes(self, ids: Tensor) -> CLIP:
+        """Makes ``model(pixels)`` predict these classes: token ids [C, L] int64. Returns itself."""
+        with torch.inference_mode(False), torch.no_grad():
+            text = self.encode_text(ids)
+            self.class_features = text / text.norm(dim=-1, keepdim=True)
+        return self
+
+    def rational(self, **options: Any) -> RationalCLIP:
+        """A model over the same weights and the classes set whose scores a rational head weighs, as
+        RAda tunes it; options as ``fresh_head`` takes them.
+
+        Raises:
+            ValueError: no classes are set.
+        """
+        from ..rational.models import RationalCLIP, fresh_head
+
+        text = self._classes()
+        return RationalCLIP(self, fresh_head(text.shape[1], text, **options))
+
+    def _classes(self) -> Tensor:
+        if self.class_features is None:
+            raise ValueError(
+                "no classes are set: call model.set_classes(ids) first, or fasttta.adapt(model, "
+                "classes=...)"
+            )
+        return self.class_features
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [N, C] of images [N, 3, R, R] in [0, 1], over the classes set."""
+        text = self._classes()
+        features = self.encode_image(pixels)
+        features = features / features.norm(dim=-1, keepdim=True)
+        return self.logit_scale.exp() * features @ text.to(features).T
+
+    # ------------------------------------------------------------------ for methods
+
+    def check_maps(self) -> None:
+        """Raises ValueError where the image tower has no attention maps: it is too short."""
+        if isinstance(self.visual, ModifiedResNet):
+            return
+        blocks = len(self.visual.transformer.blocks)
+        if blocks < 2:
+            raise ValueError(
+                f"attention refinement needs an image tower of at least two blocks, found {blocks}"
+            )
+
+    def attention_maps(self, pixels: Tensor, text: Tensor, rollout: str = "code") -> AttentionMaps:
+        """Attention [N, G, G] of every image to its own top class, with their features.
+
+        Args:
+            pixels: [N, 3, R, R] in [0, 1].
+            text: [C, E] normalised text features.
+            rollout: ``"code"``, ``"paper"``, ``"gar"`` (see ``rollout.py``); ResNets have Grad-CAM.
+
+        Raises:
+            ValueError: unknown rollout, or an image tower of a single block.
+        """
+        if rollout not in ROLLOUTS:
+            raise ValueError(
+                f"rollout={rollout!r} is unknown; known: {', '.join(map(repr, ROLLOUTS))}"
+            )
+        self.check_maps()
+        scale = self.logit_scale.exp()
+        maps = self._pieces(
+            lambda x: attention_maps(self.visual, self._normalised(x), text, scale, rollout), pixels
+        )
+        # outliers are cut in the official code and nowhere else
+        clip = 0.99 if rollout == "code" or self.map_kind == "grad-cam" else None
+        maps.grid = normalise_map(maps.rows, clip).unflatten(1, (self.grid, self.grid))
+        return maps
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Multiply in this precision (None: in the weights' own), frozen weights converted once.
+        The residual stream, normalisations and projections to the joint space keep theirs."""
+        for module in self.modules():
+            if isinstance(module, (Linear, Attention, PatchConv, Conv)):
+                module.compute_dtype = dtype
+                for name, parameter in module.named_parameters(recurse=False):
+                    if dtype is not None and not parameter.requires_grad:
+                        frozen = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                        setattr(module, name, frozen)

@@ -1,0 +1,1 @@
+"""RAda: the head, models that end in it, its fine-tuning."""

@@ -1,0 +1,1 @@
+"""Any fusion transformer with a ModelSpec: cut, attended projections, detection."""

@@ -1,0 +1,239 @@
+"""fasttta inspect on CLIPs, and what is refused because it only resembles one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from clips import tiny_clip, tiny_ids
+from lookalikes import HFCLIP, CustomTextCLIP, OpenCLIP
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fasttta
+from fasttta import cli, methods
+from fasttta.commands import inspect as inspection
+
+
+def build_resnet():
+    return tiny_clip(resnet=True)
+
+
+def build_hugging_face():
+    return HFCLIP()
+
+
+def build_siglip():
+    return Siglip()
+
+
+def _run(capsys, *arguments):
+    status = cli.main(["inspect", *arguments])
+    return status, *capsys.readouterr()
+
+
+def test_a_checkpoint_file(capsys, tmp_path):
+    """What is said of each method is what adapting with it does."""
+    model = tiny_clip(vision={"dim": 64, "heads": 1})
+    save_file(model.state_dict(), tmp_path / "clip.safetensors")
+    status, out, _ = _run(capsys, str(tmp_path / "clip.safetensors"), "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["family"] == "fasttta.models.CLIP"
+    assert found["image"] == {
+        "kind": "ViT", "resolution": 24, "grid": 3, "patch": 8, "width": 64, "blocks": 3,
+        "heads": 1,
+    }  # fmt: skip
+    assert found["text"]["context"] == 16
+    assert found["joint"] == 12
+    assert found["heads_assumed"]
+    assert list(found["methods"]) == methods.names("vision-language")
+    rada = found["methods"].pop("rada")  # test_rada_models has one that it fits
+    assert rada == {"impossible": "with its default options: heads=8 does not divide dim=12"}
+    for name, method in found["methods"].items():
+        adapted = fasttta.adapt(model, name, classes=tiny_ids())
+        assert method["names"] == list(adapted.tuned)
+        assert method["tuned"] == sum(x.numel() for x in adapted.tuned.values())
+        adapted.save(tmp_path)
+        record = json.loads((tmp_path / "fasttta.json").read_text())
+        tensors = load_file(tmp_path / record["state"])
+        assert method["delta_bytes"] == tensors["prompt"].nbytes
+        assert tensors.keys() == {"classes", "prompt"}
+    status, out, _ = _run(capsys, str(tmp_path / "clip.safetensors"))
+    for word in ("24 x 24 pixels, 3 x 3 patches of 8", "in [0, 1]", "normalised inside",
+                 "0.4815 0.4578 0.4082", "prompt [4, 20]", "assumed: 64 channels"):  # fmt: skip
+        assert word in out
+
+
+def test_modules(capsys):
+    status, out, _ = _run(capsys, "test_inspect_clip:build_hugging_face", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["family"] == "Hugging Face CLIPModel"
+    assert (found["image"]["heads"], found["text"]["heads"]) == (3, 2)
+    assert not found["heads_assumed"]
+    assert inspection.describe(OpenCLIP())["family"] == "open_clip or OpenAI CLIP"
+    assert inspection.describe(CustomTextCLIP().double())["methods"]["tpt"]["delta_bytes"] == 640
+
+
+def test_what_a_resnet_cannot(capsys):
+    status, out, _ = _run(capsys, "test_inspect_clip:build_resnet")
+    assert status == 0
+    assert "ResNet, 64 x 64 pixels, last map 2 x 2, layers 1, 1, 1, 1" in out
+    for word in ("Grad-CAM", "'code', 'paper' and 'gar'", "not possible on a ResNet"):
+        assert word in out
+    found = inspection.describe(tiny_clip(resnet=True))["methods"]
+    assert "note" in found["a-tpt"]
+    assert "note" not in found["tpt"]
+    assert "note" not in inspection.describe(tiny_clip())["methods"]["a-tpt"]
+
+
+def test_what_cannot_run():
+    short = tiny_clip(vision={"depth": 1})
+    found = inspection.describe(short)["methods"]
+    assert "at least two blocks, found 1" in found["a-tpt"]["impossible"]
+    assert "impossible" not in found["r-tpt"]
+    assert "a-tpt     not possible" in inspection.table(inspection.describe(short))
+    with pytest.raises(ValueError, match="at least two blocks, found 1"):
+        fasttta.adapt(short, "a-tpt", classes=tiny_ids())
+    narrow = tiny_clip()
+    narrow.positional_embedding = nn.Parameter(narrow.positional_embedding[:6])
+    found = inspection.describe(narrow)["methods"]
+    assert "has 4 words, the context 6 tokens" in found["tpt"]["impossible"]
+    assert "impossible" not in found["mta"]
+
+
+def test_errors(capsys, tmp_path):
+    save_file(tiny_clip().state_dict(), tmp_path / "clip.safetensors")
+    torch.save(3, tmp_path / "number.pt")
+    torch.save({"visual.conv1.weight": torch.zeros(2, 3, 4, 4)}, tmp_path / "part.pt")
+    for arguments, words in (
+        ((str(tmp_path / "clip.safetensors"), "--num-heads", "2"), ("64 channels",)),
+        ((str(tmp_path / "part.pt"),), ("not a CLIP checkpoint", "token_embedding.weight")),
+        (("test_inspect_clip:build_resnet", "--emit-spec"), ("needs no ModelSpec",)),
+        (("test_inspect_clip:build_siglip",), ("Siglip is a dual encoder", "logit_bias")),
+        (("test_inspect_clip:build_siglip", "--emit-spec"), ("Siglip is a dual encoder",)),
+        (
+            (str(tmp_path / "number.pt"),),
+            ("number.pt' holds an object of type int, needed",),
+        ),
+    ):
+        status, _, err = _run(capsys, *arguments)
+        assert status == 2
+        for word in words:
+            assert word in err
+
+
+# ------------------------------------------------------------------ other dual encoders
+
+
+def _tower(**parts: nn.Module) -> nn.Module:
+    module = nn.Module()
+    for path, part in parts.items():
+        *folders, leaf = path.split("__")
+        where = module
+        for folder in folders:
+            if folder not in where._modules:
+                where.add_module(folder, nn.Module())
+            where = where._modules[folder]
+        where.add_module(leaf, part)
+    return module
+
+
+def _scalar() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(()))
+
+
+class Siglip(nn.Module):
+    """Names of Hugging Face's SiglipModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = _tower(embeddings__token_embedding=nn.Embedding(9, 4),
+                                 head=nn.Linear(4, 4))  # fmt: skip
+        self.vision_model = _tower(embeddings__patch_embedding=nn.Conv2d(3, 4, 2, 2))
+        self.vision_model.head = _tower(attention=nn.MultiheadAttention(4, 1))
+        self.vision_model.head.probe = nn.Parameter(torch.zeros(1, 1, 4))
+        self.logit_scale, self.logit_bias = _scalar(), _scalar()
+
+
+class Align(nn.Module):
+    """Names of Hugging Face's AlignModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = _tower(embeddings__word_embeddings=nn.Embedding(9, 4))
+        self.vision_model = _tower(encoder__blocks__0__depthwise_conv=nn.Conv2d(3, 4, 2))
+        self.text_projection = nn.Linear(4, 4)
+        self.temperature = _scalar()
+
+
+class OpenSiglip(nn.Module):
+    """Names of open_clip's CustomTextCLIP for SigLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = _tower(trunk=nn.Linear(4, 4))
+        self.text = _tower(token_embedding=nn.Embedding(9, 4), transformer=nn.Module(),
+                           ln_final=nn.LayerNorm(4))  # fmt: skip
+        self.text.transformer.resblocks = nn.ModuleList([nn.Module()])
+        self.logit_scale, self.logit_bias = _scalar(), _scalar()
+
+
+class ChineseCLIP(nn.Module):
+    """Names of Hugging Face's ChineseCLIPModel: CLIP's image tower and a BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        clip = HFCLIP()
+        self.vision_model, self.config = clip.vision_model, clip.config
+        self.text_model = _tower(embeddings__word_embeddings=nn.Embedding(9, 20))
+        self.visual_projection, self.text_projection = nn.Linear(24, 12), nn.Linear(20, 12)
+        self.logit_scale = _scalar()
+
+
+class Other(nn.Module):
+    """Two towers of other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_encoder, self.text_encoder = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "found"),
+    [
+        (Siglip, TypeError, ("logit_bias (a sigmoid loss, as SigLIP has)", "pooled by attention",
+                             "no text_projection and no visual_projection")),
+        (Align, TypeError, ("a temperature (as ALIGN has)", "word_embeddings", "no logit_scale",
+                            "a convolutional image tower", "no visual_projection")),
+        (OpenSiglip, ValueError, ("looks like open_clip", "trunk", "logit_bias")),
+        (ChineseCLIP, ValueError, ("looks like Hugging Face CLIPModel", "word_embeddings")),
+        (Other, TypeError, ("(image_encoder, text_encoder)", "no logit_scale")),
+    ],
+)  # fmt: skip
+def test_other_dual_encoders_are_refused(build, error, found):
+    """With what was found and what was needed, by adapt and by inspect."""
+    for call in (
+        lambda model: fasttta.adapt(model, classes=tiny_ids()),
+        lambda model: fasttta.adapt(nn.DataParallel(model), "tpt", classes=tiny_ids()),
+        inspection.describe,
+    ):
+        with pytest.raises(error) as caught:
+            call(build())
+        message = str(caught.value)
+        for words in (build.__name__, *found, "needed CLIP's architecture"):
+            assert words in message
+
+
+def test_fusion_models_are_no_dual_encoders(tiny_model):
+    """Their own message, which tells of ModelSpec, stays."""
+    model = tiny_model()
+    assert fasttta.adapt(model, "read").method == "read"
+    with pytest.raises(TypeError, match="ModelSpec"):
+        fasttta.adapt(nn.Sequential(nn.Linear(2, 2)))
+    # also of one whose towers have a dual encoder's names, and which may fuse what they give
+    named = _tower(vision_model=nn.Linear(2, 2), text_model=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="dual encoder.*meet in a fusion transformer.*ModelSpec"):
+        fasttta.adapt(named)

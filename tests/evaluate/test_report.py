@@ -1,0 +1,390 @@
+"""Reports: what the HTML holds and does not load, charts, files that are whole or not there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+
+import fasttta
+from fasttta import cli
+from fasttta.demo import run as demo
+from fasttta.evaluate import Report, attention_gap, measure_stream
+from fasttta.evaluate import output as files
+from fasttta.evaluate.charts import (
+    Dots,
+    Heat,
+    Line,
+    Lines,
+    Mark,
+    Panel,
+    Row,
+    log_ticks,
+    ticks,
+    value_range,
+)
+from fasttta.evaluate.document import Document, Figure
+from fasttta.evaluate.svg import draw
+from fasttta.evaluate.table import mean_spread
+
+
+@pytest.fixture(scope="module")
+def report():
+    found = demo.run(["white", "fog"], ["source", "tent", "abpem"], samples=86, seeds=(0, 1))
+    return Report(found)
+
+
+def _renamed(data, stream="white", to="white"):
+    data = copy.deepcopy(data)
+    data["streams"] = {to if name == stream else name: x for name, x in data["streams"].items()}
+    return data
+
+
+class _Loads(HTMLParser):
+    """Collects what a browser would fetch or run."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.found += [
+            (tag, name) for name, _ in attrs
+            if name in ("src", "srcset", "href", "data", "action", "xlink:href")
+            or name.startswith("on")
+        ]  # fmt: skip
+
+
+def test_html_is_self_contained(report, tmp_path):
+    text = report.to_html(tmp_path / "out.html").read_text()
+    parser = _Loads()
+    parser.feed(text)
+    assert parser.found == []
+    assert parser.tags.isdisjoint({"script", "link", "iframe", "img", "object", "embed", "base"})
+    for word in ("http:", "https:", "//", "url(", "@import"):
+        assert word not in text
+    assert str(tmp_path) not in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.html"]  # no temporary files
+
+
+def test_html_holds_every_number_of_the_table(report):
+    text = re.sub(r"<[^>]+>", " ", report.document.html().split("<h2>Along")[0])
+    for found in report.data["streams"].values():
+        for record in found.values():
+            assert f"{record['score']:.1f}" in text
+            assert f"±{record['score_std']:.1f}" in text
+        for method in ("tent", "abpem"):
+            assert f"{found[method]['before']:.1f}" in text
+            assert f"{found[method]['after']:.1f}" in text
+    for method in report.methods:
+        assert f"{report.mean(method):.1f} %" in text
+        assert f"{report.mean(method, 'samples_per_s'):,.0f}" in text
+    numbers = re.findall(r"\d[\d,.]*\d", report.table().split("a → b")[0])
+    assert len(numbers) > 20
+    assert set(numbers) <= set(re.findall(r"\d[\d,.]*\d", text))
+
+
+def test_html_holds_protocol_and_versions(report):
+    text = report.document.html()
+    for word in ("severity", "score_at", "tent before; abpem after", "seeds", "0, 1"):
+        assert word in text
+    for value in report.data["machine"].values():
+        assert str(value) in text
+    assert report.data["toy"] in text
+
+
+def test_charts_are_well_formed_and_in_the_frame(report):
+    text = report.document.html()
+    charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len([c for c in charts if "aria-label" in c]) == 2 + 2 + 3
+    for chart in charts:
+        root = ET.fromstring(chart)
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for element in root.iter("text"):
+            assert -1 <= float(element.attrib["x"]) <= width
+            assert 0 <= float(element.attrib["y"]) <= height
+        assert "nan" not in chart
+        assert "inf" not in chart
+
+
+def test_everything_is_escaped(report):
+    bad = '<script>alert("1")</script>&'
+    data = _renamed(report.data, to=bad)
+    data |= {"title": bad, "toy": bad, "classes": [bad] * 10}
+    data["protocol"] = data["protocol"] | {bad: bad}
+    data["machine"] = data["machine"] | {"processor": bad}
+    data["streams"] = {
+        name: {bad if method == "tent" else method: record for method, record in found.items()}
+        for name, found in data["streams"].items()
+    }
+    data["protocol"] |= {"lr": {bad: 1.0, "abpem": 1.0}, "score_at": {bad: "before", "abpem": "x"}}
+    text = Report(data).document.html()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;") > 10
+
+
+def test_series_count_every_sample_once(report):
+    for found in report.data["streams"].values():
+        for record in found.values():
+            assert len(record["series"]) == 2  # seeds
+            for series in record["series"]:
+                assert series["samples"] == [64, 22]
+                for key in ("predicted", "labels"):
+                    assert [sum(counts) for counts in series[key]] == series["samples"]
+                    assert {len(counts) for counts in series[key]} == {10}
+            for when in ("before", "after"):
+                hits = [sum(series[f"hits_{when}"]) / 86 for series in record["series"]]
+                assert record[when] == pytest.approx(100 * sum(hits) / 2)
+            labels = [series["labels"] for series in record["series"]]
+            assert labels == [series["labels"] for series in found["source"]["series"]]
+        first = {method: record["series"][0]["predicted"] for method, record in found.items()}
+        assert first["tent"][0] == first["source"][0]  # scored before the first update
+        assert first["abpem"] != first["source"]
+
+
+def test_json_round_trip(report, tmp_path):
+    path = report.to_json(tmp_path / "out.json")
+    again = Report.from_json(path)
+    assert again.data == report.data
+    assert again.document.html() == report.document.html()
+    assert again.table() == report.table() == demo.table(report.data)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Report.from_json(tmp_path / "bad.json")
+
+
+def test_same_data_same_bytes(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    from fasttta.evaluate import png
+
+    again = Report(report.data)
+    assert again.document.html() == report.document.html()
+    paths = report.to_png(tmp_path / "charts")
+    assert [path.name for path in paths] == [
+        "01-accuracy-along-the-stream.png",
+        "02-predicted-classes-along-the-stream.png",
+        "03-attention-gap-before-and-after-adaptation.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    figure = next(part for part in again.document.parts if isinstance(part, Figure))
+    assert png.draw(figure.charts, figure.title, figure.legend) == paths[0].read_bytes()
+
+
+def test_bad_data(report):
+    with pytest.raises(TypeError, match="found list"):
+        Report([])
+    with pytest.raises(ValueError, match="lacks streams; needed protocol"):
+        Report({k: v for k, v in report.data.items() if k != "streams"})
+    with pytest.raises(ValueError, match="at least one stream"):
+        Report(report.data | {"streams": {}})
+    uneven = _renamed(report.data)
+    del uneven["streams"]["fog"]["tent"]
+    with pytest.raises(ValueError, match="the same methods"):
+        Report(uneven)
+
+
+def test_a_model_without_fusion_attention_has_no_gap(report):
+    data = copy.deepcopy(report.data)
+    for found in data["streams"].values():
+        for record in found.values():
+            for name in [key for key in record if key.endswith(("gap_after", "|aa_after"))]:
+                del record[name]
+    assert "Attention gap" in report.document.html()
+    assert "Attention gap" not in Report(data).document.html()
+
+
+def test_caption_names_a_collapse(report):
+    data = copy.deepcopy(report.data)
+    assert "fog" not in Report(data).document.html().split("In the last third")[1].split("<")[0]
+    for series in data["streams"]["fog"]["tent"]["series"]:
+        series["predicted"] = [[0] * 7 + [n, 0, 0] for n in series["samples"]]
+    told = Report(data).document.html().split("In the last third")[1].split("<")[0]
+    assert "tent on fog: 100 % “7”" in told
+
+
+@pytest.mark.parametrize("command", ["demo", "study"])
+def test_bad_paths_are_refused_before_anything_runs(capsys, monkeypatch, tmp_path, command):
+    from fasttta.demo import study
+
+    monkeypatch.setattr(demo, "run", None)
+    monkeypatch.setattr(study, "run", None)
+    (tmp_path / "out-charts").write_text("in the way")
+    for arguments, message in (
+        (["--report", str(tmp_path / "none" / "out.html")], "make it first: mkdir -p"),
+        (["--report", str(tmp_path)], "is a folder; needed the name of a file"),
+        (["--png"], "--report out.html"),
+        (["--report", str(tmp_path / "out.html"), "--png"], "is a file; needed a folder"),
+    ):
+        assert cli.main([command, *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib(capsys, monkeypatch, report, tmp_path):
+    real = files.importlib.util.find_spec
+    monkeypatch.setattr(
+        files.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name)
+    )
+    report.to_html(tmp_path / "out.html")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fasttta\[report\]'"):
+        report.to_png(tmp_path)
+    assert cli.main(["demo", "--report", str(tmp_path / "b.html"), "--png"]) == 2
+    assert "pip install 'fasttta[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "b.html").exists()
+
+
+def test_nan_is_null_in_json_and_nan_again(report, tmp_path):
+    data = copy.deepcopy(report.data)
+    data["streams"]["white"]["tent"]["gap_after"] = math.nan
+    path = Report(data).to_json(tmp_path / "data.json")
+    assert json.loads(path.read_text())["streams"]["white"]["tent"]["gap_after"] is None
+    again = Report.from_json(path)
+    assert math.isnan(again.data["streams"]["white"]["tent"]["gap_after"])
+    assert again.document.html() == Report(data).document.html()
+    assert again.table() == report.table()
+
+
+def test_mean_row_has_its_spread(report):
+    html = report.document.html()
+    mean = html[html.index("<td>mean</td>") : html.index("<td>samples/s</td>")]
+    for method in report.methods:
+        assert f"±{mean_spread(report.data, method):.1f}" in mean
+
+
+def test_spread_of_own_data_is_that_of_the_score(report):
+    """Which prediction is scored is told by the numbers where the protocol does not say it."""
+    data = copy.deepcopy(report.data)
+    data["protocol"].pop("score_at")
+    differing = 0
+    for method in ("tent", "abpem"):
+        assert mean_spread(data, method) == mean_spread(report.data, method)
+        data["protocol"]["score_at"] = {method: "before"}
+        before = mean_spread(data, method)
+        data["protocol"]["score_at"] = {method: "after"}
+        differing += before != mean_spread(data, method)
+        data["protocol"].pop("score_at")
+    assert differing
+
+
+def test_a_heat_map_has_its_scale(report):
+    assert "% and more</span>" in report.document.html()
+
+
+def test_notebooks_show_the_page(report):
+    assert repr(report) == "<Report of source, tent, abpem on white, fog>"
+    shown = HTMLParser()
+    sources = []
+    shown.handle_starttag = lambda tag, attributes: sources.append(dict(attributes).get("srcdoc"))
+    shown.feed(report._repr_html_())
+    assert sources == [report.document.html()]
+
+
+def test_protocol_of_own_data(report):
+    """A protocol may name what it likes; the usual settings are written out where it has them."""
+    data = report.data | {"protocol": {"lr": {"tent": 0.1}, "batch": 7, "split": "test"}}
+    own = Report(data)
+    notes = " ".join(own.notes())
+    assert "protocol: batch 7; tent lr 0.1" in notes
+    assert own.table().startswith("accuracy, %")
+    assert "split" in own.document.html()
+    assert not any("protocol" in note for note in Report(data | {"protocol": {}}).notes())
+
+
+def test_html_needs_no_matplotlib(report, tmp_path):
+    path = report.to_json(tmp_path / "data.json")
+    code = f"""
+import sys
+sys.modules["matplotlib"] = None
+from fasttta.evaluate import Report
+Report.from_json({str(path)!r}).to_html({str(tmp_path / "out.html")!r})
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert (tmp_path / "out.html").read_text() == report.document.html()
+
+
+def test_an_earlier_file_survives_a_failed_write(monkeypatch, tmp_path):
+    path = tmp_path / "out.html"
+    path.write_text("before")
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        Document("title").to_html(path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_command_writes_report(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out.html"
+    arguments = ["--streams", "white", "--methods", "read", "--samples", "64", "--json"]
+    assert cli.main(["demo", *arguments, "--report", str(out), "--png"]) == 0
+    text, err = capsys.readouterr()
+    assert out.read_text() == Report(json.loads(text)).document.html()
+    assert len(list((tmp_path / "out-charts").glob("*.png"))) == 3
+    assert "report: " in err
+
+
+def test_measure_stream_leaves_the_adapted_state():
+    model, batches = demo.load_model(), demo.stream("white", samples=128)
+    adapted, plain = fasttta.adapt(model, "tent"), fasttta.adapt(model, "tent")
+    found = measure_stream(adapted, batches, 10)
+    for audio, video, _ in batches:
+        plain(audio, video)
+    for name, tensor in plain.tuned.items():
+        assert tensor.equal(adapted.tuned[name])
+    assert found["score"] == found["before"]
+    with pytest.raises(ValueError, match="the stream is empty"):
+        measure_stream(adapted, [], 10)
+
+
+def test_attention_gap_is_the_bootstrapping_loss():
+    model, batches = demo.load_model(), demo.stream("contrast", samples=96)
+    found = attention_gap(model, demo.encode_stream(model, batches).tokens)
+    losses = [
+        fasttta.adapt(model, "abpem", k=2, window=1).step(audio, video).stats["attention_gap"]
+        for audio, video, _ in batches
+    ]
+    mean = sum(float(loss.sum()) for loss in losses) / 96
+    assert found["gap"] == pytest.approx(mean, rel=1e-5)
+    assert found["gap"] == found["va|aa"] + found["av|vv"]
+    assert all(value > 0 for value in found.values())
+    with pytest.raises(ValueError, match="no batch"):
+        attention_gap(model, [])
+
+
+def test_ticks():
+    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert log_ticks(0.9, 2000) == [1, 10, 100, 1000]
+    for low, high in ((0.3, 0.8), (0.55, 0.9), (61.0, 61.4), (-3.0, 2.0), (0.99, 1.01)):
+        for found in (ticks(low, high), log_ticks(low, high) if low > 0 else ticks(low, high)):
+            assert len(found) >= 2
+            assert found == sorted(set(found))
+            assert all(low - 1e-9 <= value <= high + 1e-9 for value in found)
+    assert value_range([5.0, 5.0], log=False) == (4.75, 5.25)
+    with pytest.raises(ValueError, match="without a finite value above 0"):
+        value_range([0.0, -1.0, math.nan], log=True)
+
+
+def test_charts_with_odd_contents():
+    single = Lines("one", "x", "y", [Line("a", 1, [(1.0, 2.0)])])
+    wide = Dots(
+        "d", "x", [Row("group"), Row("r", [Mark("m", 9, 0.1, 0.5)])], log=True, reference=0.2
+    )
+    flat = Heat("h", "x", "y", ["0"], [Panel("only", [[0.0]])])
+    figure = Figure("odd", [single, wide, flat], "caption", [("many", 12)])
+    for chart in figure.charts:
+        ET.fromstring(draw(chart))
+    pytest.importorskip("matplotlib")
+    from fasttta.evaluate import png
+
+    assert png.draw(figure.charts, "odd", figure.legend).startswith(b"\x89PNG")

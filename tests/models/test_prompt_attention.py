@@ -1,0 +1,70 @@
+"""Attention over tokens and prompts against softmax(q k) v written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasttta.models.cavmae.prompt_attention import prompt_attention
+from fasttta.ops import native, softmax
+
+
+def draw(*shape, seed, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(grad)
+
+
+def plain(q, kv, prompt_kv, heads, scale):
+    b, t, dim = q.shape
+    k, v = torch.cat((prompt_kv.expand(b, -1, -1), kv), 1).chunk(2, dim=-1)
+    q, k, v = (x.reshape(b, -1, heads, dim // heads).transpose(1, 2) for x in (q, k, v))
+    out = (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
+    return out.transpose(1, 2).reshape(b, t, dim)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2), (1, 1, 1), (2, 300, 10)])
+@pytest.mark.parametrize("tokens", [True, False])
+def test_gradients(shape, tokens):
+    """With gradients for tokens, and for prompts alone."""
+    batch, count, prompts = shape
+    q, kv = draw(batch, count, 12, seed=1, grad=tokens), draw(batch, count, 24, seed=2, grad=tokens)
+    prompt_kv, along = draw(prompts, 24, seed=3), draw(batch, count, 12, seed=4, grad=False)
+    found = prompt_attention(q, kv, prompt_kv, 3, 0.7)
+    expected = plain(q, kv, prompt_kv, 3, 0.7)
+    assert torch.allclose(found, expected, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(prompt_attention(q, kv, prompt_kv, 3, 0.7), expected, atol=1e-12)
+    of = (q, kv, prompt_kv) if tokens else (prompt_kv,)
+    for a, b in zip(
+        torch.autograd.grad(found, of, along), torch.autograd.grad(expected, of, along), strict=True
+    ):
+        assert b.abs().max() > 1e-6
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("count", [9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(dtype, count, tokens, monkeypatch):
+    """The C++ kernel serves float32 and 40 tokens, where there is one."""
+    q, kv, prompt_kv = (
+        draw(*s, seed=i, grad=False).to(dtype)
+        for i, s in enumerate(((2, count, 12), (2, count, 24), (4, 24)))
+    )
+    prompt_kv.requires_grad_(True), q.requires_grad_(tokens), kv.requires_grad_(tokens)
+    served, suits = [], softmax._suits
+    monkeypatch.setattr(softmax, "_suits", lambda *x: served.append(suits(*x)) or served[-1])
+    exact = plain(q.double(), kv.double(), prompt_kv.double(), 3, 0.5)
+    found = prompt_attention(q, kv, prompt_kv, 3, 0.5)
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    assert (found.double() - exact).abs().max() < limit
+    of = (q, kv, prompt_kv) if tokens else (prompt_kv,)
+    for a, b in zip(
+        torch.autograd.grad(found.double().square().sum(), of),
+        torch.autograd.grad(exact.square().sum(), of),
+        strict=True,
+    ):
+        assert (a.double() - b.double()).abs().max() < limit * b.abs().max()
+    ours = dtype == torch.float32 and count == 40 and native.load()
+    assert served == [ours] * (2 if tokens else 1)
