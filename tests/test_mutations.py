@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 
-import mutations
 import pytest
 from places import TESTS
 
