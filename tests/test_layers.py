@@ -1,4 +1,4 @@
-"""The house: who imports whom, what an import costs, names that stay callable."""
+"""The house: which room imports which, no circles, few modules at the top, light imports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,70 +16,123 @@ from places import ROOT
 
 PACKAGE = ROOT / "fasttta"
 
-# lower imports nothing above it; one line is one level
-LEVELS = (
-    ("trace", "console", "kernels", "csrc", "__init__"),
-    ("files",),
+# A room imports rooms of the lines above its own. The words of one line do not know each other.
+FLOORS = (
+    ("__init__",),
+    ("trace", "kernels", "csrc", "files"),
     ("ops",),
     ("functional",),
-    ("protocols",),
-    ("views",),
+    ("source_stats",),
+    ("protocols", "views"),
     ("models", "methods"),
     ("engine",),
-    ("families_dual",),
-    ("families_check", "families_weights", "families_wrapped"),
-    ("families", "families_clip", "classes", "episodes"),
-    ("collect", "finetuning"),
-    ("inspection_clip", "imported_model"),
-    (
-        "entry",
-        "adapted",
-        "adapted_clip",
-        "adapted_head",
-        "adapted_state",
-        "environment",
-        "inspection",
-    ),
-    ("data",),
+    ("families", "data"),
+    ("adapted", "environment"),
     ("evaluate",),
-    ("demo",),
+    ("commands", "demo"),
     ("cli",),
     ("__main__",),
 )
-LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def _imports(path: Path):
-    """Rooms of fasttta that a file imports, at any depth of nesting."""
-    room = path.relative_to(PACKAGE).parts
+def _files() -> list[Path]:
+    """The package's files but its front page, whose names are resolved when they are asked for."""
+    files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    assert len(files) > 100
+    return files
+
+
+def _module(path: Path) -> tuple[str, ...]:
+    """A file's module below fasttta: ("engine", "step"); of a folder's front page the folder's."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def _imported(path: Path, modules: set[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Modules of fasttta that a file imports anywhere: in functions and for types, too."""
+    folder = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "fasttta":
-                    yield [*alias.name.split("."), "__init__"][1]
+            bases = [alias.name.split(".") for alias in node.names]
+            yield from (tuple(base[1:]) for base in bases if base[0] == "fasttta")
         elif isinstance(node, ast.ImportFrom):
+            named = tuple(node.module.split(".")) if node.module else ()
             if node.level:
-                base = list(room[: len(room) - node.level])
-                parts = base + (node.module.split(".") if node.module else [])
-                names = [alias.name for alias in node.names]
-                yield from parts[:1] or [n if n in LEVEL else "__init__" for n in names]
-            elif node.module and node.module.split(".")[0] == "fasttta":
-                yield [*node.module.split("."), "__init__"][1]
+                base = (*folder[: len(folder) - node.level + 1], *named)
+            elif named[0] == "fasttta":
+                base = named[1:]
+            else:
+                continue
+            for alias in node.names:
+                module = (*base, alias.name)
+                yield module if module in modules else base
 
 
-def test_import_direction():
-    files = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
-    assert len(files) > 20
+def _graph() -> dict[tuple[str, ...], set[tuple[str, ...]]]:
+    """Which module imports which. fasttta itself, which holds the version, is left out."""
+    modules = {_module(path) for path in _files()}
+    return {
+        _module(path): {m for m in _imported(path, modules) if m and m != _module(path)}
+        for path in _files()
+    }
+
+
+def _circles(graph: dict[tuple[str, ...], set[tuple[str, ...]]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others."""
+    reached: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for start in graph:
+        seen, waiting = set(), [start]
+        while waiting:
+            for module in graph.get(waiting.pop(), ()):
+                if module not in seen:
+                    seen.add(module)
+                    waiting.append(module)
+        reached[start] = seen
+    circles = {
+        frozenset(m for m in reached[start] if start in reached.get(m, ()))
+        for start in graph
+        if start in reached[start]
+    }
+    return [sorted(".".join(module) for module in circle) for circle in circles]
+
+
+def test_rooms_import_downwards():
+    for module, imported in _graph().items():
+        room = module[0]
+        assert room in FLOOR, f"{room} has no floor"
+        for other in imported:
+            assert other[0] == room or FLOOR[other[0]] < FLOOR[room], (
+                f"fasttta/{'/'.join(module)}.py imports {'.'.join(other)}"
+            )
+
+
+def test_no_module_imports_itself_through_others():
+    assert _circles(_graph()) == []
+
+
+def test_a_circle_is_seen():
+    a, b, c = ("a",), ("b",), ("c",)
+    assert _circles({a: {b}, b: {c}, c: {a}}) == [["a", "b", "c"]]
+    assert _circles({a: {b, c}, b: {c}, c: set()}) == []
+
+
+def test_few_modules_at_the_top():
+    modules = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+    assert len(modules) <= 8, sorted(modules)
+
+
+def test_kernels_import_no_fasttta():
+    files = list((ROOT / "kernels").rglob("*.py"))
+    assert len(files) > 5
     for path in files:
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        assert own in LEVEL, f"{own} has no level"
-        for other in _imports(path):
-            assert other == own or LEVEL[other] < LEVEL[own] or {own, other} <= {
-                "entry", "adapted", "adapted_clip", "adapted_head", "adapted_state",
-            }, f"{path.relative_to(ROOT)} imports {other}"  # fmt: skip
-            assert not (own == "methods" and other == "models")
-    for path in (ROOT / "kernels").rglob("*.py"):
-        assert "fasttta" not in path.read_text().replace("of fasttta", "")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                depth = len(path.relative_to(ROOT / "kernels").parts)
+                assert node.level <= depth, f"{path} imports from above kernels/"
+                assert node.level or node.module.split(".")[0] != "fasttta", path
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] != "fasttta" for alias in node.names), path
 
 
 def _python(code: str) -> str:
@@ -101,10 +155,20 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}
 import json
 print(json.dumps({"new": sorted(new), "cuda": torch.cuda.is_initialized(), "s": seconds}))
 """
-    found = json.loads(_python(code))
-    heavy = {"triton", "sklearn", "scipy", "PIL", "nvtx", "pytest", "transformers", "matplotlib"}
-    assert not heavy & set(found["new"])
-    assert not found["cuda"]
+    imported = json.loads(_python(code))
+    heavy = {
+        "triton",
+        "jinja2",
+        "sklearn",
+        "scipy",
+        "PIL",
+        "nvtx",
+        "pytest",
+        "transformers",
+        "matplotlib",
+    }
+    assert not heavy & set(imported["new"])
+    assert not imported["cuda"]
     plain = _python("import sys; import fasttta; print('torch' in sys.modules)")
     assert plain.strip() == "False"
 
