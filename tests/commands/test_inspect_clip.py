@@ -6,26 +6,15 @@ import json
 
 import pytest
 import torch
-from clips import tiny_clip, tiny_ids
-from lookalikes import HFCLIP, CustomTextCLIP, OpenCLIP
+from clips import tiny_clip, tiny_ids, tiny_resnet
+from dual_encoders import Align, ChineseCLIP, OpenSiglip, Other, Siglip, tower
+from lookalikes import CustomTextCLIP, OpenCLIP
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fasttta
 from fasttta import cli, methods
 from fasttta.commands import inspect as inspection
-
-
-def build_resnet():
-    return tiny_clip(resnet=True)
-
-
-def build_hugging_face():
-    return HFCLIP()
-
-
-def build_siglip():
-    return Siglip()
 
 
 def _run(capsys, *arguments):
@@ -67,7 +56,7 @@ def test_a_checkpoint_file(capsys, tmp_path):
 
 
 def test_modules(capsys):
-    status, out, _ = _run(capsys, "test_inspect_clip:build_hugging_face", "--json")
+    status, out, _ = _run(capsys, "lookalikes:HFCLIP", "--json")
     assert status == 0
     found = json.loads(out)
     assert found["family"] == "Hugging Face CLIPModel"
@@ -78,12 +67,12 @@ def test_modules(capsys):
 
 
 def test_what_a_resnet_cannot(capsys):
-    status, out, _ = _run(capsys, "test_inspect_clip:build_resnet")
+    status, out, _ = _run(capsys, "clips:tiny_resnet")
     assert status == 0
     assert "ResNet, 64 x 64 pixels, last map 2 x 2, layers 1, 1, 1, 1" in out
     for word in ("Grad-CAM", "'code', 'paper' and 'gar'", "not possible on a ResNet"):
         assert word in out
-    found = inspection.describe(tiny_clip(resnet=True))["methods"]
+    found = inspection.describe(tiny_resnet())["methods"]
     assert "note" in found["a-tpt"]
     assert "note" not in found["tpt"]
     assert "note" not in inspection.describe(tiny_clip())["methods"]["a-tpt"]
@@ -111,9 +100,9 @@ def test_errors(capsys, tmp_path):
     for arguments, words in (
         ((str(tmp_path / "clip.safetensors"), "--num-heads", "2"), ("64 channels",)),
         ((str(tmp_path / "part.pt"),), ("not a CLIP checkpoint", "token_embedding.weight")),
-        (("test_inspect_clip:build_resnet", "--emit-spec"), ("needs no ModelSpec",)),
-        (("test_inspect_clip:build_siglip",), ("Siglip is a dual encoder", "logit_bias")),
-        (("test_inspect_clip:build_siglip", "--emit-spec"), ("Siglip is a dual encoder",)),
+        (("clips:tiny_resnet", "--emit-spec"), ("needs no ModelSpec",)),
+        (("dual_encoders:Siglip",), ("Siglip is a dual encoder", "logit_bias")),
+        (("dual_encoders:Siglip", "--emit-spec"), ("Siglip is a dual encoder",)),
         (
             (str(tmp_path / "number.pt"),),
             ("number.pt' holds an object of type int, needed",),
@@ -123,82 +112,6 @@ def test_errors(capsys, tmp_path):
         assert status == 2
         for word in words:
             assert word in err
-
-
-# ------------------------------------------------------------------ other dual encoders
-
-
-def _tower(**parts: nn.Module) -> nn.Module:
-    module = nn.Module()
-    for path, part in parts.items():
-        *folders, leaf = path.split("__")
-        where = module
-        for folder in folders:
-            if folder not in where._modules:
-                where.add_module(folder, nn.Module())
-            where = where._modules[folder]
-        where.add_module(leaf, part)
-    return module
-
-
-def _scalar() -> nn.Parameter:
-    return nn.Parameter(torch.zeros(()))
-
-
-class Siglip(nn.Module):
-    """Names of Hugging Face's SiglipModel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text_model = _tower(embeddings__token_embedding=nn.Embedding(9, 4),
-                                 head=nn.Linear(4, 4))  # fmt: skip
-        self.vision_model = _tower(embeddings__patch_embedding=nn.Conv2d(3, 4, 2, 2))
-        self.vision_model.head = _tower(attention=nn.MultiheadAttention(4, 1))
-        self.vision_model.head.probe = nn.Parameter(torch.zeros(1, 1, 4))
-        self.logit_scale, self.logit_bias = _scalar(), _scalar()
-
-
-class Align(nn.Module):
-    """Names of Hugging Face's AlignModel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text_model = _tower(embeddings__word_embeddings=nn.Embedding(9, 4))
-        self.vision_model = _tower(encoder__blocks__0__depthwise_conv=nn.Conv2d(3, 4, 2))
-        self.text_projection = nn.Linear(4, 4)
-        self.temperature = _scalar()
-
-
-class OpenSiglip(nn.Module):
-    """Names of open_clip's CustomTextCLIP for SigLIP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.visual = _tower(trunk=nn.Linear(4, 4))
-        self.text = _tower(token_embedding=nn.Embedding(9, 4), transformer=nn.Module(),
-                           ln_final=nn.LayerNorm(4))  # fmt: skip
-        self.text.transformer.resblocks = nn.ModuleList([nn.Module()])
-        self.logit_scale, self.logit_bias = _scalar(), _scalar()
-
-
-class ChineseCLIP(nn.Module):
-    """Names of Hugging Face's ChineseCLIPModel: CLIP's image tower and a BERT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        clip = HFCLIP()
-        self.vision_model, self.config = clip.vision_model, clip.config
-        self.text_model = _tower(embeddings__word_embeddings=nn.Embedding(9, 20))
-        self.visual_projection, self.text_projection = nn.Linear(24, 12), nn.Linear(20, 12)
-        self.logit_scale = _scalar()
-
-
-class Other(nn.Module):
-    """Two towers of other names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image_encoder, self.text_encoder = nn.Linear(4, 4), nn.Linear(4, 4)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +147,6 @@ def test_fusion_models_are_no_dual_encoders(tiny_model):
     with pytest.raises(TypeError, match="ModelSpec"):
         fasttta.adapt(nn.Sequential(nn.Linear(2, 2)))
     # also of one whose towers have a dual encoder's names, and which may fuse what they give
-    named = _tower(vision_model=nn.Linear(2, 2), text_model=nn.Linear(2, 2))
+    named = tower(vision_model=nn.Linear(2, 2), text_model=nn.Linear(2, 2))
     with pytest.raises(TypeError, match="dual encoder.*meet in a fusion transformer.*ModelSpec"):
         fasttta.adapt(named)

@@ -35,6 +35,11 @@ def tiny_clip(seed: int = 0, resnet: bool = False, **changes):
     return model.eval().requires_grad_(False)
 
 
+def tiny_resnet():
+    """``tiny_clip`` with a ResNet as its image tower."""
+    return tiny_clip(resnet=True)
+
+
 def tiny_ids(classes: int = 6, prompt: int = 4, length: int = 14, seed: int = 1) -> torch.Tensor:
     """Token ids [classes, length]: SOT, the same ``prompt`` tokens, 1 to 6 of each class, EOT."""
     generator = torch.Generator().manual_seed(seed)
