@@ -131,9 +131,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         report.upsert(report.RESULTS, machine(), entries)
 
 
-# --------------------------------------------------------------------------- fixtures
-
-
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to take real shapes."""

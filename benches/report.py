@@ -87,9 +87,6 @@ def fallen(stored: dict[str, Any], seconds: float, reference_seconds: float) -> 
     return f"{stored['id']} has fallen to {100 * share:.0f} % of the stored result: {what} stored"
 
 
-# --------------------------------------------------------------------------- the table
-
-
 def _time(us: float) -> str:
     for limit, scale, unit in ((1e3, 1, "µs"), (1e6, 1e3, "ms"), (float("inf"), 1e6, "s")):
         if us < limit:

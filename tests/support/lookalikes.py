@@ -19,9 +19,6 @@ def _activation(name: str) -> nn.Module:
     return QuickGELU() if name == "quick_gelu" else nn.GELU()
 
 
-# ---------------------------------------------------------------------- Hugging Face
-
-
 class HFAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -113,9 +110,6 @@ class HFCLIP(nn.Module):
         end = input_ids.argmax(1) if eos == 2 else (input_ids == eos).int().argmax(1)
         x = t.final_layer_norm(x)[torch.arange(len(x)), end]
         return self._out(self.text_projection(x))
-
-
-# ---------------------------------------------------------------------- open_clip
 
 
 class OpenBlock(nn.Module):
