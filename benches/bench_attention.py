@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from fasttta.ops.softmax import attend
+from fasttta.ops.softmax_attention import attend
 
 HEADS, CHANNELS = 12, 64  # ViT-B
 TOKENS = {"video": 196, "audio": 512, "both": 708}  # CAV-MAE's encoders and its fusion block

@@ -19,8 +19,9 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from .ops import checks, prefix, reference
+from .ops import checks, reference
 from .ops.backends import call
+from .ops.shared_prefix_attention import layout as layout_of
 
 __all__ = [
     "Moments",
@@ -396,7 +397,7 @@ def shared_prefix_attention(
     """
     lengths = checks.integers("lengths", lengths)
     scale = checks.shared_prefix(q, k, v, prefix_k, prefix_v, lengths, heads, scale)
-    layout = prefix.layout(lengths, k.device)
+    layout = layout_of(lengths, k.device)
     tensors = q, k, v, prefix_k, prefix_v
     return call("shared_prefix_attention", backend, *tensors, *layout, heads, scale)
 

@@ -84,11 +84,11 @@ sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
 import fasttta, fasttta.kernels, fasttta.csrc
 import fasttta.kernels.plan
 from pathlib import Path
-from fasttta.ops import native, prefix
+from fasttta.ops import native, shared_prefix_attention
 import torch
 assert Path(fasttta.__file__).parent.parent == Path(CLONE), fasttta.__file__
 assert len(native._sources()) > 5
-assert fasttta.kernels.plan.TILE_TOKENS == prefix.TILE_TOKENS
+assert fasttta.kernels.plan.TILE_TOKENS == shared_prefix_attention.TILE_TOKENS
 assert fasttta.functional.entropy(torch.zeros(2, 3)).shape == (2,)
 assert importlib.util.find_spec("fasttta.tests") is None
 assert "kernels" not in sys.modules

@@ -29,13 +29,13 @@ def chosen(pytestconfig, monkeypatch):
 
 def test_a_worker_a_core(chosen):
     assert chosen(HERE, numprocesses=None) == (4, "worksteal")
-    files = HERE / "ops/test_ops.py", HERE / "engine/test_state.py"
+    files = HERE / "ops/test_operations.py", HERE / "engine/test_state.py"
     assert chosen(*files, numprocesses=None) == (4, "worksteal")
     assert chosen(HERE, numprocesses=None, dist="loadfile") == (4, "loadfile")
 
 
 def test_one_process_where_workers_do_not_help(chosen):
-    file = HERE / "ops/test_ops.py"
+    file = HERE / "ops/test_operations.py"
     assert chosen(file, numprocesses=None) == (None, "no")
     assert chosen(f"{file}::test_a", f"{file}::test_b", numprocesses=None) == (None, "no")
     assert chosen(HERE, numprocesses=None, gpu=True) == (None, "no")

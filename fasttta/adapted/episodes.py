@@ -12,7 +12,7 @@ from torch import Tensor
 from ..engine.step import StepResult
 from ..methods.base import Method
 from ..methods.episodic import Episode
-from ..ops.dense import dense
+from ..ops.checks import dense
 from ..views import Views, make_views
 
 

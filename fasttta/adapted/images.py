@@ -23,7 +23,7 @@ from ..families.clip import RecognisedCLIP
 from ..methods.base import Method
 from ..methods.episodic import Episode, Episodic, zero_shot
 from ..models import CLIP
-from ..ops.dense import dense
+from ..ops.checks import dense
 from ..views import Views
 from .base import Stateful
 from .episodes import as_list, given_views, made_views, result

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 from ..views.types import check_range
 
 KNOWLEDGE = (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 
 # Kaldi floors energies here before the log, in float64 as well; a silent bin is ln of it, -15.94.
 ENERGY_FLOOR = torch.finfo(torch.float32).eps

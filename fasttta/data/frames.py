@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 from ..views.image import layout_advice
 from ..views.types import ROUNDING, shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 from ..protocols import FusionModel
 
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 
 T = TypeVar("T")
 

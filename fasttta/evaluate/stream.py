@@ -14,7 +14,7 @@ from ..adapted.episodes import as_list
 from ..adapted.fusion import Adapted
 from ..adapted.head import AdaptedHead
 from ..adapted.images import AdaptedCLIP
-from ..ops.labels import class_count, class_labels
+from ..ops.checks import class_count, class_labels
 
 
 def measure_stream(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..methods.prompt_text import split_prompt
-from ..ops.dense import dense
+from ..ops.checks import dense
 
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _MERGES = "bpe_simple_vocab_16e6.txt.gz"

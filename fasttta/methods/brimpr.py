@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 from ..protocols import FusionModel, Promptable, SourceStats, Streams
 from . import realignment
 from .base import Method, Objective, require, require_int, require_number, sample_weight

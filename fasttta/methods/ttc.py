@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 from .base import require, require_int, require_number
 from .episodic import Episode, Episodic, zero_shot
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, native, reference, triton
-from .attention import no_cpp
+from .score_moments import no_cpp
 
 BACKENDS = ("reference", "triton", "cpp")
 

@@ -1,9 +1,7 @@
 """The default implementation of every operation, by name: PyTorch calls, analytic backward."""
 
-from .attention import score_moments, score_moments_backward
-from .bootstrap import attention_bootstrap, attention_bootstrap_backward
-from .flat import flat_attention, flat_attention_backward
-from .logits import (
+from .attention_bootstrap import attention_bootstrap, attention_bootstrap_backward
+from .entropies import (
     adaptation_head,
     balance_entropy,
     entropy,
@@ -11,8 +9,10 @@ from .logits import (
     principal_entropy,
     principal_entropy_backward,
 )
-from .maps import reliability_ensemble, total_variation, total_variation_backward
-from .prefix import shared_prefix_attention, shared_prefix_attention_backward
+from .flat_attention import flat_attention, flat_attention_backward
+from .score_moments import score_moments, score_moments_backward
+from .shared_prefix_attention import shared_prefix_attention, shared_prefix_attention_backward
+from .total_variation import reliability_ensemble, total_variation, total_variation_backward
 
 __all__ = [
     "adaptation_head",

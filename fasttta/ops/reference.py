@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # it computes with what is here
-    from .prefix import Layout
+    from .shared_prefix_attention import Layout
 
 
 def wide(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 from .types import check_range
 
 

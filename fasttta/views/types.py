@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.dense import dense
+from ..ops.checks import dense
 
 _RANGES = {
     "weight": "needed [0, 1]",

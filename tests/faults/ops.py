@@ -7,7 +7,7 @@ FAULTS = [
         "b.std((-2, -1))",
         "b.std((-2, -1), correction=0)",
         (
-            "ops/test_functional.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
+            "ops/test_attention_bootstrap.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
         ),
     ),
     (
@@ -16,7 +16,7 @@ FAULTS = [
         "a = i if pair_query else j",
         "a = j if pair_query else i",
         (
-            "ops/test_functional.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
+            "ops/test_attention_bootstrap.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
         ),
     ),
     (
@@ -25,7 +25,7 @@ FAULTS = [
         "mean[..., a, a].detach() if",
         "mean[..., a, a] if",
         (
-            "ops/test_functional.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
+            "ops/test_attention_bootstrap.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
         ),
     ),
     (
@@ -34,7 +34,7 @@ FAULTS = [
         "std[..., a, a].detach() if",
         "std[..., a, a] if",
         (
-            "ops/test_functional.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
+            "ops/test_attention_bootstrap.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-False]"
         ),
     ),
     (
@@ -43,26 +43,26 @@ FAULTS = [
         "if i != j:",
         "if True:",
         (
-            "ops/test_functional.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-True]"
+            "ops/test_attention_bootstrap.py::test_bootstrap_equals_reference[(3, 4, (20, 12), 6)-mean-key-True]"
         ),
     ),
     (
         "top-ties",
-        "fasttta/ops/logits.py",
+        "fasttta/ops/entropies.py",
         "tied.cumsum(dim=-1) <= k - above.sum",
         "tied.cumsum(dim=-1) < k - above.sum",
-        ("ops/test_logit_losses.py::test_head_equals_reference[(8, 50)-ties-mean-False-composite]"),
+        ("ops/test_entropies.py::test_head_equals_reference[(8, 50)-ties-mean-False-composite]"),
     ),
     (
         "tv-ties",
-        "fasttta/ops/maps.py",
+        "fasttta/ops/total_variation.py",
         "slope = x.diff(dim=dim).sign_()  # 0 at ties",
         "slope = torch.where(x.diff(dim=dim) >= 0, 1.0, -1.0).to(x.dtype)",
         "ops/test_total_variation.py::test_goldens[composite]",
     ),
     (
         "comp-pair-query-for-key",
-        "fasttta/ops/bootstrap.py",
+        "fasttta/ops/attention_bootstrap.py",
         "dim = -1 if pair_query else -2",
         "dim = -2 if pair_query else -1",
         "adapted/test_adapted.py::test_abpem_is_its_formula[{}]",

@@ -12,7 +12,7 @@ from kernels_here import DEVICE, KERNELS, NATIVE
 
 from fasttta import functional
 from fasttta.ops import backends, composite, schema, triton
-from fasttta.ops.prefix import layout as prefix_layout
+from fasttta.ops.shared_prefix_attention import layout as prefix_layout
 
 
 def _prefix_args(

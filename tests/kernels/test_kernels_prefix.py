@@ -7,7 +7,7 @@ import torch
 from kernels_here import DEVICE, HALVES, KERNELS, among_nan, check, poisoned  # noqa: F401
 
 from fasttta.ops import composite
-from fasttta.ops.prefix import layout
+from fasttta.ops.shared_prefix_attention import layout
 
 FORWARD, BACKWARD = "shared_prefix_attention", "shared_prefix_attention_backward"
 

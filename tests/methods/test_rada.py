@@ -15,7 +15,7 @@ import fasttta
 import fasttta.commands.inspect
 from fasttta.engine.graph import GraphStep
 from fasttta.models import FeatureClassifier, RationalHead
-from fasttta.ops import flat
+from fasttta.ops import flat_attention
 
 DTD = SHARED / "data" / "clip_vitb16_features" / "DescribableTextures"
 
@@ -57,7 +57,7 @@ def plain_head(head, image, text, scale):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "scale_multiplier": 4.0}])
 def test_against_the_plain_form(options, rows, monkeypatch):
     """Logits, mask and every gradient, whether the classes fill one block of rows or several."""
-    monkeypatch.setattr(flat, "ROWS", rows)
+    monkeypatch.setattr(flat_attention, "ROWS", rows)
     head, (image, text) = some_head(**options), data()
     scale = torch.tensor(9.0, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (image, text, scale)]

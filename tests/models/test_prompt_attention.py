@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasttta.models.cavmae.prompt_attention import prompt_attention
-from fasttta.ops import native, softmax
+from fasttta.ops import native, softmax_attention
 
 
 def draw(*shape, seed, grad=True):
@@ -53,8 +53,10 @@ def test_lower_precision(dtype, count, tokens, monkeypatch):
         for i, s in enumerate(((2, count, 12), (2, count, 24), (4, 24)))
     )
     prompt_kv.requires_grad_(True), q.requires_grad_(tokens), kv.requires_grad_(tokens)
-    served, suits = [], softmax._suits
-    monkeypatch.setattr(softmax, "_suits", lambda *x: served.append(suits(*x)) or served[-1])
+    served, suits = [], softmax_attention._suits
+    monkeypatch.setattr(
+        softmax_attention, "_suits", lambda *x: served.append(suits(*x)) or served[-1]
+    )
     exact = plain(q.double(), kv.double(), prompt_kv.double(), 3, 0.5)
     found = prompt_attention(q, kv, prompt_kv, 3, 0.5)
     limit = 1e-5 if dtype == torch.float32 else 0.05

@@ -14,7 +14,7 @@ from torch import nn
 
 import fasttta
 from fasttta.data import Views
-from fasttta.ops.dense import dense
+from fasttta.ops.checks import dense
 
 
 def _quantised(x):

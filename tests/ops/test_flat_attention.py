@@ -7,7 +7,7 @@ import torch
 from op_cases import DEVICE, close, using
 
 from fasttta import functional as F
-from fasttta.ops import autograd, flat
+from fasttta.ops import autograd, flat_attention
 
 
 def _tensors(classes=5, d=4, batch=3, shared=False, dtype=torch.float64, scale=1.0):
@@ -34,7 +34,7 @@ IMPLEMENTATIONS = [("default", 128), ("composite", 128), ("composite", 2)]
 @pytest.mark.parametrize(("implementation", "rows"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("shared", [False, True])
 def test_against_the_reference(shared, implementation, rows, monkeypatch):
-    monkeypatch.setattr(flat, "ROWS", rows)
+    monkeypatch.setattr(flat_attention, "ROWS", rows)
     backend = using(implementation, monkeypatch)
     tensors = _tensors(shared=shared)
     expected = _with_gradients(tensors, "reference")

@@ -10,7 +10,7 @@ from op_cases import DEVICE, close, using
 
 from fasttta import functional as F
 from fasttta.ops import autograd, native
-from fasttta.ops.prefix import layout
+from fasttta.ops.shared_prefix_attention import layout
 
 IMPLEMENTATIONS = ("default", "composite")
 NAMES = ("out", "dq", "dk", "dv", "dprefix_k", "dprefix_v")

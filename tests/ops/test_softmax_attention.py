@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 
-from fasttta.ops import native, softmax
+from fasttta.ops import native, softmax_attention
 
 # samples, heads, queries, keys, channels: of ViT-B's modalities with and without prompts, and
 # what fills no vector, panel or unit of rows
@@ -56,20 +56,20 @@ def test_equals_the_formula(shape, size):
     b, h, t, s, d = shape
     q, k = heads(b, h, t, d, scale=size), heads(b, h, s, d, seed=1)
     v, up = heads(b, h, s, d, seed=2), heads(b, h, t, d, seed=3)
-    assert softmax._suits(q, k, v)
+    assert softmax_attention._suits(q, k, v)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = formula(*exact, d**-0.5)
-    out, lse = softmax.forward(q, k, v, d**-0.5)
+    out, lse = softmax_attention.forward(q, k, v, d**-0.5)
     tolerance = 4e-6 * max(1.0, size * d**0.5 / 8)  # a score's own rounding moves its exponential
     near(out, expected.detach(), tolerance)
     near(lse, (d**-0.5 * exact[0] @ exact[1].transpose(-2, -1)).logsumexp(-1).detach())
     assert out.transpose(1, 2).is_contiguous()
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    found = torch.autograd.grad(softmax.attend(*leaves, d**-0.5), leaves, up)
+    found = torch.autograd.grad(softmax_attention.attend(*leaves, d**-0.5), leaves, up)
     right = torch.autograd.grad(expected, exact, up.double())
     for x, y in zip(found, right, strict=True):
         near(x, y, tolerance)
-    for x, y in zip(softmax.backward(up, q, k, v, out, lse, d**-0.5), found, strict=True):
+    for x, y in zip(softmax_attention.backward(up, q, k, v, out, lse, d**-0.5), found, strict=True):
         assert torch.equal(x, y)
 
 
@@ -81,8 +81,8 @@ def test_the_same_with_any_number_of_threads():
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out, lse = softmax.forward(q, k, v, 0.25)
-            results.append((out, lse, *softmax.backward(out, q, k, v, out, lse, 0.25)))
+            out, lse = softmax_attention.forward(q, k, v, 0.25)
+            results.append((out, lse, *softmax_attention.backward(out, q, k, v, out, lse, 0.25)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -92,12 +92,12 @@ def test_the_same_with_any_number_of_threads():
 def test_nan_and_infinity_stay_where_they_are():
     q, k, v = (heads(1, 2, 20, 16, seed=i).clone() for i in range(3))
     q[0, 0, 3, 2], q[0, 0, 5, 1] = torch.nan, torch.inf
-    out, _ = softmax.forward(q, k, v, 0.25)
+    out, _ = softmax_attention.forward(q, k, v, 0.25)
     rows = torch.zeros(1, 2, 20, dtype=torch.bool)
     rows[0, 0, [3, 5]] = True
     assert torch.equal(~out.isfinite().all(-1), rows)
     v[0, 1, 4] = torch.nan
-    assert softmax.forward(q, k, v, 0.25)[0][0, 1].isnan().all()
+    assert softmax_attention.forward(q, k, v, 0.25)[0][0, 1].isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap's
@@ -115,9 +115,11 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
         q, k, v = (x.to(getattr(torch, case)) for x in (q, k, v))
     if case == "off":
         monkeypatch.setattr(native, "load", lambda: False)
-    monkeypatch.setattr(softmax._Attention, "apply", lambda *_: pytest.fail("not for this"))
+    monkeypatch.setattr(
+        softmax_attention._Attention, "apply", lambda *_: pytest.fail("not for this")
+    )
     q.requires_grad_()
-    attend = softmax.attend
+    attend = softmax_attention.attend
     if case == "dual":
         with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
             attend(torch.autograd.forward_ad.make_dual(q.detach(), q.detach()), k, v, 0.25)
@@ -139,8 +141,8 @@ def test_far_scores_leave_nothing_denormal(gap):
     k = 0.01 * heads(1, 2, 64, 16, seed=3)
     k[:, :, 5] = 16 * gap * q.sum(2) / q.sum(2).square().sum(-1, keepdim=True)
     q = q.sum(2, keepdim=True) + 0.01 * q  # q·k of key 5 exceeds the others by about 16 gap
-    out, lse = softmax.forward(q, k, v, 1 / 16)
-    found = softmax.backward(1e-6 * up, q, k, v, out, lse, 1 / 16)
+    out, lse = softmax_attention.forward(q, k, v, 1 / 16)
+    found = softmax_attention.backward(1e-6 * up, q, k, v, out, lse, 1 / 16)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = formula(*exact, 1 / 16)
     near(out, expected.detach(), 1e-5)
@@ -165,12 +167,14 @@ def test_layouts():
     """Channels that do not lie next to each other, expanded batches and gradients."""
     q, k, v = (heads(2, 2, 20, 16, seed=i) for i in range(3))
     strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
-    assert torch.equal(softmax.attend(*strided, 0.25), softmax.attend(q, k, v, 0.25))
+    assert torch.equal(
+        softmax_attention.attend(*strided, 0.25), softmax_attention.attend(q, k, v, 0.25)
+    )
     shared = k[:1].expand(2, -1, -1, -1)
     right = nnf.scaled_dot_product_attention(q.double(), shared.double(), v.double(), scale=0.25)
-    near(softmax.attend(q, shared, v, 0.25), right)
+    near(softmax_attention.attend(q, shared, v, 0.25), right)
     results = []
-    for dtype, attend in ((torch.float32, softmax.attend), (torch.float64, formula)):
+    for dtype, attend in ((torch.float32, softmax_attention.attend), (torch.float64, formula)):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k[:1], v)]
         many = leaves[1].expand(2, -1, -1, -1)
         out = attend(leaves[0], many, leaves[2], 0.25)
@@ -184,7 +188,7 @@ def test_layouts():
 
 _NARROW = """
 import sys, torch
-from fasttta.ops import native, reference, softmax
+from fasttta.ops import native, reference, softmax_attention as softmax
 flags = native._flags
 native._flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
 assert native.attempt().path is not None, native.attempt().reason

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.softmax import attend
+from ...ops.softmax_attention import attend
 from . import linear as products
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops import again, softmax
+from ...ops import again, softmax_attention
 
 
 def prompt_attention(q: Tensor, kv: Tensor, prompt_kv: Tensor, heads: int, scale: float) -> Tensor:
@@ -25,7 +25,7 @@ def prompt_attention(q: Tensor, kv: Tensor, prompt_kv: Tensor, heads: int, scale
     if q.device.type == "cpu" and torch.is_grad_enabled() and prompt_kv.requires_grad:
         return _PromptAttention.apply(q, kv, prompt_kv, heads, scale)
     q, (k, v) = _split(q, 1, heads)[0], _split(_joined(kv, prompt_kv), 2, heads)
-    out = softmax.attend(q, k, v, scale)
+    out = softmax_attention.attend(q, k, v, scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -44,7 +44,7 @@ class _PromptAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, kv: Tensor, prompt_kv: Tensor, heads: int, scale: float) -> Tensor:
         q = _split(q, 1, heads)[0]
         k, v = _split(_joined(kv, prompt_kv), 2, heads)
-        out, lse = softmax.forward(q, k, v, scale)
+        out, lse = softmax_attention.forward(q, k, v, scale)
         ctx.heads, ctx.scale, ctx.prompts = heads, scale, len(prompt_kv)
         ctx.save_for_backward(q, k, v, out, lse)
         return out.transpose(1, 2).flatten(2)
@@ -62,7 +62,7 @@ class _PromptAttention(torch.autograd.Function):
             ds = p * ((grad @ v.transpose(-2, -1)).to(lse) - mean) * ctx.scale
             dk, dv = ds.to(q).transpose(-2, -1) @ q, p.to(q).transpose(-2, -1) @ grad
             return None, None, _packed(dk.sum(0, True), dv.sum(0, True))[0], None, None
-        dq, dk, dv = softmax.backward(grad, q, k, v, out, lse, ctx.scale)
+        dq, dk, dv = softmax_attention.backward(grad, q, k, v, out, lse, ctx.scale)
         own = _packed(dk[:, :, n:], dv[:, :, n:])
         prompts = _packed(dk[:, :, :n].sum(0, True), dv[:, :, :n].sum(0, True))[0]
         return dq.transpose(1, 2).flatten(2), own, prompts, None, None

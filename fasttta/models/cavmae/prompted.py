@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.softmax import attend
+from ...ops.softmax_attention import attend
 from ...protocols import Slot, Streams
 from ...trace import span
 from ..blocks.layers import Linear, SelfAttention

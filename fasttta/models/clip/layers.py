@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.activation import quick_gelu
-from ...ops.softmax import attend
+from ...ops.quick_gelu import quick_gelu
+from ...ops.softmax_attention import attend
 from ..blocks.layers import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}

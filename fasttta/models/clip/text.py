@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ...ops import native
 from ...ops.autograd import causal_with_prefix, shared_prefix_attention
-from ...ops.prefix import Layout
-from ...ops.prefix import layout as layout_of
+from ...ops.shared_prefix_attention import Layout
+from ...ops.shared_prefix_attention import layout as layout_of
 from .layers import Block, Transformer
 
 # Tokens in one pass. CPU: at 1000 classes (2 cores, width 512) a tenth faster than 512, as fast as

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...engine.state import structural_copy
-from ...ops.labels import class_labels
+from ...ops.checks import class_labels
 from .. import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalHead
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")

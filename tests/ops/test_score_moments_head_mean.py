@@ -7,7 +7,7 @@ import torch
 from op_cases import TOLERANCES, close, qk
 
 from fasttta import functional as F
-from fasttta.ops import attention, native
+from fasttta.ops import native, score_moments
 
 # samples, row spans, column spans: of CAV-MAE's fusion block, what fills no vector, strip or
 # chunk, rows of several chunks, the smallest block that has a std
@@ -54,9 +54,9 @@ def formula(scores, rows, columns, c):
 
 def run(scores, rows, columns, c, ups):
     """Mean, std and gradient on the scores of their sums by ``ups``."""
-    mean, std = attention._block_moments(scores.clone(), [*rows], [*columns], c)
+    mean, std = score_moments._block_moments(scores.clone(), [*rows], [*columns], c)
     grad = scores.clone()
-    attention._block_gradients(ups[0], ups[1] / std, [*rows], [*columns], c, grad)
+    score_moments._block_gradients(ups[0], ups[1] / std, [*rows], [*columns], c, grad)
     return mean, std, grad
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import again, native, schema
-from .softmax import plain
+from .softmax_attention import plain
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

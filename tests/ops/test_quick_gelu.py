@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasttta.ops import native
-from fasttta.ops.activation import quick_gelu
+from fasttta.ops.quick_gelu import quick_gelu
 
 pytestmark = pytest.mark.skipif(not native.load(), reason="no C++ kernels here")
 TOLERANCES = {

@@ -7,7 +7,7 @@ import torch
 from op_cases import TOLERANCES, close, qk
 
 from fasttta import functional as F
-from fasttta.ops import attention, native, reference
+from fasttta.ops import native, reference, score_moments
 
 # samples, heads, spans, channels: of CAV-MAE's fusion block, and what fills no vector or chunk
 SIZES = [
@@ -46,8 +46,8 @@ def test_equals_the_reference(size, dtype, layout, monkeypatch):
     ups = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.1
     wide = torch.promote_types(dtype, torch.float32)
     right = _reference(*exact, spans, ups.double())
-    monkeypatch.setattr(attention, "_moments_per_head", None)  # PyTorch's calls
-    monkeypatch.setattr(attention, "_backward_per_head", None)
+    monkeypatch.setattr(score_moments, "_moments_per_head", None)  # PyTorch's calls
+    monkeypatch.setattr(score_moments, "_backward_per_head", None)
     found = _ours(q, k, spans, ups.to(wide))
     for name, x, y in zip(("mean", "std", "grad_q", "grad_k"), found, right, strict=True):
         kept = wide if name in ("mean", "std") else dtype
@@ -58,8 +58,12 @@ def test_equals_the_reference(size, dtype, layout, monkeypatch):
 
 def _ours(q, k, spans, ups):
     options = [*spans], q.shape[3] ** -0.5, True
-    mean, std = attention.score_moments(q.detach(), k.detach(), *options)
-    return mean, std, *attention.score_moments_backward(*ups, q.detach(), k.detach(), std, *options)
+    mean, std = score_moments.score_moments(q.detach(), k.detach(), *options)
+    return (
+        mean,
+        std,
+        *score_moments.score_moments_backward(*ups, q.detach(), k.detach(), std, *options),
+    )
 
 
 def _reference(q, k, spans, ups):
@@ -85,7 +89,7 @@ def test_one_modality_alone_has_no_gradient():
     """Not even where its tokens are not finite."""
     q, k = (x.detach() for x in qk(1, 2, (9,), 8, torch.float32))
     q[0, 0, 3, 2] = torch.nan
-    found = attention.moments_backward(
+    found = score_moments.moments_backward(
         *torch.ones(2, 1, 2, 1, 1), q, k, torch.ones(1, 2, 1, 1), [9], 0.3, True, False
     )
     assert not any(x.any() for x in found)
@@ -122,7 +126,7 @@ def _channels_apart(x):
 @pytest.mark.parametrize("case", ["wide", "channels apart", "off"])
 def test_pytorch_serves_the_rest(case, monkeypatch):
     """And a named backend says why the kernel does not."""
-    monkeypatch.setattr(attention, "_WIDEST", 15 if case == "wide" else 256)
+    monkeypatch.setattr(score_moments, "_WIDEST", 15 if case == "wide" else 256)
     q, k = (x.detach() for x in qk(2, 3, (7, 6), 16, torch.float64))
     if case == "channels apart":
         q = _channels_apart(q)

@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from fasttta import functional as F
-from fasttta.ops import autograd, composite, native, prefix, reference, schema
+from fasttta.ops import autograd, composite, native, reference, schema
+from fasttta.ops.shared_prefix_attention import layout as layout_of
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def _made():
         yield "flat_attention", (shared, k, k, 0.5)
         yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
     packed, kv = torch.randn(2, 6, 12).chunk(3, -1), torch.randn(2, 2, 3, 4)
-    layout = *prefix.layout([1, 3, 2]), 2, 0.5
+    layout = *layout_of([1, 3, 2]), 2, 0.5
     for queries in (packed[0], packed[0][:, :3]):  # all, and every sequence's last
         tensors = queries, *packed[1:], *kv
         out, lse = composite.shared_prefix_attention(*tensors, *layout)

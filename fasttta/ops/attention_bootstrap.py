@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import moments_backward, score_moments
 from .reference import gaussian_kl
+from .score_moments import moments_backward, score_moments
 
 
 def _anchors(

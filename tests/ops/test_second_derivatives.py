@@ -13,9 +13,9 @@ from fasttta import functional as F
 from fasttta.models.cavmae.chunked_loss import staged
 from fasttta.models.cavmae.prompt_attention import prompt_attention
 from fasttta.ops import autograd
-from fasttta.ops.activation import quick_gelu
-from fasttta.ops.prefix import layout
-from fasttta.ops.softmax import attend
+from fasttta.ops.quick_gelu import quick_gelu
+from fasttta.ops.shared_prefix_attention import layout
+from fasttta.ops.softmax_attention import attend
 
 
 @pytest.fixture(autouse=True)
