@@ -3,7 +3,7 @@
 // It is a row softmax whose rows are then weighted with K times the softmax over rows of their
 // log-sum-exp. That is kept as its maximum and the rest: at scores of some hundred (RAda with CoOp)
 // their rounded sum would cost 4 digits of the exponentials in float32.
-#include "attention.h"
+#include "softmax_attention.h"
 #include "rows.h"
 
 namespace fasttta {

@@ -6,7 +6,7 @@
 // first cache, and a query meets no key that it does not see.
 #include <initializer_list>
 
-#include "attention.h"
+#include "softmax_attention.h"
 
 namespace fasttta {
 namespace {

@@ -1,307 +1,46 @@
-"""Statistics of attention scores averaged over heads, the bootstrap loss, and their gradients.
+"""The attention bootstrapping loss and its gradients, on the kernels of score moments.
 
-    A = sum over heads of q k',  S = c A,  c = scale / heads           [T, T], never stored
+The launches that finish the moments compute the loss too, and those of the gradients begin at the
+loss: what is of the loss alone lies in score_blocks.py.
 
-mean and unbiased variance by block (i, j) of modalities. A tile of A is complete in registers when
-the loop over heads ends, so it is centred on its own mean there, and tiles are merged by Chan's
-rule in a fixed order: 1e-7 of the variance at any mean, where sums of squares lose 1.7e-3 at
-mean = 100 std (float32, 512 x 196).
-
-Source: ABPEM, attention bootstrapping, whose official code forms the [H, T, T] scores.
+Source: ABPEM, attention bootstrapping.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import launch, plan
-from .score_blocks import block_gradient, bootstrap_loss, find_block, score_gradient
-
-
-@triton.jit
-def _products(
-    p_q, p_k, sq_h, sq_t, sq_d, sk_h, sk_t, sk_d, H, o_m, o_n, m_m, m_n,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A of BM query and BN key tokens; 0 where a mask is off."""
-    CHUNKS: tl.constexpr = (D + BD - 1) // BD
-    o_d = tl.arange(0, BD)
-    p_q += o_m[:, None] * sq_t + o_d[None, :] * sq_d  # [BM, BD]
-    p_k += o_n[None, :] * sk_t + o_d[:, None] * sk_d  # [BD, BN]
-    b_a = tl.zeros([BM, BN], tl.float32)
-    for n in range(H * CHUNKS):
-        h, o_c = n // CHUNKS, n % CHUNKS * BD
-        m_d = o_c + o_d < D
-        b_q = tl.load(p_q + h * sq_h + o_c * sq_d, mask=m_m[:, None] & m_d[None, :], other=0.0)
-        b_k = tl.load(p_k + h * sk_h + o_c * sk_d, mask=m_n[None, :] & m_d[:, None], other=0.0)
-        b_a = tl.dot(b_q, b_k, b_a, input_precision=PRECISION)
-    return b_a
-
-
-@triton.jit
-def _tiles_kernel(
-    p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H,
-    BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile's mean and sum of squares about it, to tiles [B, tiles, 2]."""
-    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, first, across, _, _, o_row, o_column, rows, columns, _, _ = find_block(i_t, BLOCKS)
-    o_m = (i_t - first) // across * BM + tl.arange(0, BM)
-    o_n = (i_t - first) % across * BN + tl.arange(0, BN)
-    m_m, m_n = o_m < rows, o_n < columns
-    b_a = _products(
-        p_q + i_b * sq_b, p_k + i_b * sk_b, sq_h, sq_t, sq_d, sk_h, sk_t, sk_d, H,
-        o_row + o_m, o_column + o_n, m_m, m_n, D, BD, BM, BN, PRECISION,
-    )  # fmt: skip
-    count = tl.sum(m_m.to(tl.int32), axis=0) * tl.sum(m_n.to(tl.int32), axis=0)
-    mean = tl.sum(b_a) / count.to(tl.float32)
-    b_a = tl.where(m_m[:, None] & m_n[None, :], b_a - mean, 0.0)
-    squares = tl.sum(b_a * b_a)
-    p_tiles += (i_b * tl.num_programs(0) + i_t) * 2
-    tl.store(p_tiles, mean)
-    tl.store(p_tiles + 1, squares)
-
-
-@triton.jit
-def _merge_kernel(
-    p_tiles, p_mean, p_std, p_loss, p_anchor_mean, p_anchor_std, c,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-    M: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, PAIR_QUERY: tl.constexpr,
-):  # fmt: skip
-    """One sample: tiles of a block to its mean and std, all blocks to the loss.
-
-    mean = sum n_t mean_t / N, variance = sum [M2_t + n_t (mean_t - mean)^2] / (N - 1).
-    """
-    i_s = tl.program_id(0).to(tl.int64)
-    i_t, i_b = tl.arange(0, BT), tl.arange(0, BB)
-    m_t = i_t < TILES
-    tile_mean = tl.load(p_tiles + (i_s * TILES + i_t) * 2, mask=m_t, other=0.0)
-    squares = tl.load(p_tiles + (i_s * TILES + i_t) * 2 + 1, mask=m_t, other=0.0)
-    index, first, across, _, _, _, _, rows, columns, _, _ = find_block(i_t, BLOCKS)
-    rows = tl.minimum(rows - (i_t - first) // across * BM, BM)
-    columns = tl.minimum(columns - (i_t - first) % across * BN, BN)
-    # tiles of other blocks are left out by selection: nan times 0 would spread
-    own = (index[None, :] == i_b[:, None]) & m_t[None, :]  # [BB, BT]
-    count = tl.where(own, (rows * columns).to(tl.float32)[None, :], 0.0)
-    total = tl.sum(count, axis=1)
-    tile_mean = tl.where(own, tile_mean[None, :], 0.0)
-    mean = tl.sum(count * tile_mean, axis=1) / total
-    # once more on what is left: the first sum rounds at the size of the mean
-    mean += tl.sum(count * tl.where(own, tile_mean - mean[:, None], 0.0), axis=1) / total
-    shift = tl.where(own, tile_mean - mean[:, None], 0.0)
-    squares = tl.where(own, squares[None, :], 0.0) + count * shift * shift
-    variance = c * c * (tl.sum(squares, axis=1) / (total - 1.0))
-    mean *= c
-    m_b = i_b < M * M
-    tl.store(p_mean + i_s * M * M + i_b, mean, mask=m_b)
-    tl.store(p_std + i_s * M * M + i_b, tl.sqrt(variance), mask=m_b)
-    if p_loss is not None:
-        loss = bootstrap_loss(mean, variance, p_anchor_mean, p_anchor_std, M, BB, PAIR_QUERY)
-        tl.store(p_loss + i_s, loss)
-
-
-@triton.jit
-def _weighted_scores_kernel(
-    p_q, p_k, p_work, p_scale, p_grad, p_mean, p_std, p_anchor_mean, p_anchor_std,
-    p_grad_mean, p_grad_std, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, s_grad, s_work, H, c,
-    BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, PAIR_QUERY: tl.constexpr,
-):  # fmt: skip
-    """dL/dA of a tile over its block's scale, in the type of q, and the scale [B, blocks]."""
-    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    index, first, across, i, j, o_row, o_column, rows, columns, offset, pitch = find_block(
-        i_t, BLOCKS
-    )
-    o_m = (i_t - first) // across * BM + tl.arange(0, BM)
-    o_n = (i_t - first) % across * BN + tl.arange(0, BN)
-    m_m, m_n = o_m < rows, o_n < columns
-    b_a = _products(
-        p_q + i_b * sq_b, p_k + i_b * sk_b, sq_h, sq_t, sq_d, sk_h, sk_t, sk_d, H,
-        o_row + o_m, o_column + o_n, m_m, m_n, D, BD, BM, BN, PRECISION,
-    )  # fmt: skip
-    o_stats = i_b * M * M
-    upstream = 0.0
-    if p_grad is not None:
-        upstream = tl.load(p_grad + i_b * s_grad).to(tl.float32)
-    if p_grad_mean is not None:
-        p_grad_mean += o_stats
-        p_grad_std += o_stats
-    grad_mean, grad_std = block_gradient(
-        upstream, p_mean + o_stats, p_std + o_stats, p_anchor_mean, p_anchor_std,
-        p_grad_mean, p_grad_std, i, j, M, PAIR_QUERY,
-    )  # fmt: skip
-    mean, std = tl.load(p_mean + o_stats + i * M + j), tl.load(p_std + o_stats + i * M + j)
-    count = (rows * columns).to(tl.float32)
-    scale, a, b = score_gradient(grad_mean, grad_std, std, c, count)
-    # columns up to the pitch are written, as 0: they meet tokens of nobody in the next launch
-    b_w = tl.where(m_n[None, :], a + b * (b_a - mean / c), 0.0)
-    p_w = p_work + i_b * s_work + offset + o_m[:, None] * pitch + o_n[None, :]
-    b_w = b_w.to(p_work.dtype.element_ty)
-    tl.store(p_w, b_w, mask=m_m[:, None] & (o_n < pitch)[None, :])
-    if i_t == first:
-        tl.store(p_scale + i_b * len(BLOCKS) + index, scale)
-
-
-@triton.jit
-def _weighted_tokens(
-    p_work, p_scale, p_y, p_out, sy_h, sy_t, sy_d, so_h, so_t, so_d, H, i_row, i_column,
-    ROWS: tl.constexpr, SOURCES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """BM rows of dq = sum over blocks of scale W k, or of dk = scale W' q, times BN columns."""
-    i_m, first, o_row, rows = i_row * 0, i_row * 0, i_row * 0, i_row * 0
-    for m in tl.static_range(len(ROWS)):
-        here = i_row >= ROWS[m][0]
-        i_m = tl.where(here, m, i_m)
-        first = tl.where(here, ROWS[m][0], first)
-        o_row = tl.where(here, ROWS[m][1], o_row)
-        rows = tl.where(here, ROWS[m][2], rows)
-    o_m = (i_row - first) * BM + tl.arange(0, BM)
-    o_n = i_column * BN + tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
-    m_m, m_n = o_m < rows, o_n < H * D
-    p_y += (o_n // D * sy_h + o_n % D * sy_d)[None, :]
-    b_out = tl.zeros([BM, BN], tl.float32)
-    EACH: tl.constexpr = len(SOURCES) // len(ROWS)
-    for n in tl.static_range(EACH):
-        o_y, count, index, offset, pitch = i_row * 0, i_row * 0, i_row * 0, i_row * 0, i_row * 0
-        for m in tl.static_range(len(ROWS)):
-            o_y = tl.where(i_m == m, SOURCES[m * EACH + n][0], o_y)
-            count = tl.where(i_m == m, SOURCES[m * EACH + n][1], count)
-            index = tl.where(i_m == m, SOURCES[m * EACH + n][5 if KEYS else 2], index)
-            offset = tl.where(i_m == m, SOURCES[m * EACH + n][6 if KEYS else 3], offset)
-            pitch = tl.where(i_m == m, SOURCES[m * EACH + n][7 if KEYS else 4], pitch)
-        b_part = tl.zeros([BM, BN], tl.float32)
-        for o in range(0, count, BK):
-            m_k = o + o_k < count
-            if KEYS:
-                p_w = p_work + offset + (o + o_k)[None, :] * pitch + o_m[:, None]
-                m_w = (o_m < pitch)[:, None] & m_k[None, :]
-            else:
-                p_w = p_work + offset + o_m[:, None] * pitch + (o + o_k)[None, :]
-                m_w = m_m[:, None] & (o + o_k < pitch)[None, :]
-            b_w = tl.load(p_w, mask=m_w, other=0.0)
-            p_rows = p_y + (o_y + o + o_k)[:, None] * sy_t
-            b_y = tl.load(p_rows, mask=m_k[:, None] & m_n[None, :], other=0.0)
-            b_part = tl.dot(b_w, b_y, b_part, input_precision=PRECISION)
-        b_out += tl.load(p_scale + index) * b_part
-    p_out += (o_row + o_m)[:, None] * so_t + (o_n // D * so_h + o_n % D * so_d)[None, :]
-    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit
-def _token_gradients_kernel(
-    p_work, p_scale, p_q, p_k, p_dq, p_dk, s_work, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d,
-    sdq_b, sdq_h, sdq_t, sdq_d, sdk_b, sdk_h, sdk_t, sdk_d, H,
-    ROWS: tl.constexpr, SOURCES: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Every row of dq and dk is written once, by the program that sums it: no order to lose."""
-    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    across = tl.cdiv(H * D, BN)
-    i_row, i_column = i_t // 2 // across, i_t // 2 % across
-    p_work += i_b * s_work
-    p_scale += i_b * BLOCKS
-    if i_t % 2 == 0:
-        _weighted_tokens(
-            p_work, p_scale, p_k + i_b * sk_b, p_dq + i_b * sdq_b, sk_h, sk_t, sk_d,
-            sdq_h, sdq_t, sdq_d, H, i_row, i_column, ROWS, SOURCES, D, BM, BN, BK, PRECISION, False,
-        )  # fmt: skip
-    else:
-        _weighted_tokens(
-            p_work, p_scale, p_q + i_b * sq_b, p_dk + i_b * sdk_b, sq_h, sq_t, sq_d,
-            sdk_h, sdk_t, sdk_d, H, i_row, i_column, ROWS, SOURCES, D, BM, BN, BK, PRECISION, True,
-        )  # fmt: skip
-
-
-def _half(q: Tensor) -> bool:
-    return q.dtype != torch.float32
-
-
-def _moments(
-    q: Tensor, k: Tensor, spans: list[int], scale: float, loss: Tensor | None,
-    pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, heads, _, d = q.shape
-    mean = torch.empty((batch, len(spans), len(spans)), dtype=torch.float32, device=q.device)
-    std = torch.empty_like(mean)
-    if not batch:
-        return mean, std
-    tiling = plan.score_tiles(launch.architecture(q), _half(q), batch, spans, d)
-    merging = plan.merge_tiles(tiling, spans, pair_query)
-    tiles = torch.empty((batch, tiling.grid[0], 2), dtype=torch.float32, device=q.device)
-    launch.run(_tiles_kernel, tiling, q, k, tiles, *q.stride(), *k.stride(), heads)
-    launch.run(
-        _merge_kernel, merging, tiles, mean, std, loss, anchor_mean, anchor_std, scale / heads
-    )
-    return mean, std
-
-
-def score_moments(q: Tensor, k: Tensor, spans: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Mean and std [B, M, M] of q, k [B, H, T, d] of any strides."""
-    return _moments(q, k, spans, scale, None, False, None, None)
+from . import score_moments, score_moments_per_head
 
 
 def attention_bootstrap(
-    q: Tensor, k: Tensor, spans: list[int], scale: float, pair_query: bool,
+    q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool, pair_query: bool,
     anchor_mean: Tensor | None = None, anchor_std: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss [B], mean and std [B, M, M]; anchors [M] replace the self blocks' statistics."""
-    loss = torch.empty(q.shape[:1], dtype=torch.float32, device=q.device)
-    return loss, *_moments(q, k, spans, scale, loss, pair_query, anchor_mean, anchor_std)
+    """Loss [B], and mean and std [B, M, M], or [B, H, M, M] per head, of q, k [B, H, T, d].
 
-
-def _backward(
-    q: Tensor, k: Tensor, mean: Tensor, std: Tensor, spans: list[int], scale: float,
-    grad: Tensor | None, grad_mean: Tensor | None, grad_std: Tensor | None,
-    pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, heads, _, d = q.shape
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    if not batch:
-        return dq, dk
-    self_blocks = grad is None
-    if len(spans) == 1 and not self_blocks:
-        return dq.zero_(), dk.zero_()
-    which = launch.architecture(q), _half(q), batch
-    weighing, table = plan.weighted_scores(*which, spans, d, self_blocks, pair_query)
-    summing = plan.token_gradients(*which, heads, d, table)
-    work = torch.empty((batch, plan.workspace(table)), dtype=q.dtype, device=q.device)
-    scales = torch.empty((batch, len(table)), dtype=torch.float32, device=q.device)
-    strides = *q.stride(), *k.stride()
-    launch.run(
-        _weighted_scores_kernel, weighing, q, k, work, scales, grad, mean, std, anchor_mean,
-        anchor_std, grad_mean, grad_std, *strides, 0 if grad is None else grad.stride(0),
-        work.stride(0), heads, scale / heads,
-    )  # fmt: skip
-    launch.run(
-        _token_gradients_kernel, summing, work, scales, q, k, dq, dk, work.stride(0), *strides,
-        *dq.stride(), *dk.stride(), heads,
-    )  # fmt: skip
-    return dq, dk
-
-
-def score_moments_backward(
-    grad_mean: Tensor, grad_std: Tensor, q: Tensor, k: Tensor, std: Tensor, spans: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, dk of all blocks; the means are computed again."""
-    mean, _ = score_moments(q, k, spans, scale)
-    return _backward(q, k, mean, std, spans, scale, None, grad_mean, grad_std, False, None, None)
+    Anchors [M], or [H, M] per head, replace the moments of the self blocks.
+    """
+    kernels = score_moments_per_head if per_head else score_moments
+    shape = q.shape[: 2 if per_head else 1]
+    loss = torch.empty(shape, dtype=torch.float32, device=q.device)
+    moments = kernels.moments_and_loss(
+        q, k, spans, scale, loss, pair_query, anchor_mean, anchor_std
+    )
+    return (loss.mean(dim=1) if per_head else loss), *moments
 
 
 def attention_bootstrap_backward(
     grad: Tensor, q: Tensor, k: Tensor, mean: Tensor, std: Tensor, spans: list[int],
-    scale: float, pair_query: bool, anchor_mean: Tensor | None = None,
+    scale: float, per_head: bool, pair_query: bool, anchor_mean: Tensor | None = None,
     anchor_std: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, dk of the cross blocks. The workspace, 20 % of a float32 map's bytes at bf16, is freed
-    on return."""
-    return _backward(
+    """dq, dk [B, H, T, d] of the cross blocks, from the gradient [B] of the loss.
+
+    The workspace of the head mean, 20 % of a float32 map's bytes at bf16, is freed on return.
+    """
+    kernels = score_moments_per_head if per_head else score_moments
+    return kernels.gradients(
         q, k, mean, std, spans, scale, grad, None, None, pair_query, anchor_mean, anchor_std
     )

@@ -58,23 +58,24 @@ def _float(*shape):
 
 
 def attention(batch, heads, spans, d, dtype, moments=False, each=False):
-    ops = _kernels("attention_bootstrap_per_head" if each else "attention_bootstrap")
+    loss, ops = _kernels("attention_bootstrap"), _kernels("score_moments")
     q, k = _packed(batch, heads, spans, d, dtype)
-    _, mean, std = ops.attention_bootstrap(q, k, spans, d**-0.5, False)
-    ops.attention_bootstrap_backward(_float(batch), q, k, mean, std, spans, d**-0.5, False)
+    options = spans, d**-0.5, each
+    _, mean, std = loss.attention_bootstrap(q, k, *options, False)
+    loss.attention_bootstrap_backward(_float(batch), q, k, mean, std, *options, False)
     if moments:
-        ops.score_moments(q, k, spans, d**-0.5)
-        ops.score_moments_backward(mean, std, q, k, std, spans, d**-0.5)
+        ops.score_moments(q, k, *options)
+        ops.score_moments_backward(mean, std, q, k, std, *options)
 
 
 def head(n, classes, dtype, weighted=False):
-    ops = _kernels("adaptation_head")
+    head, rows = _kernels("adaptation_head"), _kernels("entropies")
     logits = torch.empty(n, classes, dtype=dtype, device="meta")
     weight = _float(n) if weighted else None
     k = max(1, classes // 11)
-    ops.adaptation_head(logits, k, 1.0, 1.0, weighted, 1e-6, weight)
-    ops.principal_entropy_backward(_float(n), logits, k, 1e-6)
-    ops.entropy(logits)
+    head.adaptation_head(logits, k, 1.0, 1.0, weighted, 1e-6, weight)
+    rows.principal_entropy_backward(_float(n), logits, k, 1e-6)
+    rows.entropy(logits)
 
 
 def maps(n, height, width, classes, dtype=FP32):

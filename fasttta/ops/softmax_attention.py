@@ -1,7 +1,8 @@
 """Softmax attention and its gradients on a CPU: a C++ kernel for float32, PyTorch's for the rest.
 
-The kernel (csrc/attention.h) keeps whole rows of scores of a few queries in the cache, so that a
-softmax is one pass and products run on packed keys; PyTorch's flash kernel rescales partial ones.
+The kernel (csrc/softmax_attention.h) keeps whole rows of scores of a few queries in the cache, so
+that a softmax is one pass and products run on packed keys; PyTorch's flash kernel rescales partial
+ones.
 Not one of ``schema``'s operations: on a GPU PyTorch's own kernels are the right ones.
 """
 

@@ -30,9 +30,9 @@ _SCORES = {  # places of q, of the spans, and of what is read as if it were cont
     "attention_bootstrap": (0, 2, (6, 7)),
     "attention_bootstrap_backward": (1, 5, (3, 4, 9, 10)),
 }
-_LOGITS = (
-    "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "principal_entropy",
-    "principal_entropy_backward",
+_HEAD = ("adaptation_head", "balance_entropy")
+_ENTROPIES = (
+    "entropy", "entropy_backward", "principal_entropy", "principal_entropy_backward",
 )  # fmt: skip
 _FLAT = ("flat_attention", "flat_attention_backward")
 _PREFIX = {"shared_prefix_attention": 0, "shared_prefix_attention_backward": 1}  # places of q
@@ -160,15 +160,9 @@ def unsuitable(name: str, *args) -> str | None:
 def _on_scores(name: str, *args):
     if not _installed() or unsuitable(name, *args):
         return getattr(composite, name)(*args)
-    _, spans, dense = _SCORES[name]
-    per_head = spans + 2
-    module = "attention_bootstrap_per_head" if args[per_head] else "attention_bootstrap"
-    given = [
-        x.contiguous() if n in dense and x is not None else x
-        for n, x in enumerate(args)
-        if n != per_head
-    ]
-    return getattr(_kernels(module), name)(*given)
+    dense = _SCORES[name][2]
+    given = [x.contiguous() if n in dense and x is not None else x for n, x in enumerate(args)]
+    return getattr(_kernels(name.removesuffix("_backward")), name)(*given)
 
 
 def _on_heads(name: str, *args):
@@ -201,7 +195,8 @@ KERNELS: dict[str, Callable] = {
     **{name: functools.partial(_on_scores, name) for name in _SCORES},
     **{name: functools.partial(_on_heads, name) for name in _FLAT},
     **{name: functools.partial(_on_packed, name) for name in _PREFIX},
-    **{name: functools.partial(_on_rows, "adaptation_head", name) for name in _LOGITS},
+    **{name: functools.partial(_on_rows, "adaptation_head", name) for name in _HEAD},
+    **{name: functools.partial(_on_rows, "entropies", name) for name in _ENTROPIES},
     **{name: functools.partial(_on_rows, "total_variation", name) for name in _MAPS},
 }
 

@@ -6,7 +6,7 @@ FAULTS = [
         "kernels/score_blocks.py",
         "tl.where((i_b < M * M) & (i != j), kl, 0.0)",
         "tl.where(i_b < M * M, kl, 0.0)",
-        "kernels/test_kernels_attention.py::test_pairs_and_anchors[mean-False]",
+        "kernels/test_score_moments.py::test_pairs_and_anchors[mean-False]",
     ),
     (
         "triton-pair-query-for-key",
@@ -21,28 +21,28 @@ FAULTS = [
             "    if p_anchor_mean is not None:\n"
             "        mean_s = tl.load(p_anchor_mean + s, mask"
         ),
-        "kernels/test_kernels_attention.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+        "kernels/test_score_moments.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
     ),
     (
         "triton-gradient-without-weight",
         "kernels/score_blocks.py",
         "grad_mean = tl.where(upstream != 0, upstream * (mean - mean_s) / variance_s, 0.0)",
         "grad_mean = upstream * (mean - mean_s) / variance_s",
-        "kernels/test_kernels_attention.py::test_undefined_statistics[mean]",
+        "kernels/test_score_moments.py::test_undefined_statistics[mean]",
     ),
     (
         "triton-gradient-of-no-spread",
         "kernels/score_blocks.py",
         "beta = tl.where(std > 0, grad_std * tl.abs(c) / (count - 1.0), 0.0)",
         "beta = grad_std * tl.abs(c) / (count - 1.0)",
-        "kernels/test_kernels_attention.py::test_undefined_statistics[mean]",
+        "kernels/test_score_moments.py::test_undefined_statistics[mean]",
     ),
     (
         "triton-top-k-ties",
-        "kernels/adaptation_head.py",
+        "kernels/entropies.py",
         "tl.cumsum(tied.to(tl.int32), axis=0) <= left",
         "tl.cumsum(tied.to(tl.int32), axis=0) < left",
-        "kernels/test_kernels_logits.py::test_head[in-one-piece-(2, 309)-random]",
+        "kernels/test_adaptation_head.py::test_head[in-one-piece-(2, 309)-random]",
     ),
     (
         "c++-quick-gelu",

@@ -28,8 +28,10 @@ import triton
 from fasttta.kernels import (
     adaptation_head,
     attention_bootstrap,
-    attention_bootstrap_per_head,
+    entropies,
     flat_attention,
+    score_moments,
+    score_moments_per_head,
     shared_prefix_attention,
     total_variation,
 )
@@ -46,7 +48,7 @@ if not NATIVE:
         del os.environ["TRITON_INTERPRET"]
     else:
         os.environ["TRITON_INTERPRET"] = _before
-    if isinstance(attention_bootstrap._merge_kernel, triton.runtime.JITFunction):
+    if isinstance(score_moments._merge_kernel, triton.runtime.JITFunction):
         raise RuntimeError("something imported Triton before tests/kernels_here.py did")
 
 # bfloat16 products are silently wrong in the interpreter
@@ -116,8 +118,8 @@ def poisoned(monkeypatch):
         return guarded(tuple(x.shape), meta.stride(), x.dtype, x.device)
 
     for module in (
-        adaptation_head, adaptation_head.large, attention_bootstrap, attention_bootstrap_per_head,
-        flat_attention, shared_prefix_attention, total_variation,
+        adaptation_head, adaptation_head.large, attention_bootstrap, entropies, flat_attention,
+        score_moments, score_moments_per_head, shared_prefix_attention, total_variation,
     ):  # fmt: skip
         monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
     yield

@@ -1,5 +1,5 @@
 // Softmax attention, softmax(scale q k^T) v a head, and its gradients, in float32.
-#include "attention.h"
+#include "softmax_attention.h"
 
 namespace fasttta {
 namespace {

@@ -3,7 +3,7 @@
 //
 // With mean tokens q, k and population covariances, var = c^2 (q'C_K q + k'C_Q k + <C_Q, C_K>): no
 // term is negative. A head's tokens are read once, into the cache, and centred there.
-#include "attention.h"
+#include "softmax_attention.h"
 
 namespace fasttta {
 namespace {

@@ -223,7 +223,7 @@ def _half(q: Tensor) -> bool:
     return q.dtype != torch.float32
 
 
-def _moments(
+def moments_and_loss(
     q: Tensor, k: Tensor, spans: list[int], scale: float, loss: Tensor | None,
     pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -241,22 +241,7 @@ def _moments(
     return mean, std
 
 
-def score_moments(q: Tensor, k: Tensor, spans: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Mean and std [B, H, M, M] of q, k [B, H, T, d] of any strides."""
-    return _moments(q, k, spans, scale, None, False, None, None)
-
-
-def attention_bootstrap(
-    q: Tensor, k: Tensor, spans: list[int], scale: float, pair_query: bool,
-    anchor_mean: Tensor | None = None, anchor_std: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss [B], mean and std [B, H, M, M]; anchors [H, M] replace the self blocks' statistics."""
-    loss = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    moments = _moments(q, k, spans, scale, loss, pair_query, anchor_mean, anchor_std)
-    return loss.mean(dim=1), *moments
-
-
-def _backward(
+def gradients(
     q: Tensor, k: Tensor, mean: Tensor, std: Tensor, spans: list[int], scale: float,
     grad: Tensor | None, grad_mean: Tensor | None, grad_std: Tensor | None,
     pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
@@ -272,22 +257,3 @@ def _backward(
             0 if grad is None else grad.stride(0), heads, scale,
         )  # fmt: skip
     return dq, dk
-
-
-def score_moments_backward(
-    grad_mean: Tensor, grad_std: Tensor, q: Tensor, k: Tensor, std: Tensor, spans: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, dk of all blocks."""
-    return _backward(q, k, std, std, spans, scale, None, grad_mean, grad_std, False, None, None)
-
-
-def attention_bootstrap_backward(
-    grad: Tensor, q: Tensor, k: Tensor, mean: Tensor, std: Tensor, spans: list[int],
-    scale: float, pair_query: bool, anchor_mean: Tensor | None = None,
-    anchor_std: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, dk of the cross blocks."""
-    return _backward(
-        q, k, mean, std, spans, scale, grad, None, None, pair_query, anchor_mean, anchor_std
-    )

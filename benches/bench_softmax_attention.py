@@ -30,7 +30,7 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def bench_attention(implementation, direction, tokens, full, threads, measure):
+def bench_softmax_attention(implementation, direction, tokens, full, threads, measure):
     batch, heads, count, channels = (4, HEADS, TOKENS[tokens], CHANNELS) if full else (2, 3, 17, 5)
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(batch, count, 3, heads, channels, generator=generator)
