@@ -21,7 +21,7 @@ from fasttta.models.cavmae.chunked_loss import staged
 @pytest.mark.parametrize(("batch", "kept"), [(5, (3, 2)), (2, (6, 1))])
 def test_against_the_plain_path(tiny_model, tiny_batch, depth, batch, kept, monkeypatch):
     """Every term, its gradient and the prediction; nothing of what is saved changes a number."""
-    monkeypatch.setattr(prompted, "portion", lambda tokens: 2)
+    monkeypatch.setattr(prompted, "samples_at_once", lambda tokens: 2)
     model = tiny_model(depth=depth).double()
     stats, inputs = stats_for(depth), tiny_batch(batch, dtype=torch.float64)
     keep = [some_ids(batch, 6, kept[0], 1), some_ids(batch, 4, kept[1], 2)]

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ...protocols import Slot
 from ...trace import span
-from .. import workers
 from ..blocks.layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
-from ..blocks.run_blocks import portion, through
+from ..blocks.run_blocks import run_blocks, samples_at_once
 from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
 
 if TYPE_CHECKING:  # which import this module
@@ -351,11 +350,11 @@ class CAVMAE(nn.Module):
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
-        return through((self.blocks_a, self.embed_audio(audio)))[0]
+        return run_blocks(self.blocks_a, self.embed_audio(audio))
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
-        return through((self.blocks_v, self.embed_video(video)))[0]
+        return run_blocks(self.blocks_v, self.embed_video(video))
 
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first; with the tuned prompts, if any, that
@@ -367,8 +366,7 @@ class CAVMAE(nn.Module):
                 return self.prompted(prompts).layers(audio, video)[0]
             side = _side_stream(audio.device) if audio.is_cuda else None
             if side is None or not torch.cuda.is_current_stream_capturing():
-                a, v = self.embed_audio(audio), self.embed_video(video)
-                return torch.cat(through((self.blocks_a, a), (self.blocks_v, v)), dim=1)
+                return torch.cat((self.encode_audio(audio), self.encode_video(video)), dim=1)
             # the encoders are independent branches of the captured graph
             here = torch.cuda.current_stream(audio.device)
             side.wait_stream(here)
@@ -393,7 +391,7 @@ class CAVMAE(nn.Module):
     def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
         """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample
         at a time, which needs a quarter of a batch of 4's buffers and is no slower."""
-        return tokens.split(portion(tokens))
+        return tokens.split(samples_at_once(tokens))
 
     def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, Attention]:
         """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""
@@ -403,16 +401,7 @@ class CAVMAE(nn.Module):
 
     def fuse(self, tokens: Tensor) -> Tensor:
         """Tokens [B, Ta + Tv, D] -> logits [B, C]."""
-        used = (*self.blocks_u, self.norm, self.mlp_head)
-        if torch.is_grad_enabled() or not workers.suit(tokens, used):
-            return self.fuse_attention(tokens)[0]
-        with span("fuse"):
-
-            def pooled(x: Tensor) -> Tensor:
-                return self.pool(x)[0]
-
-            tasks = [functools.partial(pooled, x) for x in tokens.split(1)]
-            return self.mlp_head(torch.cat(workers.run(tasks)))
+        return self.fuse_attention(tokens)[0]
 
     def forward(
         self, audio: Tensor | None, video: Tensor | None, mode: str = "multimodal"

@@ -13,7 +13,7 @@ from ...ops.softmax_attention import attend
 from ...protocols import Slot, Streams
 from ...trace import span
 from ..blocks.layers import Linear, SelfAttention
-from ..blocks.run_blocks import portion
+from ..blocks.run_blocks import samples_at_once
 from .chunked_loss import staged
 from .model import CAVMAE, Block
 from .prompt_attention import prompt_attention
@@ -143,7 +143,7 @@ class PromptedCAVMAE(nn.Module):
             with torch.no_grad():
                 joint = self._fused([(x.detach(), y.detach()) for x, y in whole])
                 logits = head(joint)
-        batch, size = len(joint), portion(whole[0][0])
+        batch, size = len(joint), samples_at_once(whole[0][0])
 
         def masked(i: int, loss: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
             def part(rows: slice, own: list[Tensor], others: list[Tensor]):
