@@ -13,7 +13,7 @@ from ..families.cavmae import recognise
 from ..families.clip import recognise_clip
 from ..models import CAVMAE, CLIP
 from ..models.clip.checkpoint import is_clip_checkpoint
-from ..models.parametrised import how_to_unwrap
+from ..models.computed_weights import how_to_unwrap
 from ..models.specified.detect import undisturbed
 from ..models.specified.model import SpecifiedModel
 from ..models.specified.nested import tensors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method
-from ..models.parametrised import how_to_unwrap
+from ..models.computed_weights import how_to_unwrap
 from ..protocols import Slot
 from .hooks import copy_hooks, rebind_attributes
 from .precision import Precision

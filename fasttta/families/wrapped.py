@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..models.parametrised import has_adapters, wrapping
+from ..models.computed_weights import has_adapters, wrapping
 
 _MERGE = "merge them into plain layers first: model = peft_model.merge_and_unload()"
 

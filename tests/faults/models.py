@@ -10,7 +10,7 @@ FAULTS = [
     ),
     (
         "cavmae-norm-of-modality",
-        "fasttta/models/cavmae/model.py",
+        "fasttta/models/blocks/layers.py",
         'suffix = f"_{modality}" if modality else ""',
         'suffix = ""',
         "models/test_model.py::test_every_mode[depth0]",
@@ -65,7 +65,7 @@ FAULTS = [
         "methods/test_brimpr.py::test_against_the_plain_path[5-kept0-depth0]",
     ),
     (
-        "staged-gradients-of-the-last-part",
+        "chunked-loss-gradients-of-the-last-chunk",
         "fasttta/models/cavmae/chunked_loss.py",
         "return grad if held is None else held + grad",
         "return grad",

@@ -14,7 +14,7 @@ from plain_brimpr import TERMS, plain, some_ids, stats_for, with_prompts
 
 import fasttta
 from fasttta.models.cavmae import prompted
-from fasttta.models.cavmae.chunked_loss import staged
+from fasttta.models.cavmae.chunked_loss import chunked_loss
 
 
 @pytest.mark.parametrize("depth", [(1, 2, 1), (3, 1, 2)])
@@ -125,8 +125,8 @@ def test_gradients_are_taken_at_once(tiny_model, tiny_batch):
     assert torch.allclose(features[0], found.features[0], atol=1e-6)
 
 
-def test_staged_gradients():
-    """Portions of a batch, inputs that all share, some without gradient, one unused."""
+def test_chunked_loss():
+    """Chunks of a batch, inputs that all share, some without gradient, one unused."""
     torch.manual_seed(0)
     w, unused, x, fixed = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
@@ -138,7 +138,7 @@ def test_staged_gradients():
         return y.square().sum(), (y,)
 
     for size in (5, 2):
-        loss, (y,) = staged(part, (w, unused), (x, fixed), 5, size)
+        loss, (y,) = chunked_loss(part, (w, unused), (x, fixed), 5, size)
         expected = (x @ w + fixed).sin()
         assert torch.allclose(y, expected)
         assert torch.allclose(loss, expected.square().sum())
@@ -152,7 +152,7 @@ def test_staged_gradients():
         return ((shared[0] + shared[1]) * batched[0]).sum(), (batched[0],)
 
     first, second = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss, _ = staged(sum_of_two, (first, second), (fixed,), 5, 2)
+    loss, _ = chunked_loss(sum_of_two, (first, second), (fixed,), 5, 2)
     for found in torch.autograd.grad(loss, (first, second)):
         assert torch.allclose(found, fixed.sum(0))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from fasttta.models import CAVMAE
-from fasttta.models.blocks import run_blocks
+from fasttta.models.blocks import layers
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_large_batches_in_parts(tiny_model, tiny_batch, monkeypatch, context):
     with context():
         expected = model.encode(*inputs)
         calls, run = [], model.blocks_a[0].forward
-        monkeypatch.setattr(run_blocks, "samples_at_once", lambda tokens: 2)
+        monkeypatch.setattr(layers, "samples_at_once", lambda tokens: 2)
         monkeypatch.setattr(model.blocks_a[0], "forward", lambda x: calls.append(len(x)) or run(x))
         assert torch.allclose(model.encode(*inputs), expected, atol=1e-6)
     assert calls == [2, 2, 1]
@@ -115,7 +115,7 @@ def test_large_batches_in_parts(tiny_model, tiny_batch, monkeypatch, context):
 def test_gradients_reach_the_encoders(tiny_model, tiny_batch, monkeypatch):
     """With gradients the encoders are one graph, and nothing changes in place."""
     model = tiny_model()
-    monkeypatch.setattr(run_blocks, "samples_at_once", lambda tokens: 2)
+    monkeypatch.setattr(layers, "samples_at_once", lambda tokens: 2)
     model(*tiny_batch()).sum().backward()
     assert all(x.grad is not None for x in model.blocks_a.parameters() if x.ndim > 1)
 

@@ -10,7 +10,7 @@ from clips import tiny_clip, tiny_ids
 from op_cases import DEVICE, logits_of, qk
 
 from fasttta import functional as F
-from fasttta.models.cavmae.chunked_loss import staged
+from fasttta.models.cavmae.chunked_loss import chunked_loss
 from fasttta.models.cavmae.prompt_attention import prompt_attention
 from fasttta.ops import autograd
 from fasttta.ops.quick_gelu import quick_gelu
@@ -134,6 +134,6 @@ def test_what_has_none_says_so():
         with pytest.raises(RuntimeError, match="attention over prompts has no second derivative"):
             torch.autograd.grad(out.square().sum(), prompt, create_graph=True)
     x = _random(4, 3)
-    value, _ = staged(lambda rows, shared, own: (own[0].square().sum(), ()), [], [x], 4, 2)
+    value, _ = chunked_loss(lambda rows, shared, own: (own[0].square().sum(), ()), [], [x], 4, 2)
     with pytest.raises(RuntimeError, match="in portions has no second derivative"):
         torch.autograd.grad(value, x, create_graph=True)

@@ -1,7 +1,15 @@
-"""Transformer layers whose compute precision is set apart from the weights' own."""
+"""Transformer layers whose compute precision is set apart from that of their weights.
+
+Without gradients on a CPU, float32 products go to oneDNN and not, as PyTorch's own, to MKL. oneDNN
+is as fast on Intel processors and up to a fifth faster on others, and it computes the erf GELU or
+the addition of a residual in the same pass. Its operations are those that torch.compile emits. They
+are not public, so they are tried out once and not used where they fail.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.softmax_attention import attend
-from . import linear as products
+
+_ONEDNN_ROWS = 64  # with fewer rows the calls cost more than the products
 
 
-class Attention(NamedTuple):
-    """Queries and keys of one attention layer, as its scores ``scale * q @ k.T`` use them."""
+class QueriesAndKeys(NamedTuple):
+    """Queries and keys of one attention layer, whose raw scores are ``scale * q @ k.T``."""
 
     q: Tensor  # [B, H, T, d]
     k: Tensor  # [B, H, T, d]
@@ -21,7 +30,7 @@ class Attention(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """A linear layer that multiplies in ``compute_dtype`` (None: in the weight's own).
+    """A linear layer that multiplies in ``compute_dtype`` (None: in the type of its weight).
 
     A tuned weight stays an fp32 master while the product runs in bf16.
     """
@@ -29,22 +38,82 @@ class Linear(nn.Linear):
     compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
-        """The product, its erf GELU, or its sum with ``add``."""
+        """The product [..., out] of x [..., in], its erf GELU, or its sum with ``add``."""
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        if products.suits(x, weight, bias) and (add is None or add.dtype == dtype):
-            return products.fused(x, weight, bias, gelu, add)
+        if _suits_onednn(x, weight, bias) and (add is None or add.dtype == dtype):
+            return onednn_linear(x, weight, bias, gelu, add)
         x = F.linear(x, weight, bias)
         x = F.gelu(x) if gelu else x
         return x if add is None else add + x
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches [B, C, h, w] -> [B, tokens, D], tokens row by row.
+def onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, add: Tensor | None = None
+) -> Tensor:
+    """x [..., in] times weight [out, in] plus bias [out], its erf GELU, or its sum with ``add``."""
+    operation = torch.ops.mkldnn._linear_pointwise
+    if add is not None:
+        return operation.binary(x, add, weight, bias, "add")
+    return operation(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
 
-    The convolution of the checkpoints has stride = kernel, so it is one matrix product.
+
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``onednn_linear`` serves: no gradient, float32 on a CPU, enough rows."""
+    return (
+        not torch.is_grad_enabled()
+        and bias is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == bias.dtype == torch.float32
+        and weight.is_contiguous()  # a strided weight takes a thousand times longer,
+        and bias.is_contiguous()  # and the strides of a bias are ignored
+        and x.numel() >= _ONEDNN_ROWS * x.shape[-1]
+        and not torch.compiler.is_compiling()
+        and bool(torch.backends.mkldnn.enabled)
+        and _onednn_works()
+    )
+
+
+@functools.cache
+def _onednn_works() -> bool:
+    """Whether this PyTorch has the operations, and they compute what they should."""
+    x, w, b, y = (
+        torch.linspace(-1, 2, n, dtype=torch.float32, device="cpu").view(shape)
+        for n, shape in ((24, (2, 3, 4)), (20, (5, 4)), (5, (5,)), (30, (2, 3, 5)))
+    )
+    product = F.linear(x, w, b)
+    expected = (product, F.gelu(product), y + product)
+    try:
+        results = (
+            onednn_linear(x, w, b), onednn_linear(x, w, b, gelu=True), onednn_linear(x, w, b, add=y)
+        )  # fmt: skip
+        return all(torch.allclose(*pair, atol=1e-5) for pair in zip(results, expected, strict=True))
+    except Exception:  # private operations: another version may have made anything of them
+        return False
+
+
+def embed_patches(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:
+    """Non-overlapping patches as one matrix product.
+
+    Args:
+        x: [B, C, h, w].
+        conv: a convolution from C to D channels whose stride is its kernel.
+        dtype: multiply in this type; None: in the type of the weight.
+
+    Returns:
+        [B, tokens, D], tokens row by row.
     """
+    dtype = dtype or conv.weight.dtype
+    (ph, pw), (b, c, h, w) = conv.kernel_size, x.shape
+    x = x.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
+    x = x.reshape(b, (h // ph) * (w // pw), c * ph * pw)  # [B, tokens, c ph pw]
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return F.linear(x.to(dtype), conv.weight.flatten(1).to(dtype), bias)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches [B, C, h, w] -> [B, tokens, D], tokens row by row."""
 
     def __init__(self, channels: int, patch: tuple[int, int], dim: int) -> None:
         super().__init__()
@@ -52,14 +121,8 @@ class PatchEmbed(nn.Module):
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.proj.weight, self.proj.bias
-        assert bias is not None  # made with one
-        dtype = self.compute_dtype or weight.dtype
-        ph, pw = self.proj.kernel_size
-        b, c, h, w = x.shape
-        x = x.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(b, (h // ph) * (w // pw), c * ph * pw)  # [B, tokens, c ph pw]
-        return F.linear(x.to(dtype), weight.flatten(1).to(dtype), bias.to(dtype))
+        """[B, C, h, w] -> [B, tokens, D]."""
+        return embed_patches(x, self.proj, self.compute_dtype)
 
 
 class SelfAttention(nn.Module):
@@ -72,14 +135,14 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Attention]:
-        """Attention's output, plus ``add``, and its queries and keys."""
+    def forward(self, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, QueriesAndKeys]:
+        """x [B, T, D] -> the output [B, T, D], plus ``add``, and the queries and keys."""
         b, t, dim = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, d], views of the packed product
         out = attend(q, k, v, self.scale)
         out = self.proj(out.transpose(1, 2).reshape(b, t, dim), add=add)
-        return out, Attention(q, k, self.scale)
+        return out, QueriesAndKeys(q, k, self.scale)
 
 
 class MLP(nn.Module):
@@ -91,4 +154,63 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D], plus ``add``."""
         return self.fc2(self.fc1(x, gelu=True), add=add)
+
+
+class ModalityBlock(nn.Module):
+    """Pre-norm transformer block with LayerNorms for both modalities together and for each alone.
+
+    Parameter names are those of CAV-MAE's checkpoints.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm1_a, self.norm1_v = (nn.LayerNorm(dim) for _ in range(3))
+        self.attn = SelfAttention(dim, heads)
+        self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(dim) for _ in range(3))
+        self.mlp = MLP(dim, hidden)
+
+    def forward(self, x: Tensor, modality: str = "") -> tuple[Tensor, QueriesAndKeys]:
+        """Runs the block.
+
+        Args:
+            x: [B, T, D].
+            modality: "a" or "v" takes the LayerNorms of audio or video alone, "" the shared ones.
+
+        Returns:
+            [B, T, D], and the queries and keys of its attention.
+        """
+        suffix = f"_{modality}" if modality else ""
+        x, attention = self.attn(getattr(self, f"norm1{suffix}")(x), add=x)
+        return self.mlp(getattr(self, f"norm2{suffix}")(x), add=x), attention
+
+
+def samples_at_once(tokens: Tensor) -> int:
+    """How many samples of tokens [B, T, D] to compute at a time.
+
+    On a CPU about 4 MiB of float32 tokens, so that the MLP's buffers (four times as wide) stay in
+    reach of the caches; elsewhere all of them.
+    """
+    if tokens.device.type != "cpu":
+        return len(tokens)
+    return max(1, 2**20 // tokens[0].numel())
+
+
+def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+    """Runs the blocks, one after another, on tokens [B, T, D] and returns the result.
+
+    Without gradients a large batch goes through all blocks a few samples at a time, and the result
+    overwrites ``tokens``: then no more than a few samples' buffers exist at once.
+    """
+    size = samples_at_once(tokens)
+    if torch.is_grad_enabled() or len(tokens) <= size:
+        for block in blocks:
+            tokens, _ = block(tokens)
+        return tokens
+    for part in tokens.split(size):
+        x = part
+        for block in blocks:
+            x, _ = block(x)
+        part.copy_(x)
+    return tokens

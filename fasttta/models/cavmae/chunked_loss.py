@@ -1,4 +1,4 @@
-"""Losses whose gradients are computed at once, so that what these need is not kept for later."""
+"""A loss over a batch whose gradients are computed chunk by chunk, to save memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from ...ops import again
 Part = Callable[[slice, list[Tensor], list[Tensor]], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-def staged(
+def chunked_loss(
     part: Part, shared: Sequence[Tensor], batched: Sequence[Tensor], batch: int, size: int
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The sum of a loss over portions of a batch: each is gone, gradients taken, before the next.
+    """Sums a loss over chunks of a batch, and takes its gradients at once.
 
-    Exact: the gradients are those of autograd on the sum. A second derivative is not defined.
+    The graph of each chunk is freed before that of the next one is built. Exact: the gradients are
+    those of autograd on the sum. There is no second derivative.
 
     Args:
-        part: the loss of a portion, from inputs with or without gradient as the callers' are.
-        shared: inputs that all portions take; batched: [B, ...] each, of which it gets its rows.
-        batch, size: B, and how many of these at a time.
+        part: the loss of a chunk; its inputs have a gradient where the caller's have one.
+        shared: inputs that every chunk takes.
+        batched: [B, ...] each; a chunk gets its rows.
+        batch: B.
+        size: samples in a chunk.
 
     Returns:
-        The loss, differentiable with respect to the inputs, and outputs [B, ...] without gradient.
+        The 0-d loss, differentiable with respect to the inputs, and the outputs [B, ...] of
+        ``part``, without gradient.
     """
     inputs = [*shared, *batched]
     wanted = [i for i, x in enumerate(inputs) if torch.is_grad_enabled() and x.requires_grad]
@@ -39,24 +43,28 @@ def staged(
         leaves = [x.detach() for x in shared] + [x.detach()[rows] for x in batched]
         for i in wanted:
             leaves[i].requires_grad_(True)
-        value, found = part(rows, leaves[: len(shared)], leaves[len(shared) :])
+        value, chunk_outputs = part(rows, leaves[: len(shared)], leaves[len(shared) :])
         if wanted:
             with torch.no_grad():
-                parts = torch.autograd.grad(
+                chunk_grads = torch.autograd.grad(
                     value, [leaves[i] for i in wanted], allow_unused=True, materialize_grads=True
                 )
-                for i, grad in zip(wanted, parts, strict=True):
-                    grads[i] = _gathered(grads[i], grad, i < len(shared), rows, inputs[i])
+                for i, grad in zip(wanted, chunk_grads, strict=True):
+                    grads[i] = _add_gradient(grads[i], grad, i < len(shared), rows, inputs[i])
         total = total + value.detach()
-        outputs.append([x.detach() for x in found])
-    whole = tuple(torch.cat(x) if len(outputs) > 1 else x[0] for x in zip(*outputs, strict=True))
+        outputs.append([x.detach() for x in chunk_outputs])
+    joined = tuple(torch.cat(x) if len(outputs) > 1 else x[0] for x in zip(*outputs, strict=True))
     if not wanted:
-        return total, whole
-    return _Known.apply(total, [grads[i] for i in wanted], *(inputs[i] for i in wanted)), whole
+        return total, joined
+    loss = _LossWithGradients.apply(total, [grads[i] for i in wanted], *(inputs[i] for i in wanted))
+    return loss, joined
 
 
-def _gathered(held: Tensor | None, grad: Tensor, whole: bool, rows: slice, like: Tensor) -> Tensor:
-    if whole:
+def _add_gradient(
+    held: Tensor | None, grad: Tensor, is_shared: bool, rows: slice, like: Tensor
+) -> Tensor:
+    """The gradient of an input so far, with that of a chunk: added, or written to its rows."""
+    if is_shared:
         return grad if held is None else held + grad  # autograd may give one tensor to several
     if len(grad) == len(like):
         return grad
@@ -65,8 +73,8 @@ def _gathered(held: Tensor | None, grad: Tensor, whole: bool, rows: slice, like:
     return held
 
 
-class _Known(torch.autograd.Function):
-    """A value whose gradients are known already."""
+class _LossWithGradients(torch.autograd.Function):
+    """A value whose gradients with respect to its inputs have been computed before."""
 
     @staticmethod
     def forward(ctx, value: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:

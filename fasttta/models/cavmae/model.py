@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from ...protocols import Slot
 from ...trace import span
-from ..blocks.layers import MLP, Attention, Linear, PatchEmbed, SelfAttention
-from ..blocks.run_blocks import run_blocks, samples_at_once
+from ..blocks.layers import (
+    Linear,
+    ModalityBlock,
+    PatchEmbed,
+    QueriesAndKeys,
+    run_blocks,
+    samples_at_once,
+)
 from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
 
 if TYPE_CHECKING:  # which import this module
@@ -27,23 +33,6 @@ _PARTS = ("weight", "bias")
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with a set of LayerNorms for each way of being called."""
-
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1, self.norm1_a, self.norm1_v = (nn.LayerNorm(dim) for _ in range(3))
-        self.attn = SelfAttention(dim, heads)
-        self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(dim) for _ in range(3))
-        self.mlp = MLP(dim, hidden)
-
-    def forward(self, x: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
-        """x [B, T, D]; modality "a" or "v" takes that modality's LayerNorms, "" the shared ones."""
-        suffix = f"_{modality}" if modality else ""
-        x, attention = self.attn(getattr(self, f"norm1{suffix}")(x), add=x)
-        return self.mlp(getattr(self, f"norm2{suffix}")(x), add=x), attention
 
 
 class CAVMAE(nn.Module):
@@ -92,7 +81,7 @@ class CAVMAE(nn.Module):
         self.pos_embed_a = nn.Parameter(torch.zeros(1, audio_tokens, dim))
         self.pos_embed_v = nn.Parameter(torch.zeros(1, video_tokens, dim))
         self.blocks_a, self.blocks_v, self.blocks_u = (
-            nn.ModuleList(Block(dim, num_heads, hidden) for _ in range(n)) for n in depth
+            nn.ModuleList(ModalityBlock(dim, num_heads, hidden) for _ in range(n)) for n in depth
         )
         self.norm_a, self.norm_v, self.norm = (nn.LayerNorm(dim) for _ in range(3))
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_classes))
@@ -376,7 +365,7 @@ class CAVMAE(nn.Module):
             here.wait_stream(side)
             return torch.cat((a, v), dim=1)
 
-    def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, Attention]:
+    def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, QueriesAndKeys]:
         """Fusion blocks, final LayerNorm and mean over tokens: [B, T, D] -> [B, D].
 
         Also queries and keys of the last fusion block, from whose raw scores ABPEM takes its
@@ -393,7 +382,7 @@ class CAVMAE(nn.Module):
         at a time, which needs a quarter of a batch of 4's buffers and is no slower."""
         return tokens.split(samples_at_once(tokens))
 
-    def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, Attention]:
+    def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, QueriesAndKeys]:
         """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""
         with span("fuse"):
             pooled, attention = self.pool(tokens)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ...ops.softmax_attention import attend
 from ...protocols import Slot, Streams
 from ...trace import span
-from ..blocks.layers import Linear, SelfAttention
-from ..blocks.run_blocks import samples_at_once
-from .chunked_loss import staged
-from .model import CAVMAE, Block
+from ..blocks.layers import Linear, ModalityBlock, SelfAttention, samples_at_once
+from .chunked_loss import chunked_loss
+from .model import CAVMAE
 from .prompt_attention import prompt_attention
 
 
@@ -159,7 +158,7 @@ class PromptedCAVMAE(nn.Module):
                 return loss(found, rows), (found,)
 
             others = [x for j, pair in enumerate(whole) if j != i or not keep for x in pair]
-            value, (found,) = staged(part, keys[i] if keep else (), others, batch, size)
+            value, (found,) = chunked_loss(part, keys[i] if keep else (), others, batch, size)
             return value, found
 
         def alone(
@@ -174,20 +173,20 @@ class PromptedCAVMAE(nn.Module):
                     ]
                 return loss(found), tuple(found)
 
-            return staged(part, (), [x for pair in whole for x in pair], batch, batch)
+            return chunked_loss(part, (), [x for pair in whole for x in pair], batch, batch)
 
         return Streams(logits, joint, tuple(features), masked, alone)
 
     def _embed(self, name: str, x: Tensor) -> Tensor:
         return (self.model.embed_audio if name == "audio" else self.model.embed_video)(x)
 
-    def _blocks(self, name: str) -> Sequence[Block]:
+    def _blocks(self, name: str) -> Sequence[ModalityBlock]:
         blocks = self.model.blocks_a if name == "audio" else self.model.blocks_v
-        return cast("Sequence[Block]", blocks)
+        return cast("Sequence[ModalityBlock]", blocks)
 
     @property
-    def _fusion(self) -> Sequence[Block]:
-        return cast("Sequence[Block]", self.model.blocks_u)
+    def _fusion(self) -> Sequence[ModalityBlock]:
+        return cast("Sequence[ModalityBlock]", self.model.blocks_u)
 
     def _prompt_keys(self, name: str) -> list[Tensor]:
         """Keys and values of each block's prompts, [n, 2 D]."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks.layers import embed_patches
 from .layers import Transformer
 
 
@@ -16,12 +17,7 @@ class PatchConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, R, R] -> [N, G*G, D], row by row."""
-        dtype = self.compute_dtype or self.weight.dtype
-        p, (n, c, h, w) = self.kernel_size[0], x.shape
-        x = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        x = x.reshape(n, (h // p) * (w // p), c * p * p)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.weight.flatten(1).to(dtype), bias)
+        return embed_patches(x, self, self.compute_dtype)
 
 
 class VisionTransformer(nn.Module):

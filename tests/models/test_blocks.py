@@ -1,4 +1,4 @@
-"""oneDNN products in linear layers without gradients: PyTorch's numbers, or left to PyTorch."""
+"""Linear layers without gradients on oneDNN: the numbers of PyTorch, or left to PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fasttta.models.blocks import linear as products
+from fasttta.models.blocks import layers
 from fasttta.models.blocks.layers import Linear
 
 pytestmark = pytest.mark.skipif(
@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def called(monkeypatch):
-    """Which products were fused."""
-    calls, fused = [], products.fused
-    monkeypatch.setattr(products, "fused", lambda *args: calls.append(args) or fused(*args))
+    """The calls of oneDNN's product by layers, without those of the trial."""
+    layers._onednn_works()
+    calls, product = [], layers.onednn_linear
+    monkeypatch.setattr(layers, "onednn_linear", lambda *args: calls.append(args) or product(*args))
     return calls
 
 
@@ -32,9 +33,9 @@ def test_same_numbers(called, mode, strided):
     before = x.clone(), add.clone()
     right = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     with mode():
-        found = layer(x), layer(x, gelu=True), layer(x, add=add)
+        results = layer(x), layer(x, gelu=True), layer(x, add=add)
     assert len(called) == 3
-    for y, exact in zip(found, (right, F.gelu(right), right + add), strict=True):
+    for y, exact in zip(results, (right, F.gelu(right), right + add), strict=True):
         assert (y.shape, y.dtype) == (exact.shape, torch.float32)
         assert (y - exact).abs().max() < 2e-6
     assert torch.equal(x, before[0])
@@ -42,11 +43,11 @@ def test_same_numbers(called, mode, strided):
 
 
 def test_they_work_where_they_exist():
-    products._works.cache_clear()
+    layers._onednn_works.cache_clear()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        assert products._works()
+        assert layers._onednn_works()
     finally:
         torch.set_default_dtype(before)
 
@@ -71,13 +72,16 @@ def test_where_they_are_not_used(called):
     assert not called
 
 
-def test_operations_that_fail_are_left_alone(monkeypatch, called):
+def test_operations_that_fail_are_left_alone(monkeypatch):
     layer, x = Linear(24, 40), torch.randn(3, 50, 24)
-    products._works.cache_clear()
-    monkeypatch.setattr(products, "_product", lambda *args, **options: torch.zeros(1))
+    layers._onednn_works.cache_clear()
+    calls = []
+    monkeypatch.setattr(
+        layers, "onednn_linear", lambda *args, **options: calls.append(args) or torch.zeros(1)
+    )
     try:
         with torch.no_grad():
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
-        products._works.cache_clear()
-    assert not called
+        layers._onednn_works.cache_clear()
+    assert len(calls) == 3  # the trial
