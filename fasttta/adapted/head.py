@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..engine.precision import Precision, environment
 from ..engine.snapshot import Snapshot
-from ..engine.state import structural_copy, working_copy
+from ..engine.state import working_copy
 from ..engine.step import StepResult
 from ..engine.turn import exclusive
 from ..families.cavmae import Recognised
@@ -20,6 +20,7 @@ from ..families.clip import RecognisedCLIP
 from ..families.self_check import altered
 from ..methods import RAda
 from ..models import CLIP, RationalCLIP
+from ..models.copies import structural_copy
 from ..protocols import FusionModel
 from ..views import Views
 from .episodes import given_views, made_views

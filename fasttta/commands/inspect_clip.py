@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from .. import methods
-from ..engine.state import structural_copy
 from ..families.clip import RecognisedCLIP
 from ..methods.episodic import Episodic
 from ..models import CLIP
 from ..models.clip.resnet import ModifiedResNet
+from ..models.copies import structural_copy
 
 
 def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..models.copies import CALLED, global_hooks
 from ..ops.byte_sums import byte_sums
-from .hooks import CALLED, global_hooks
 
 MODES = ("first", "always", "never")
 _AFTER = (

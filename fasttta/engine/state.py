@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol, TypeVar, cast
@@ -12,22 +11,16 @@ from torch import Tensor, nn
 
 from ..methods.base import Method
 from ..models.computed_weights import how_to_unwrap
+from ..models.copies import own_buffers, structural_copy
 from ..protocols import Slot
-from .hooks import copy_hooks, rebind_attributes
 from .precision import Precision
 from .snapshot import Snapshot
-
-#: "grad_checkpointing" (timm, open_clip), "gradient_checkpointing" (transformers), "use_checkpoint"
-#: (Swin), "with_cp" (OpenMMLab)
-_CHECKPOINTING = re.compile("checkpointing|(use|grad|gradient|activation)_checkpoint|^with_cp$")
 
 
 class _Multiplies(Protocol):
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None: ...
 
 
-#: modules; protocols such as ``FusionModel`` do not say that they are
-Tree = TypeVar("Tree")
 Model = TypeVar("Model", bound=_Multiplies)
 
 
@@ -70,76 +63,6 @@ def working_copy(
     own_buffers(cast(nn.Module, copy), precision.master)
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves
-
-
-def own_buffers(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Gives a copy buffers of its own, floating point ones of a type (None: of theirs)."""
-    for child in module.modules():
-        for name, x in child._buffers.items():
-            if x is not None:
-                own = dtype if dtype is not None and x.is_floating_point() else x.dtype
-                child._buffers[name] = x.detach().to(own, copy=True)
-
-
-def structural_copy(
-    model: Tree,
-    parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None],
-    hooks: bool = False,
-) -> Tree:
-    """The module tree anew, in evaluation mode; parameters as ``parameter(name, theirs)`` says,
-    everything else shared. Unlike ``copy.deepcopy`` it takes modules that hold on to activations,
-    locks or files.
-
-    Hooks that belong to the model go with it (``copy_hooks``); those that others have registered
-    stay with the user's module, unless ``hooks``. With them goes the flag by which transformers 5
-    knows that a model has its hooks, so that a copy installs its own.
-    """
-    twins: dict[int, tuple[nn.Module, nn.Module]] = {}
-    off = () if hooks else ("_output_capturing_hooks_installed",)
-
-    def twin(module: nn.Module, prefix: str) -> nn.Module:
-        if id(module) in twins:  # one object under several names stays one
-            return twins[id(module)][1]
-        new = module.__class__.__new__(module.__class__)
-        twins[id(module)] = module, new
-        new.__dict__ = {
-            key: (type(value)() if "_hooks" in key else value.copy())
-            if isinstance(value, dict)
-            else False
-            if key in off
-            else value
-            for key, value in vars(module).items()
-        }
-        # of Module.compile(): it is bound to the original
-        new.__dict__.pop("_compiled_call_impl", None)
-        for name, theirs in module._parameters.items():
-            new._parameters[name] = parameter(prefix + name, theirs)
-        for name, child in module._modules.items():
-            new._modules[name] = None if child is None else twin(child, f"{prefix}{name}.")
-        new.training = False
-        return new
-
-    copied = twin(cast(nn.Module, model), "")
-    if not hooks:
-        without_checkpointing(copied)
-    rebind_attributes(twins)
-    copy_hooks(twins, every=hooks)
-    return cast(Tree, copied)
-
-
-def without_checkpointing(model: nn.Module) -> bool:
-    """Switches gradient checkpointing off where a flag says so: it computes the same, and what it
-    computes again must not run after the pass, when kept results are no longer given.
-
-    Returns:
-        Whether there was such a flag.
-    """
-    switched = False
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if value is True and _CHECKPOINTING.search(name):
-                module.__dict__[name], switched = False, True
-    return switched
 
 
 class State:

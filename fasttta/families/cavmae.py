@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.precision import Precision, environment
-from ..engine.state import Tree, own_buffers, structural_copy, without_checkpointing
 from ..models import CAVMAE
 from ..models.cavmae.checkpoint import SPLIT_QKV
+from ..models.copies import Tree, own_buffers, structural_copy, without_checkpointing
 from ..models.rational.head import FeatureClassifier
 from ..models.specified.model import SpecifiedModel
 from ..models.specified.nested import rebuilt

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.state import own_buffers, structural_copy
 from ..models import CLIP
 from ..models.clip.convert import convert_hugging_face, convert_open_clip, mask_length
+from ..models.copies import own_buffers, structural_copy
 from .dual import NEEDED, refusal, towers, traits
 from .self_check import altered, hook_advice, refuse_backward_hooks, refuse_wrapper_hooks
 from .weights import refuse_unusable

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import CALLED, global_hooks
+from ..models.copies import CALLED, global_hooks
 from ..models.specified.nested import alike, described, tensors
 
 _CHECKPOINTING = (

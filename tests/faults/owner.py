@@ -32,7 +32,7 @@ FAULTS = [
         "families/test_owner_hooks.py::test_backward_hooks[read-joint]",
     ),
     (
-        "flags of gradient checkpointing stay on", STATE,
+        "flags of gradient checkpointing stay on", "fasttta/models/copies.py",
         "    if not hooks:\n        without_checkpointing(copied)\n", "",
         "families/test_owner_checkpointing.py::test_flags_are_switched_off_in_the_copy[read-True]",
     ),

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...engine.state import structural_copy
 from ...ops.checks import class_labels
-from .. import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalHead
+from ..copies import structural_copy
+from .head import FeatureClassifier, RationalHead
+from .models import RationalCAVMAE, RationalCLIP
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")
 Tuned = TypeVar("Tuned", bound=RationalHead | FeatureClassifier)
