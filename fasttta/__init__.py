@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .engine.step import StepResult
     from .models.rational.finetuning import FineTuning, finetune
     from .models.specified.spec import ModelSpec
-    from .protocols import SourceStats
+    from .source_stats import SourceStats
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ _HOMES = {
     "load": "adapted.entry",
     "Adapted": "adapted.fusion",
     "StepResult": "engine.step",
-    "SourceStats": "protocols",
+    "SourceStats": "source_stats",
     "ShiftDetector": "engine.shift",
     "ModelSpec": "models.specified.spec",
     "collect_stats": "adapted.collect",

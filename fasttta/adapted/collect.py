@@ -16,7 +16,8 @@ from ..engine.state import working_copy
 from ..families.cavmae import Recognised, recognise
 from ..methods import EATA
 from ..models.specified.spec import ModelSpec
-from ..protocols import FusionModel, Promptable, SourceStats
+from ..protocols import FusionModel, Promptable
+from ..source_stats import SourceStats
 
 
 def _samples(known: Recognised, model: FusionModel, loader: Iterable, n: int, precision: Precision):

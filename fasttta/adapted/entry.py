@@ -23,7 +23,7 @@ from ..methods.base import Method
 from ..methods.episodic import Episodic
 from ..models import RationalCLIP
 from ..models.specified.spec import ModelSpec
-from ..protocols import SourceStats
+from ..source_stats import SourceStats
 from .fusion import Adapted
 from .head import AdaptedHead
 from .images import AdaptedCLIP

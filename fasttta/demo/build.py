@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..adapted.collect import collect_stats
 from ..data import fbank
-from ..protocols import SourceStats
+from ..source_stats import SourceStats
 from .digits import DATA_PATH, MODEL_PATH, STATISTICS_PATH, enlarge, load_model, stream
 from .train import MODES, pair, train
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import CAVMAE
-from ..protocols import SourceStats
+from ..source_stats import SourceStats
 from .corruptions import CORRUPTIONS
 
 __all__ = ["CORRUPTIONS", "Digits", "load_data", "load_model", "load_statistics", "stream"]

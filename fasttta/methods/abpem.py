@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..protocols import FusionModel, Promptable, SourceStats
+from ..protocols import FusionModel, Promptable
+from ..source_stats import SourceStats
 from .base import DefaultInt, Method, Objective, require, require_int, require_number
 from .window import Queue, Ring, check_queue, dropped, joined
 

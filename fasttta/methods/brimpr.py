@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import dense
-from ..protocols import FusionModel, Promptable, SourceStats, Streams
+from ..protocols import FusionModel, Promptable, Streams
+from ..source_stats import SourceStats
 from . import realignment
 from .base import Method, Objective, require, require_int, require_number, sample_weight
 
