@@ -40,9 +40,11 @@ class ThreatModel:
     knowledge: str
 
     def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for a report's protocol."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
+        """The fields as a JSON object."""
         return json.dumps(self.as_dict())
 
     def __str__(self) -> str:
@@ -74,8 +76,8 @@ def _classified(classify: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     """Logits [B, C] of images, checked for rank and batch."""
     logits = classify(pixels)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pixels):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"classify returned {found}; needed logits [{len(pixels)}, C]")
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"classify returned {shape}; needed logits [{len(pixels)}, C]")
     return logits
 
 
@@ -142,12 +144,12 @@ def _labels(labels: Tensor | Literal["pseudo"], logits: Tensor) -> Tensor:
     if isinstance(labels, Tensor):
         labels = dense("labels", labels)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n,):
-        found = (
+        kind = (
             f"{labels.dtype} with shape {list(labels.shape)}"
             if isinstance(labels, Tensor)
             else type(labels).__name__
         )
-        raise ValueError(f'labels is {found}; needed int64 [{n}], one an image, or "pseudo"')
+        raise ValueError(f'labels is {kind}; needed int64 [{n}], one an image, or "pseudo"')
     if not (int(labels.min()) >= 0 and int(labels.max()) < n_classes):
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}; "
@@ -212,8 +214,8 @@ def pgd(
     if isinstance(start, Tensor):
         start = dense("start", start)
     if start is not None and (not isinstance(start, Tensor) or start.shape != pixels.shape):
-        found = list(getattr(start, "shape", [])) or type(start).__name__
-        raise ValueError(f"start is {found}; needed noise {list(pixels.shape)}")
+        shape = list(getattr(start, "shape", [])) or type(start).__name__
+        raise ValueError(f"start is {shape}; needed noise {list(pixels.shape)}")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"generator is on {generator.device}; needed one on the CPU")
 

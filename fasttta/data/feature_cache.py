@@ -208,9 +208,9 @@ class Kept:
     ) -> Tensor:
         fresh = encode(inputs)
         if not isinstance(fresh, Tensor) or not fresh.is_floating_point() or fresh.ndim < 2:
-            found = list(fresh.shape) if isinstance(fresh, Tensor) else type(fresh).__name__
+            shape = list(fresh.shape) if isinstance(fresh, Tensor) else type(fresh).__name__
             raise TypeError(
-                f"a feature cache keeps one floating point tensor [B, ...] a batch, found {found} "
+                f"a feature cache keeps one floating point tensor [B, ...] a batch, found {shape} "
                 "as the encoders' output; stream without cache"
             )
         dtype = DTYPES[self._cache.dtype]

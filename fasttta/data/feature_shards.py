@@ -61,8 +61,6 @@ class Shards:
         self._new: dict[str, tuple[Tensor, torch.dtype]] = {}
         self._size = 0
 
-    # ------------------------------------------------------------------ reading
-
     def read(self, names: list[str]) -> tuple[Tensor | None, list[int], torch.dtype | None]:
         """Rows [n, ...] in the type that they are stored in, the positions that are missing, whose
         values are undefined, and the type that they were computed in. Checksums are compared at
@@ -70,10 +68,10 @@ class Shards:
         if any(name not in self._rows and name not in self._new for name in names):
             self.scan()
         either = {i: self._new.get(name) or self._rows.get(name) for i, name in enumerate(names)}
-        found = {i: row for i, row in either.items() if row is not None}
+        stored = {i: row for i, row in either.items() if row is not None}
         kinds = {
             (r.dtype, r.shape, r.computed) if isinstance(r, Row) else (r[0].dtype, r[0].shape, r[1])
-            for r in found.values()
+            for r in stored.values()
         }
         if len(kinds) != 1:  # none, or rows that were never part of one batch
             return None, list(range(len(names))), None
@@ -81,15 +79,15 @@ class Shards:
         rows = torch.empty((len(names), *shape), dtype=dtype, device="cpu")
         bytes_ = rows.view(len(names), -1).view(torch.uint8).numpy()  # [n, bytes], shared
         in_files: dict[str, dict[int, Row]] = {}
-        for i, row in found.items():
+        for i, row in stored.items():
             if isinstance(row, Row):
                 in_files.setdefault(row.file, {})[i] = row
             else:
                 rows[i] = row[0]
         for file, positions in in_files.items():
             if not self._read_file(file, positions, bytes_):
-                found = {i: row for i, row in found.items() if i not in positions}
-        return rows, [i for i in range(len(names)) if i not in found], computed
+                stored = {i: row for i, row in stored.items() if i not in positions}
+        return rows, [i for i in range(len(names)) if i not in stored], computed
 
     def _read_file(self, file: str, rows: dict[int, Row], into) -> bool:
         try:
@@ -162,8 +160,6 @@ class Shards:
             path.unlink(missing_ok=True)
         except OSError:
             self._files.add(file)  # not to be looked at again
-
-    # ------------------------------------------------------------------ writing
 
     def add(self, names: list[str], rows: Tensor, computed: torch.dtype) -> None:
         """Keeps rows [n, ...] on the CPU, those with values that are not finite excepted."""

@@ -188,9 +188,6 @@ def test_other_files_with_the_extra(tmp_path):
     assert np.array_equal(load_wav(tmp_path / "b.wav")[0].numpy().T, expected)
 
 
-# ----------------------------------------------------------------- what CAV-MAE is given
-
-
 def _tone(rate, seconds=1.0, channels=1):
     t = torch.arange(int(rate * seconds), dtype=torch.float64) / rate
     tones = sum(torch.sin(2 * torch.pi * f * t + f) for f in (220.0, 997.0, 3100.0)) / 10
