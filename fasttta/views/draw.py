@@ -78,8 +78,8 @@ def _crops(
         strict=True,
     )
     crops = []
-    for found, h, w, (u_top, u_left, u_flip) in rows:
-        if found:
+    for fits, h, w, (u_top, u_left, u_flip) in rows:
+        if fits:
             top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
         else:
             h, w = _whole(height, width, aspect)

@@ -75,8 +75,8 @@ def region_map(
     Source: A-TPT; "quantile" its code, "top" its paper.
     """
     if not isinstance(attention, Tensor) or not attention.is_floating_point():
-        found = getattr(attention, "dtype", type(attention).__name__)
-        raise TypeError(f"attention is {found}; needed a floating tensor [N, G, G]")
+        kind = getattr(attention, "dtype", type(attention).__name__)
+        raise TypeError(f"attention is {kind}; needed a floating tensor [N, G, G]")
     if attention.ndim != 3 or attention.numel() == 0:
         raise ValueError(f"attention has shape {list(attention.shape)}; needed [N, G, G]")
     if resolution < 1:

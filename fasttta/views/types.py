@@ -64,12 +64,12 @@ def _check_tensor(value: Tensor, name: str, shape: list[int | None], layout: str
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; needed a tensor {layout}")
     value = dense(name, value)
-    found = list(value.shape)
-    fits = len(found) == len(shape) and all(
-        needed in (None, size) for size, needed in zip(found, shape, strict=True)
+    sizes = list(value.shape)
+    fits = len(sizes) == len(shape) and all(
+        needed in (None, size) for size, needed in zip(sizes, shape, strict=True)
     )
     if not fits or value.numel() == 0:
-        raise ValueError(f"{name} has shape {found}; needed {layout}, none of them empty")
+        raise ValueError(f"{name} has shape {sizes}; needed {layout}, none of them empty")
     return value
 
 

@@ -21,14 +21,17 @@ def rotation(degrees: int, size: int) -> tuple[float, ...]:
 
 
 def shear_x(amount: float) -> tuple[float, ...]:
+    """Output to input coordinates of a shear: each row moves left by ``amount`` times its y."""
     return (1.0, amount, 0.0, 0.0, 1.0, 0.0)
 
 
 def shear_y(amount: float) -> tuple[float, ...]:
+    """Output to input coordinates of a shear: each column moves up by ``amount`` times its x."""
     return (1.0, 0.0, 0.0, amount, 1.0, 0.0)
 
 
 def translation(x: int, y: int) -> tuple[float, ...]:
+    """Output to input coordinates of a move by x pixels to the left and y pixels up."""
     return (1.0, 0.0, float(x), 0.0, 1.0, float(y))
 
 
