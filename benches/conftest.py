@@ -116,8 +116,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     entries = config.stash.get(_ENTRIES, [])
     if entries:
         terminalreporter.write_sep("-", "against the reference, whose outputs agree")
-        rows = [entry | {"headline": True} for entry in entries]
-        terminalreporter.write_line(report.short({"machine": machine(), "benches": rows}))
+        terminalreporter.write_line(report.summary({"machine": machine(), "benches": entries}))
     measured = {entry["id"] for entry in entries}
     missing = sorted(measured - config.stash[_STORED].keys())
     if config.option.check_results and missing:
@@ -229,8 +228,8 @@ def measure(
             memory: also measure peak memory.
             samples: in one call, for a throughput.
             threads: of PyTorch on the CPU; None: its own choice.
-            facts: what the results file says besides: ``shape``, ``headline`` (whether the short
-                table shows it), ...; with ``dtype`` and ``bytes`` (and ``flops``), what the
+            facts: what the results file says besides: ``shape``, ``headline`` (whether it
+                stands for the others), ...; with ``dtype`` and ``bytes`` (and ``flops``), what the
                 operation must move and compute at least, also its share of the machine's ceiling.
         """
         if threads is not None:

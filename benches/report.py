@@ -1,11 +1,10 @@
 """The stored results of the benches, one JSON file a device, and the tables of them.
 
-python benches/report.py                      print the short table
-python benches/report.py --check README.md    fail if the file's table is stale
-python benches/report.py --write README.md    bring it up to date
+python benches/report.py                              print the tables
+python benches/report.py --check benches/README.md    fail if the file's tables are stale
+python benches/report.py --write benches/README.md    bring them up to date
 
-A file has the short table between ``<!-- benches -->`` and ``<!-- /benches -->``, or every
-operation's between ``<!-- operations -->`` and ``<!-- /operations -->``.
+A file has the tables between ``<!-- benches -->`` and ``<!-- /benches -->``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHORT, FULL = "benches", "operations"  # markers
+BEGIN, END = "<!-- benches -->", "<!-- /benches -->"
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -95,10 +94,10 @@ def _time(us: float) -> str:
 
 
 def _memory(entry: dict[str, Any]) -> str:
-    found = [entry.get(key) for key in ("peak_bytes", "reference_peak_bytes")]
-    if None in found:
+    counts = [entry.get(key) for key in ("peak_bytes", "reference_peak_bytes")]
+    if None in counts:
         return ""
-    return " / ".join(f"{count / 2**20:.3g}" for count in found) + " MiB"
+    return " / ".join(f"{count / 2**20:.3g}" for count in counts) + " MiB"
 
 
 def _case(entry: dict[str, Any]) -> str:
@@ -128,8 +127,8 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], always: int) -
     return "\n".join(f"| {' | '.join(x)} |" for x in lines)
 
 
-def short(results: dict[str, Any]) -> str:
-    """Markdown of the benches that stand for the others, a row each."""
+def summary(results: dict[str, Any]) -> str:
+    """Markdown of a run's benches in one table, a row each."""
     rows = [
         (
             entry["name"].removeprefix("bench_").replace("_", " "),
@@ -141,7 +140,6 @@ def short(results: dict[str, Any]) -> str:
             "" if entry.get("samples_per_s") is None else f"{entry['samples_per_s']:.3g}",
         )
         for entry in results["benches"]
-        if entry.get("headline", True)
     ]
     head = ("bench", "case", "median (min)", "reference", "speed-up", "extra memory", "samples/s")
     return f"{_head(results)}\n\n{_markdown(head, rows, 5)}"
@@ -164,6 +162,7 @@ def _pivot(implementations: dict[str, dict[str, Any]]) -> tuple[str, ...]:
         f"{ours['percent_of_bound']:.0f} %" if "percent_of_bound" in ours else "",
         _memory(ours),
         "" if None in launches else " / ".join(map(str, launches)),
+        "" if ours.get("samples_per_s") is None else f"{ours['samples_per_s']:.3g}",
     )
 
 
@@ -171,68 +170,55 @@ def _without(params: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key != "implementation"}
 
 
-def full(results: dict[str, Any]) -> str:
-    """Markdown of every operation's bench, a table each; a row holds all implementations."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def tables(results: dict[str, Any]) -> str:
+    """Markdown of every bench, a table each; a row holds all implementations of a case."""
+    benches: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in results["benches"]:
-        if "bytes" in entry and "dtype" in entry:  # an operation, no step of a method
-            case = json.dumps(_without(entry["params"]))
-            cases = found.setdefault(entry["name"], {}).setdefault(case, {})
-            cases[entry["params"].get("implementation", "default")] = entry
+        case = json.dumps(_without(entry["params"]))
+        cases = benches.setdefault(entry["name"], {}).setdefault(case, {})
+        cases[entry["params"].get("implementation", "default")] = entry
     head = ("case", "reference", *_OTHERS, "ours", "speed-up", "of the ceiling",
-            "extra memory", "launches")  # fmt: skip
+            "extra memory", "launches", "samples/s")  # fmt: skip
     parts = [_head(results)]
-    for name, cases in found.items():
+    for name, cases in benches.items():
         rows = [_pivot(x) for x in cases.values() if "default" in x]
         title = name.removeprefix("bench_").replace("_", " ")
-        parts.append(f"{title}\n\n{_markdown(head, rows, 2)}")
+        parts.append(f"### {title}\n\n{_markdown(head, rows, 2)}")
     return "\n\n".join(parts)
 
 
-def render(folder: Path, marker: str = SHORT) -> str:
+def render(folder: Path) -> str:
     """Markdown of every results file in the folder."""
-    results = [read(path) for path in sorted(folder.glob("*.json"))]
-    tables = [(short if marker == SHORT else full)(found) for found in results]
-    if tables:
-        tables.append("Speed-up: ratio of the minima; both sides ran in turn, call by call.")
-    if any("extra memory" in found for found in tables):
-        tables.append("Extra memory: peak beyond inputs and outputs, ours / the reference's.")
-    return "\n\n".join(tables)
-
-
-def marker_of(text: str) -> str:
-    """Which table a file has.
-
-    Raises:
-        ValueError: the markers of one table are not there once each, in order.
-    """
-    found = [x for x in (SHORT, FULL) if f"<!-- {x} -->" in text or f"<!-- /{x} -->" in text]
-    if len(found) != 1:
-        raise ValueError(f"needed <!-- {SHORT} --> and then <!-- /{SHORT} -->, once each")
-    return found[0]
+    parts = [tables(read(path)) for path in sorted(folder.glob("*.json"))]
+    if parts:
+        parts.append(
+            "Times are minima, a speed-up is their ratio; both sides ran in turn, call by call. "
+            "Medians and quantiles are in the results files."
+        )
+    if any("extra memory" in part for part in parts):
+        parts.append("Extra memory: peak beyond inputs and outputs, ours / the reference's.")
+    return "\n\n".join(parts)
 
 
 def inserted(text: str, rendered: str) -> str:
-    """The text with the table between its markers.
+    """The text with the tables between its markers.
 
     Raises:
         ValueError: the markers are not there once each, in order.
     """
-    name = marker_of(text)
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed or begin in after or end in after:
-        raise ValueError(f"needed {begin} and then {end}, once each")
+    before, opened, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not opened or not closed or BEGIN in after or END in after:
+        raise ValueError(f"needed {BEGIN} and then {END}, once each")
     middle = f"\n\n{rendered}\n\n" if rendered else "\n"
-    return f"{before}{begin}{middle}{end}{after}"
+    return f"{before}{BEGIN}{middle}{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="table of the stored bench results")
+    parser = argparse.ArgumentParser(description="tables of the stored bench results")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", type=Path, metavar="README", help="fail if its table is stale")
-    action.add_argument("--write", type=Path, metavar="README", help="bring its table up to date")
+    action.add_argument("--check", type=Path, metavar="README", help="fail if its tables are stale")
+    action.add_argument("--write", type=Path, metavar="README", help="bring its tables up to date")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     options = parser.parse_args(arguments)
     try:
@@ -240,16 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if readme is None:
             print(render(options.results))
             return 0
-        found = readme.read_text()
-        wanted = inserted(found, render(options.results, marker_of(found)))
+        text = readme.read_text()
+        wanted = inserted(text, render(options.results))
     except ValueError as problem:
         print(f"report.py: {problem}", file=sys.stderr)
         return 1
     if options.write:
         readme.write_text(wanted)
-    elif found != wanted:
+    elif text != wanted:
         print(
-            f"{readme}: the bench table is stale; type: python benches/report.py --write {readme}",
+            f"{readme}: its tables are stale; type: python benches/report.py --write {readme}",
             file=sys.stderr,
         )
         return 1
