@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from fasttta.views import draw, make_views, resize
+from fasttta.views import draw, make_views, operations
 
 Image, ImageOps = (pytest.importorskip(f"PIL.{name}") for name in ("Image", "ImageOps"))
 
@@ -72,7 +72,7 @@ def pillow_views(image: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
     source = Image.fromarray(image.numpy())
     generator = torch.Generator().manual_seed(0)
     crops, draws = draw.draw(n - 1, source.height, source.width, generator)
-    anchor = resize.centre_view(image.permute(2, 0, 1), size).float() / 255
+    anchor = operations.centre_view(image.permute(2, 0, 1), size).float() / 255
     bases, mixes = [anchor], [anchor]
     for i, crop in enumerate(crops):
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.checks import dense
-from ..views.image import layout_advice
-from ..views.types import ROUNDING, shown
+from ..views.image import ROUNDING, layout_advice, shown
 
 
 def _resized(height: int, width: int, size: int) -> tuple[int, int]:

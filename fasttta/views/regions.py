@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import Views
+from .image import Views
 
 _LOW, _BETWEEN, _HIGH = 0, 1, 2
 _MASKS = ("quantile", "top")

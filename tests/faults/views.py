@@ -3,14 +3,14 @@
 FAULTS = [
     (
         "chains-solarize",
-        "fasttta/views/chains.py",
+        "fasttta/views/operations.py",
         "thresholds = 256 - (25.6 * level[chosen]).long()",
         "thresholds = 255 - (25.6 * level[chosen]).long()",
         "views/test_views.py::test_reference_is_pillow_from_end_to_end",
     ),
     (
         "chains-translate",
-        "fasttta/views/chains.py",
+        "fasttta/views/operations.py",
         "int(size / 30 * level)",
         "int(224 / 30 * level)",
         "views/test_views.py::test_reference_is_pillow_from_end_to_end",

@@ -7,8 +7,8 @@ from PIL import Image, ImageOps
 
 from fasttta.data import Views as PublicViews
 from fasttta.views import Views, make_views
-from fasttta.views.chains import mix_chains
 from fasttta.views.draw import DEPTH, OPERATIONS, draw
+from fasttta.views.make import mix_chains
 
 # levels of 1/255, on average over a view, between floats and views rounded at every step; the
 # mean holds posterize's jumps of 16 levels

@@ -5,8 +5,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fasttta.views import tone, warp
-from fasttta.views.resize import centre_view, resize
+from fasttta.views.operations import (
+    autocontrast,
+    centre_view,
+    equalize,
+    posterize,
+    resize,
+    rotation,
+    solarize,
+    warp,
+)
 
 # Levels of 1/255 between a float result and the 8-bit one that was rounded at every step:
 # (largest on all but one pixel in a thousand, mean). Rounding apart, an operation that jumps
@@ -85,15 +93,15 @@ def test_centre_view(shape):
 
 
 WARPS = {
-    "rotate 1": (warp.rotation(1, 23), lambda x: x.rotate(1, Image.Resampling.BILINEAR)),
-    "rotate -2": (warp.rotation(-2, 23), lambda x: x.rotate(-2, Image.Resampling.BILINEAR)),
-    "rotate 45": (warp.rotation(45, 23), lambda x: x.rotate(45, Image.Resampling.BILINEAR)),
-    "shear_x": (warp.shear_x(0.0291), (1, 0.0291, 0, 0, 1, 0)),
-    "shear_x back": (warp.shear_x(-0.3), (1, -0.3, 0, 0, 1, 0)),
-    "shear_y": (warp.shear_y(-0.0173), (1, 0, 0, -0.0173, 1, 0)),
-    "translate_x": (warp.translation(3, 0), (1, 0, 3, 0, 1, 0)),
-    "translate_y": (warp.translation(0, -5), (1, 0, 0, 0, 1, -5)),
-    "beyond": (warp.translation(40, 0), (1, 0, 40, 0, 1, 0)),
+    "rotate 1": (rotation(1, 23), lambda x: x.rotate(1, Image.Resampling.BILINEAR)),
+    "rotate -2": (rotation(-2, 23), lambda x: x.rotate(-2, Image.Resampling.BILINEAR)),
+    "rotate 45": (rotation(45, 23), lambda x: x.rotate(45, Image.Resampling.BILINEAR)),
+    "shear_x": ((1.0, 0.0291, 0.0, 0.0, 1.0, 0.0), (1, 0.0291, 0, 0, 1, 0)),
+    "shear_x back": ((1.0, -0.3, 0.0, 0.0, 1.0, 0.0), (1, -0.3, 0, 0, 1, 0)),
+    "shear_y": ((1.0, 0.0, 0.0, -0.0173, 1.0, 0.0), (1, 0, 0, -0.0173, 1, 0)),
+    "translate_x": ((1.0, 0.0, 3.0, 0.0, 1.0, 0.0), (1, 0, 3, 0, 1, 0)),
+    "translate_y": ((1.0, 0.0, 0.0, 0.0, 1.0, -5.0), (1, 0, 0, 0, 1, -5)),
+    "beyond": ((1.0, 0.0, 40.0, 0.0, 1.0, 0.0), (1, 0, 40, 0, 1, 0)),
 }
 
 
@@ -107,27 +115,27 @@ def test_warps_in_one_batch():
     kinds = [("noise", "edges", "smooth")[i % 3] for i in range(len(WARPS))]
     levels = torch.stack([_levels(23, 23, kind, seed=i) for i, kind in enumerate(kinds)])
     matrices = torch.tensor([matrix for matrix, _ in WARPS.values()], dtype=torch.float64)
-    actual = warp.warp(levels, matrices)
+    actual = warp(levels, matrices)
     for i, (name, (_, how)) in enumerate(WARPS.items()):
         expected = _from_pil(_pil_warp(_pil(levels[i]), how))
         assert torch.equal(actual[i], expected), name
     for dtype in (torch.float32, torch.float64):
-        floats = warp.warp(levels.to(dtype) / 255, matrices)
+        floats = warp(levels.to(dtype) / 255, matrices)
         assert floats.dtype == dtype
         _check_floats(floats, actual, "warp")
 
 
 TONES = {
-    "autocontrast": (tone.autocontrast, ImageOps.autocontrast),
-    "equalize": (tone.equalize, ImageOps.equalize),
-    "posterize 4": (lambda x: tone.posterize(x, 4), lambda x: ImageOps.posterize(x, 4)),
-    "posterize 1": (lambda x: tone.posterize(x, 1), lambda x: ImageOps.posterize(x, 1)),
+    "autocontrast": (autocontrast, ImageOps.autocontrast),
+    "equalize": (equalize, ImageOps.equalize),
+    "posterize 4": (lambda x: posterize(x, 4), lambda x: ImageOps.posterize(x, 4)),
+    "posterize 1": (lambda x: posterize(x, 1), lambda x: ImageOps.posterize(x, 1)),
     "solarize 231": (
-        lambda x: tone.solarize(x, torch.full((len(x),), 231)),
+        lambda x: solarize(x, torch.full((len(x),), 231)),
         lambda x: ImageOps.solarize(x, 231),
     ),
     "solarize 0": (
-        lambda x: tone.solarize(x, torch.zeros(len(x), dtype=torch.int64)),
+        lambda x: solarize(x, torch.zeros(len(x), dtype=torch.int64)),
         lambda x: ImageOps.solarize(x, 0),
     ),
 }
@@ -153,12 +161,12 @@ def test_equalize_clips_what_pillow_clips():
     """A brightest level that holds nearly all pixels leaves steps of one: levels beyond 255."""
     levels = _levels(37, 37, "noise")[None].clone()
     levels[..., 10:, :] = 200
-    assert torch.equal(tone.equalize(levels)[0], _from_pil(ImageOps.equalize(_pil(levels[0]))))
+    assert torch.equal(equalize(levels)[0], _from_pil(ImageOps.equalize(_pil(levels[0]))))
 
 
 def test_autocontrast_keeps_rounding_errors_small():
     image = torch.full((1, 3, 4, 4), 0.5)
     image[0, 0, 1, 2] += 1e-6
-    assert torch.equal(tone.autocontrast(image), image)
+    assert torch.equal(autocontrast(image), image)
     image[0, 0, 1, 2] = 0.75
-    assert tone.autocontrast(image)[0, 0].unique().tolist() == [0.0, 1.0]
+    assert autocontrast(image)[0, 0].unique().tolist() == [0.0, 1.0]
