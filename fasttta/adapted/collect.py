@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as nnf
@@ -13,20 +13,22 @@ from ..engine.delta import model_digest
 from ..engine.inputs import as_inputs, prepare
 from ..engine.precision import Precision, environment, resolve
 from ..engine.state import working_copy
-from ..families.cavmae import Recognised, recognise
+from ..families import FusionFamily, recognise
 from ..methods import EATA
 from ..models.specified.spec import ModelSpec
 from ..protocols import FusionModel, Promptable
 from ..source_stats import SourceStats
 
 
-def _samples(known: Recognised, model: FusionModel, loader: Iterable, n: int, precision: Precision):
+def _samples(
+    family: FusionFamily, model: FusionModel, loader: Iterable, n: int, precision: Precision
+) -> Iterator[tuple[Tensor, ...]]:
     """Checked batches of a loader until n samples, the last cut to fit."""
     seen = 0
     for batch in loader:
         inputs = prepare(model, as_inputs(batch), precision.master, True)
         if not seen:
-            known.verify(inputs)
+            family.verify(inputs)
         inputs = tuple(x[: n - seen] for x in inputs)
         seen += len(inputs[0])
         yield inputs
@@ -38,13 +40,15 @@ def _samples(known: Recognised, model: FusionModel, loader: Iterable, n: int, pr
 
 def _setup(
     model: nn.Module, n: int, spec: ModelSpec | None
-) -> tuple[Recognised, torch.device, Precision]:
+) -> tuple[FusionFamily, torch.device, Precision]:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r}: needed a positive integer")
-    known = recognise(model, spec)
-    parameter = next(known.fusion.parameters())
+    family = recognise(model, spec)
+    if not isinstance(family, FusionFamily):
+        raise TypeError(f"{family.name} is no fusion model, which is what is collected of here")
+    parameter = next(family.model.parameters())
     name = "fp64" if parameter.dtype == torch.float64 else "fp32"
-    return known, parameter.device, resolve(name, parameter.device, parameter.dtype)
+    return family, parameter.device, resolve(name, parameter.device, parameter.dtype)
 
 
 def collect_stats(
@@ -67,9 +71,9 @@ def collect_stats(
     Raises:
         ValueError, TypeError: n is not positive, the loader is empty or a batch cannot be used.
     """
-    known, device, precision = _setup(model, n, spec)
+    family, device, precision = _setup(model, n, spec)
     with torch.inference_mode(False):
-        working, _ = working_copy(known.fusion, set(), precision)
+        working, _ = working_copy(family.model, set(), precision)
     seen = 0
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     moments_of: dict[str, _Moments] = {}
@@ -80,7 +84,7 @@ def collect_stats(
             {m: torch.zeros(shapes[m][0], 0, shapes[m][1], dtype=precision.master, device=device)
              for m in working.input_names}
         )  # fmt: skip
-    for inputs in _samples(known, working, loader, n, precision):
+    for inputs in _samples(family, working, loader, n, precision):
         with environment(device, precision, grad=False):
             if layered:
                 tokens, features = bare.layers(*inputs)
@@ -107,7 +111,7 @@ def collect_stats(
         video=pooled.get("video"),
         joint=pooled.get("joint"),
         n=seen,
-        model=model_digest(known.fusion),
+        model=model_digest(family.model),
     )
 
 
@@ -154,13 +158,13 @@ def collect_fisher(
 
     Source: Niu et al., ICML 2022, equation 9 (pseudo-labels in place of labels).
     """
-    (known, device, precision), method = _setup(model, n, spec), EATA()
-    names = {name: slot.parameter for name, slot in method.tuned(known.fusion).items()}
+    (family, device, precision), method = _setup(model, n, spec), EATA()
+    names = {name: slot.parameter for name, slot in method.tuned(family.model).items()}
     with torch.inference_mode(False):
-        working, leaves = working_copy(known.fusion, set(names.values()), precision)
+        working, leaves = working_copy(family.model, set(names.values()), precision)
     sums: dict[str, Tensor] = {}
     batches = 0
-    for inputs in _samples(known, working, loader, n, precision):
+    for inputs in _samples(family, working, loader, n, precision):
         with environment(device, precision, grad=True):
             logits = method.logits(working, inputs)
             loss = nnf.cross_entropy(logits, logits.detach().argmax(dim=1))

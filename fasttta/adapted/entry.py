@@ -17,8 +17,7 @@ from ..engine import folder as saves
 from ..engine.precision import resolve
 from ..engine.shift import Guard, ShiftDetector
 from ..engine.step import warn
-from ..families.cavmae import recognise
-from ..families.clip import recognise_clip
+from ..families import Family, adapted_as, recognise
 from ..methods.base import Method
 from ..methods.episodic import Episodic
 from ..models import RationalCLIP
@@ -122,7 +121,8 @@ def adapt(
             It is never modified: frozen weights are shared, tuned tensors are private
             copies.
         method: a name (``fasttta.methods.names()``), a method object, or ``"auto"``: ``"abpem"``
-            for two-modality fusion models, ``"a-tpt"`` for CLIP.
+            for two-modality fusion models, ``"a-tpt"`` for CLIP, ``"rada"`` for models with a
+            rational head.
         precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
             stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors are fp32
             (fp64 under ``"fp64"``); fp32 means IEEE fp32.
@@ -152,55 +152,29 @@ def adapt(
         TypeError: not a model that fasttta knows, or an option that the method does not have.
         ValueError: an unknown name or a value out of range.
     """
-    clip = recognise_clip(model) if spec is None else None
-    rational = spec is None and isinstance(model, RationalCLIP)
-    if classes is not None and not (clip or rational):
-        raise ValueError(f"classes={classes!r:.80}: {_without_classes(model, spec)}")
-    if classes is not None and rational:
-        raise ValueError("classes: this model has its own; adapt its .model for others")
+    family = recognise(model, spec)
+    if classes is not None and not family.takes_classes:
+        raise ValueError(
+            f"classes={classes!r:.80}: recognised as {family.name}; models of this family take no "
+            "classes (a RationalCLIP has its own: adapt its .model for others)"
+        )
     if guard is not None and not isinstance(guard, ShiftDetector):
         raise TypeError(f"guard must be a fasttta.ShiftDetector, found {guard!r:.80}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, found {seed!r}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is out of range, needed 0 to 2**63 - 1")
-    if method == "auto" and (clip or rational):
-        method = "rada" if rational else "a-tpt"
-    chosen, resources = _method(method, options, preset)
-    guard = None if guard is None else Guard(guard)
-    if clip or (rational and isinstance(chosen, methods.RAda)):
-        adapted = _adapted_clip(
-            model, clip, chosen, precision, engine, int(seed), classes, resources, guard,
-            verify_model,
-        )  # fmt: skip
-        _warn_of_ranks(model)
-        return adapted
-    known = recognise(model, spec)
-    _check_origin(resources.get("source_stats"), known.fusion)
-    parameter = next(known.fusion.parameters())
-    adapted = Adapted(
-        model,
-        known,
-        chosen,
-        resolve(precision, parameter.device, parameter.dtype),
-        engine=_engine(engine, parameter.device),
-        seed=int(seed),
-        constants=chosen.constants(known.fusion, resources),
-        guard=guard,
+    chosen, resources = _method(family.default_method if method == "auto" else method, options,
+                                preset)  # fmt: skip
+    _check_origin(resources.get("source_stats"), family)
+    adapted = _made(
+        model, family, chosen, precision=precision, engine=engine, seed=int(seed), classes=classes,
+        resources=resources, guard=None if guard is None else Guard(guard),
         verify_model=verify_model,
-    )
+    )  # fmt: skip
     adapted._spec = spec
     _warn_of_ranks(model)
     return adapted
-
-
-def _without_classes(model: nn.Module, spec: ModelSpec | None) -> str:
-    """Why a model takes no classes: what it was recognised as, or that it is unknown."""
-    try:
-        family = recognise(model, spec).family
-    except TypeError as error:
-        return f"they are for CLIP, and {error}"
-    return f"recognised as {family}; models of this family take no classes"
 
 
 def _warn_of_ranks(model: nn.Module) -> None:
@@ -226,10 +200,7 @@ def _method(
     if not isinstance(method, (str, Method)):
         hint = f"; give an object of it: {method.__name__}(...)" if isinstance(method, type) else ""
         raise TypeError(f"method must be a name or a method object, found {method!r:.80}{hint}")
-    if isinstance(method, str):
-        cls = methods.by_name("abpem" if method == "auto" else method)
-    else:
-        cls = type(method)
+    cls = methods.by_name(method) if isinstance(method, str) else type(method)
     resources = {name: value for name, value in options.items() if name in cls.RESOURCES}
     options = {name: value for name, value in options.items() if name not in resources}
     if isinstance(method, Method):
@@ -256,34 +227,54 @@ def _method(
     return cls(**options), resources
 
 
-def _adapted_clip(
-    model, clip, method, precision, engine, seed, classes, resources, guard=None,
-    verify_model="first",
-) -> Adapted:  # fmt: skip
-    """A CLIP (``clip`` None: a RationalCLIP) with a method for images."""
-    parameter = (model.model if clip is None else clip.clip).positional_embedding
-    options = {"engine": _engine(engine, parameter.device), "seed": seed, "classes": classes,
-               "verify_model": verify_model}  # fmt: skip
-    precision = resolve(precision, parameter.device, parameter.dtype)
-    if isinstance(method, methods.RAda):
-        return AdaptedHead(
-            model, clip, method, precision, **options, resources=resources, guard=guard
-        )
+def _made(
+    model: nn.Module,
+    family: Any,
+    method: Any,
+    *,
+    precision: str,
+    engine: str,
+    seed: int,
+    classes: object,
+    resources: Mapping[str, Any],
+    guard: Guard | None,
+    verify_model: str,
+    constants: Mapping[str, Tensor] | None = None,
+) -> Adapted:
+    """The adapted object that runs the method on models of the family.
+
+    Args:
+        resources: tensors from source data, and for class names ``"tokenizer"``.
+        constants: what the method made of ``resources``; None: it is made here.
+    """
+    kind = adapted_as(family, method)
+    parameter = next(family.model.parameters())
+    numbers = resolve(precision, parameter.device, parameter.dtype)
+    options: dict[str, Any] = {
+        "engine": _engine(engine, parameter.device), "seed": seed, "verify_model": verify_model
+    }  # fmt: skip
+    if kind == "batches":
+        if constants is None:
+            constants = method.constants(family.model, resources)
+        return Adapted(model, family, method, numbers, constants=constants, guard=guard, **options)
+    options |= {"classes": classes, "resources": resources}
+    if kind == "head":
+        return AdaptedHead(model, family, method, numbers, guard=guard, **options)
     if guard is not None:
         raise ValueError(
             f"guard: {method.name!r} begins every image anew, so that there is nothing to reset"
         )
-    return AdaptedCLIP(model, clip, method, precision, **options, resources=resources)
+    return AdaptedCLIP(model, family, method, numbers, **options)
 
 
-def _check_origin(source_stats: object, fusion: nn.Module) -> None:
+def _check_origin(source_stats: object, family: Family) -> None:
     """Raises ValueError if source statistics say that they are of other weights."""
     if isinstance(source_stats, SourceStats) and source_stats.model is not None:
-        found = delta.model_digest(fusion)
-        if found != source_stats.model:
+        digest = delta.model_digest(family.model)
+        if digest != source_stats.model:
             raise ValueError(
                 f"source_stats are of another model: weights {source_stats.model}, this one's are "
-                f"{found}; collect them anew, or, if you know that they fit, pass "
+                f"{digest}; collect them anew, or, if you know that they fit, pass "
                 "dataclasses.replace(source_stats, model=None)"
             )
 
@@ -376,37 +367,27 @@ def _restored(
     verify_model: str = "first",
 ) -> Adapted:
     """An adapted model with the state of a record; what is wrong with it is said of ``where``."""
-    clip = recognise_clip(model) if spec is None else None
-    rational = spec is None and isinstance(model, RationalCLIP)
-    adapted: Adapted
-    if clip or (rational and isinstance(method, methods.RAda)):
-        with saves.naming(where):
-            if (clip is None) == ("classes" in tensors):
-                raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
-            adapted = _adapted_clip(
-                model, clip, method, record["precision"], engine, record["seed"],
-                tensors.get("classes"), {}, _recorded_guard(record), verify_model,
-            )  # fmt: skip
-    else:
-        known = recognise(model, spec)
-        parameter = next(known.fusion.parameters())
-        engine = _engine(engine, parameter.device)
-        with saves.naming(where):
-            adapted = Adapted(
-                model,
-                known,
-                method,
-                resolve(record["precision"], parameter.device, parameter.dtype),
-                engine=engine,
-                seed=record["seed"],
-                constants={
-                    name.removeprefix("constant."): x
-                    for name, x in tensors.items()
-                    if name.startswith("constant.")
-                },
-                guard=_recorded_guard(record),
-                verify_model=verify_model,
-            )
+    family = recognise(model, spec)
+    with saves.naming(where):
+        if ("classes" in tensors) != family.takes_classes:
+            raise ValueError(f"the state was saved for another model: it is of {method.name!r}")
+        adapted = _made(
+            model,
+            family,
+            method,
+            precision=record["precision"],
+            engine=engine,
+            seed=record["seed"],
+            classes=tensors.get("classes"),
+            resources={},
+            guard=_recorded_guard(record),
+            verify_model=verify_model,
+            constants={
+                name.removeprefix("constant."): x
+                for name, x in tensors.items()
+                if name.startswith("constant.")
+            },
+        )
     adapted._spec = spec
     with saves.naming(where):
         state = adapted._state_of(record, tensors)

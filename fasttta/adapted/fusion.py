@@ -22,7 +22,7 @@ from ..engine.state import State, working_copy
 from ..engine.step import Step, StepResult, warn
 from ..engine.streaming import Lane, Reader, Stream, copied, groups, one_ahead
 from ..engine.turn import exclusive, surely
-from ..families.cavmae import Recognised
+from ..families import FusionFamily
 from ..methods.base import Method
 from ..models.specified.model import SpecifiedModel
 from ..protocols import FusionModel
@@ -44,7 +44,7 @@ class Adapted(Stateful):
     def __init__(
         self,
         model: nn.Module,
-        known: Recognised,
+        known: FusionFamily,
         method: Method,
         precision: Precision,
         *,
@@ -55,9 +55,8 @@ class Adapted(Stateful):
         verify_model: str = "first",
     ) -> None:
         super().__init__()
-        _check_family(method, known)
-        method.check_model(known.fusion)
-        method = method.fitted(known.fusion)
+        method.check_model(known.model)
+        method = method.fitted(known.model)
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
         if guard is not None and method.episodic:
@@ -66,7 +65,7 @@ class Adapted(Stateful):
             )
         self._guard = guard
         with torch.inference_mode(False):
-            fusion = method.extend(known.fusion, seed)
+            fusion = method.extend(known.model, seed)
         parameter = next(fusion.parameters())
         device = parameter.device
         slots = method.tuned(fusion)
@@ -85,15 +84,13 @@ class Adapted(Stateful):
             state = State(leaves, slots, method, fixed, seed)
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
         # model, nor move tensors from under the optimiser
-        extended = None if fusion is known.fusion else fusion
+        extended = None if fusion is known.model else fusion
         self._hidden = (model, cast(nn.Module, working), cast("nn.Module | None", extended))
-        if fusion is known.fusion:
+        if fusion is known.model:
             known.tuned = frozenset(state.leaves)
             known.all_used = method.group == "fusion_qkv"
         self._known, self._verified = known, known.module is None
         self._watch = ModelWatch(model, verify_model, known.copied_parameters(model))
-        if verify_model != "never":
-            known.keep_structure()
         self._state = state
         self._holders = {name: _owner(self._hidden[1], name) for name in leaves}
         step = GraphStep if engine == "graph" else Step
@@ -246,8 +243,8 @@ class Adapted(Stateful):
                 verified = self._known.verify(prepared)
             if changed is not None and verified:
                 self._watch.accept()
-            method = self._step.method.fitted(self._known.fusion)  # to classes that are known now
-            method.check_model(self._known.fusion)
+            method = self._step.method.fitted(self._known.model)  # to classes that are known now
+            method.check_model(self._known.model)
             self.options = self._step.method = method
             self._verified = verified
         return prepared
@@ -448,7 +445,7 @@ class Adapted(Stateful):
         return self._state.tensors()
 
     def _base(self) -> dict[str, Any]:
-        return delta.fingerprint(self._known.fusion, self._state)
+        return delta.fingerprint(self._known.model, self._state)
 
     def _guard_record(self) -> dict[str, Any] | None:
         if self._guard is None:
@@ -459,13 +456,13 @@ class Adapted(Stateful):
     def _state_of(
         self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> Snapshot | Tensor:
-        delta.check_fingerprint(record["base"], self._known.fusion, self._state)
+        delta.check_fingerprint(record["base"], self._known.model, self._state)
         values = {}
         if self._guard is not None:
             values = self._guard.check_values(record["guard"]["values"])
         step = self._step
         return restored(
-            self._state, tensors, values, step.method, self._known.fusion, step.model,
+            self._state, tensors, values, step.method, self._known.model, step.model,
             step.precision,
         )  # fmt: skip
 
@@ -513,15 +510,6 @@ class Adapted(Stateful):
     def extra_repr(self) -> str:
         tuned = sum(view.numel() for view in self._state.leaves.values())
         return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
-
-
-def _check_family(method: Method, known: Recognised) -> None:
-    """Raises ValueError if a method is for other kinds of models."""
-    if not {"fusion", "features"}.intersection(type(method).families):
-        raise ValueError(
-            f"{method.name!r} adapts {' and '.join(type(method).families)} models, found "
-            f"{known.family}"
-        )
 
 
 def _refuse_tied(model: FusionModel, tuned: set[str]) -> None:

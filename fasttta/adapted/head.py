@@ -3,67 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.precision import Precision, environment
+from ..engine.precision import Precision
 from ..engine.snapshot import Snapshot
-from ..engine.state import working_copy
 from ..engine.step import StepResult
 from ..engine.turn import exclusive
-from ..families.cavmae import Recognised
-from ..families.class_names import token_ids
-from ..families.clip import RecognisedCLIP
-from ..families.self_check import altered
+from ..families import FusionFamily
+from ..families.clip import ClipFamily
 from ..methods import RAda
-from ..models import CLIP, RationalCLIP
-from ..models.copies import structural_copy
-from ..protocols import FusionModel
+from ..models import RationalCLIP
 from ..views import Views
 from .episodes import given_views, made_views
 from .fusion import Adapted
 from .images import items_of, stream_of
-
-
-@dataclass
-class _WithClasses(Recognised):
-    """A CLIP whose classes are set, to be compared with the user's module."""
-
-    clip: RecognisedCLIP | None = None
-    ids: Tensor | None = None
-
-    def keep_structure(self) -> None:
-        super().keep_structure()
-        if self.clip is not None:
-            self.clip.keep_structure()
-
-    def compare_again(self) -> None:
-        if self.clip is not None:
-            self.clip.compare_again()
-        else:
-            super().compare_again()
-
-    def verify(self, inputs: tuple[Tensor, ...]) -> bool:
-        if self.clip is not None and self.ids is not None:
-            exact = Precision("exact", torch.float32, torch.float32)
-            with environment(inputs[0].device, exact, grad=False):
-                self.clip.verify(inputs[0][:1], self.ids)
-            return True
-        return super().verify(inputs)
-
-
-def _classes_of(clip: CLIP, ids: Tensor, precision: Precision) -> CLIP:
-    """The CLIP over the same weights with classes set, computed in a precision."""
-    device = clip.positional_embedding.device
-    encoder, _ = working_copy(clip, set(), precision)
-    twin = structural_copy(clip, lambda name, parameter: parameter)
-    with environment(device, precision, grad=False):
-        text = encoder.encode_text(ids)
-        twin.class_features = text / text.norm(dim=-1, keepdim=True)
-    return twin
 
 
 class AdaptedHead(Adapted):
@@ -77,7 +33,7 @@ class AdaptedHead(Adapted):
     def __init__(
         self,
         model: nn.Module,
-        known: RecognisedCLIP | None,
+        known: ClipFamily | FusionFamily,
         method: RAda,
         precision: Precision,
         *,
@@ -93,22 +49,11 @@ class AdaptedHead(Adapted):
                 'version; use engine="eager"'
             )
         ids = None
-        if known is None:  # a RationalCLIP, which has classes
-            if classes is not None:
-                raise ValueError("classes: this model has its own; adapt its .model for others")
-            own = model if altered(model) else None
-            fusion = cast(FusionModel, model)
-            seen = _WithClasses("fasttta.models.RationalCLIP", fusion, module=own)
-        else:
-            ids = token_ids(
-                classes, method.prompt, known.clip.context_length, resources.get("tokenizer")
-            )
-            with torch.inference_mode(False), torch.no_grad():
-                # RAda makes a fusion model of it
-                fusion = cast(FusionModel, _classes_of(known.clip, ids, precision))
-            seen = _WithClasses(known.family, fusion, module=known.module, clip=known, ids=ids)
+        if isinstance(known, ClipFamily):
+            known = known.with_classes(classes, method.prompt, precision, resources)
+            ids = known.ids
         super().__init__(
-            model, seen, method, precision, engine=engine, seed=seed, constants={}, **options
+            model, known, method, precision, engine=engine, seed=seed, constants={}, **options
         )
         self._ids = ids
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import methods
 from ..engine import delta
 from ..engine.model_watch import ModelWatch, said_of
 from ..engine.precision import Precision, environment
@@ -19,7 +18,7 @@ from ..engine.step import StepResult
 from ..engine.streaming import Reader, Stream
 from ..engine.turn import exclusive, surely
 from ..families.class_names import token_ids
-from ..families.clip import RecognisedCLIP
+from ..families.clip import ClipFamily
 from ..methods.base import Method
 from ..methods.episodic import Episode, Episodic, zero_shot
 from ..models import CLIP
@@ -43,7 +42,7 @@ class AdaptedCLIP(Adapted):
     def __init__(
         self,
         model: nn.Module,
-        known: RecognisedCLIP,
+        known: ClipFamily,
         method: Method,
         precision: Precision,
         *,
@@ -54,7 +53,6 @@ class AdaptedCLIP(Adapted):
         verify_model: str = "first",
     ) -> None:
         Stateful.__init__(self)
-        _check_method(method, known)
         if engine == "graph":
             raise ValueError(
                 'engine="graph": episodes of vision-language models are not captured in this '
@@ -63,11 +61,11 @@ class AdaptedCLIP(Adapted):
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
         with torch.inference_mode(False), torch.no_grad():
-            working, _ = working_copy(known.clip, set(), precision)
+            working, _ = working_copy(known.model, set(), precision)
             if isinstance(method, Episodic):
                 method.check_model(working)
             ids = token_ids(
-                classes, getattr(method, "prompt", "a photo of a"), known.clip.context_length,
+                classes, getattr(method, "prompt", "a photo of a"), known.model.context_length,
                 resources.get("tokenizer"),
             )  # fmt: skip
             if len(ids) < 2 and method.group is not None:
@@ -88,8 +86,6 @@ class AdaptedCLIP(Adapted):
         self._device = working.positional_embedding.device
         self._in_source, self._verified = False, known.module is None
         self._watch = ModelWatch(model, verify_model)
-        if verify_model != "never":
-            known.keep_structure()
         self._changed: str | None = None
         self._guard = None
 
@@ -200,7 +196,7 @@ class AdaptedCLIP(Adapted):
         """On the first image: was the user's module understood?"""
         if not self._verified:
             with environment(self._device, self._numbers, grad=False), said_of(self._changed):
-                self._recognised.verify(pixels, self._ids)
+                self._recognised.verify((pixels, self._ids))
             if self._changed is not None:
                 self._watch.accept()
             self._verified, self._changed = True, None
@@ -274,10 +270,10 @@ class AdaptedCLIP(Adapted):
         return {n: x.detach().to("cpu", copy=True).contiguous() for n, x in tensors.items()}
 
     def _base(self) -> dict[str, Any]:
-        return delta.fingerprint(self._recognised.clip, _NothingTuned())
+        return delta.fingerprint(self._recognised.model, _NothingTuned())
 
     def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-        delta.check_fingerprint(record["base"], self._recognised.clip, _NothingTuned())
+        delta.check_fingerprint(record["base"], self._recognised.model, _NothingTuned())
         if odd := sorted({"classes", "prompt"} ^ tensors.keys()):
             raise ValueError(f"the saved state is of another model or method: {', '.join(odd[:3])}")
         if not torch.equal(tensors["classes"], self._ids):
@@ -296,7 +292,7 @@ class AdaptedCLIP(Adapted):
             return self._hidden[0]
         with torch.inference_mode(False), torch.no_grad():
             self._ready()
-            merged = copy.deepcopy(self._recognised.clip)
+            merged = copy.deepcopy(self._recognised.model)
             text = self._prompts.linearise().features[0]
             merged.class_features = text / text.norm(dim=-1, keepdim=True)
         return merged
@@ -312,22 +308,6 @@ class AdaptedCLIP(Adapted):
 
     def extra_repr(self) -> str:
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
-
-
-def _check_method(method: Method, known: RecognisedCLIP) -> None:
-    """Raises ValueError for a method that no episode would run."""
-    if "vision-language" not in type(method).families:
-        raise ValueError(
-            f"{method.name!r} adapts {' and '.join(type(method).families)} models, found "
-            f"{known.family}; for it: {', '.join(map(repr, methods.names('vision-language')))}"
-        )
-    if isinstance(method, Episodic) or type(method) is methods.Source:
-        return
-    raise ValueError(
-        f"{type(method).__name__} is not run on {known.family}: every image is an episode there, "
-        "and objective is not called; derive it from fasttta.methods.Episodic and define "
-        "run(self, model, prompts, views, *, trace=False, resources=None) -> Episode"
-    )
 
 
 def stream_of(adapted: Adapted, loader: Iterable, cache: None) -> Iterator[StepResult]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .. import methods
-from ..families.cavmae import recognise
-from ..families.clip import recognise_clip
+from ..families import recognise
+from ..families.clip import ClipFamily
 from ..models import CAVMAE, CLIP
 from ..models.clip.checkpoint import is_clip_checkpoint
 from ..models.computed_weights import how_to_unwrap
@@ -39,17 +39,17 @@ def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: it is not a model that fasttta knows.
     """
-    if spec is None and (clip := recognise_clip(model)):
-        return describe_clip(clip)
-    known = recognise(model, spec)
-    fusion = known.fusion
+    family = recognise(model, spec)
+    if isinstance(family, ClipFamily):
+        return describe_clip(family)
+    fusion = family.model
     weight = next(fusion.parameters())
     if not isinstance(fusion, (CAVMAE, SpecifiedModel)):
-        raise TypeError(f"{known.family} is no fusion model, which is what can be described here")
+        raise TypeError(f"{family.name} is no fusion model, which is what can be described here")
     about = _cavmae(fusion) if isinstance(fusion, CAVMAE) else _specified(fusion)
     return {
-        "family": known.family,
-        "found_at": known.prefix.rstrip(".") or "the model itself",
+        "family": family.name,
+        "found_at": family.prefix.rstrip(".") or "the model itself",
         "parameters": sum(p.numel() for p in fusion.parameters()),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
@@ -152,15 +152,17 @@ def spec_of(model: nn.Module) -> ModelSpec:
         ValueError: it is no CAV-MAE.
     """
     try:
-        if recognise_clip(model):
+        family = recognise(model)
+        if isinstance(family, ClipFamily):
             raise ValueError(
                 f"{type(model).__name__} is a CLIP, which needs no ModelSpec: fasttta.adapt(model, "
                 "classes=names)"
             )
-        fusion = recognise(model).fusion
     except TypeError as error:
         raise ValueError(str(error)) from error
-    assert isinstance(fusion, CAVMAE)  # what recognise knows without a spec
+    fusion = family.model
+    if not isinstance(fusion, CAVMAE):
+        raise ValueError(f"{family.name} needs no ModelSpec")
     ta, tv = fusion.spans
     return ModelSpec(
         fusion=[f"blocks_u.{i}.attn" for i in range(len(fusion.blocks_u))],

@@ -7,24 +7,24 @@ from typing import Any
 import torch
 
 from .. import methods
-from ..families.clip import RecognisedCLIP
+from ..families.clip import ClipFamily
 from ..methods.episodic import Episodic
 from ..models import CLIP
 from ..models.clip.resnet import ModifiedResNet
 from ..models.copies import structural_copy
 
 
-def describe_clip(known: RecognisedCLIP) -> dict[str, Any]:
+def describe_clip(family: ClipFamily) -> dict[str, Any]:
     """As ``inspection.describe``, of a CLIP.
 
     ``"delta_bytes"`` is the prompt (RAda: the head) that ``Adapted.save`` writes; the class list,
     8 bytes a token, comes on top. ``"note"``: what of a method's options means something else here.
     """
-    clip = known.clip
+    clip = family.model
     weight = clip.positional_embedding
     return {
-        "family": known.family,
-        "found_at": "the model itself" if known.module is None else "its weights, shared",
+        "family": family.name,
+        "found_at": "the model itself" if family.module is None else "its weights, shared",
         "parameters": sum(p.numel() for p in clip.parameters()),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),

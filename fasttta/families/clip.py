@@ -1,71 +1,123 @@
-"""Vision-language models told by their structure, and compared with their own forward."""
+"""CLIPs: fasttta's own, Hugging Face's, open_clip's and OpenAI's."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.precision import Precision, environment
+from ..engine.state import working_copy
 from ..models import CLIP
 from ..models.clip.convert import convert_hugging_face, convert_open_clip, mask_length
-from ..models.copies import own_buffers, structural_copy
-from .dual import NEEDED, refusal, towers, traits
-from .self_check import altered, hook_advice, refuse_backward_hooks, refuse_wrapper_hooks
-from .weights import refuse_unusable
-from .wrapped import adapters_hint, refuse_wrapped_layers
+from ..models.copies import structural_copy
+from ..protocols import FusionModel
+from .base import Family, FusionFamily
+from .class_names import token_ids
+from .refusals import (
+    NEEDED_OF_CLIP,
+    altered,
+    differences_from_clip,
+    hook_advice,
+    refuse_backward_hooks,
+    refuse_wrapped_layers,
+)
 
-_HUGGING_FACE = ("text_model", "vision_model", "visual_projection", "text_projection")
-_OPENAI = ("visual", "transformer", "token_embedding", "ln_final")
-_CUSTOM_TEXT = ("visual", "text")
+#: parts by which a CLIP is told: Hugging Face's, OpenAI's (fasttta's too), open_clip's custom text
+HUGGING_FACE = ("text_model", "vision_model", "visual_projection", "text_projection")
+OPENAI = ("visual", "transformer", "token_embedding", "ln_final", "logit_scale")
+CUSTOM_TEXT = ("visual", "text.transformer", "text.token_embedding", "text.ln_final", "logit_scale")
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest value; half: 2e-2
+
+_Outputs = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class RecognisedCLIP:
-    """A user's module as episodic methods see it.
+class ClipFamily(Family):
+    """A CLIP, whose every image methods adapt to anew.
 
     Attributes:
-        family: its name, for messages.
-        clip: the model that fasttta runs; shares the module's weights.
-        module: the part that was recognised, to be compared with; None if it is ``clip`` itself.
-        outputs: (module, normalised pixels, ids) -> its image features and text features.
-        structure: ``clip`` as it was when it was adapted, with buffers of its own.
+        outputs: (module, normalised pixels, ids) -> its image features and text features; None: the
+            module is a ``fasttta.models.CLIP``.
     """
 
-    family: str
-    clip: CLIP
-    module: nn.Module | None = field(default=None, repr=False)
-    outputs: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    structure: Any = field(default=None, repr=False)
+    model: CLIP
+    outputs: _Outputs | None = None
 
-    def compare_again(self) -> None:
-        """Has the next ``verify`` compare: the module's hooks or classes are others by now."""
-        if self.module is None:
-            self.module = self.clip
+    methods: ClassVar[tuple[str, ...]] = ("vision-language",)
+    default_method: ClassVar[str] = "a-tpt"
+    takes_classes: ClassVar[bool] = True
 
-    def keep_structure(self) -> None:
-        """Has every later ``verify`` compare with what ``clip`` is now: a user's module may get
-        other classes and buffers, which what adapts does not have."""
-        self.structure = structural_copy(self.clip, lambda name, parameter: parameter)
-        own_buffers(self.structure, None)
+    @classmethod
+    def of(cls, module: nn.Module, prefix: str) -> ClipFamily:
+        """The family of a module with the parts of a CLIP.
+
+        Raises:
+            ValueError: it cannot be converted; says what it has otherwise.
+        """
+        if isinstance(module, CLIP):
+            name = "fasttta.models.CLIP"
+            return cls(name, module, prefix, module if altered(module) else None)
+        hugging_face = "vision_model" in module._modules
+        name = "Hugging Face CLIPModel" if hugging_face else "open_clip or OpenAI CLIP"
+        refuse_wrapped_layers(module, name)
+        try:
+            clip = convert_hugging_face(module) if hugging_face else convert_open_clip(module)
+        except (ValueError, AttributeError, KeyError) as error:
+            differences = ", ".join(differences_from_clip(module))
+            more = f". It is no CLIP: found {differences}; {NEEDED_OF_CLIP}" if differences else ""
+            raise ValueError(
+                f"{type(module).__name__} looks like {name}, but {error}{more}"
+            ) from error
+        return cls(
+            name, clip, prefix, module, outputs=_hugging_face if hugging_face else _open_clip
+        )
+
+    @property
+    def takes_images(self) -> bool:
+        return True
+
+    def with_classes(
+        self, classes: Any, prompt: str, precision: Precision, resources: Mapping[str, Any]
+    ) -> ClipWithClasses:
+        """The CLIP over the same weights with classes set, as methods over its features run it.
+
+        Args:
+            classes: names, or token ids [C, L].
+            prompt: what stands around a name.
+            precision: that class features are computed in.
+            resources: ``"tokenizer"``, for names.
+
+        Raises:
+            ValueError, TypeError: the classes cannot be used.
+        """
+        ids = token_ids(classes, prompt, self.model.context_length, resources.get("tokenizer"))
+        with torch.inference_mode(False), torch.no_grad():
+            encoder, _ = working_copy(self.model, set(), precision)
+            clip = structural_copy(self.model, lambda name, parameter: parameter)
+            with environment(self.model.positional_embedding.device, precision, grad=False):
+                text = encoder.encode_text(ids)
+                clip.class_features = text / text.norm(dim=-1, keepdim=True)
+        fusion = cast(FusionModel, clip)  # "rada" makes one of it
+        return ClipWithClasses(self.name, fusion, self.prefix, self.module, clip=self, ids=ids)
 
     @torch.no_grad()
-    def verify(self, pixels: Tensor, ids: Tensor) -> None:
+    def verify(self, inputs: tuple[Tensor, ...]) -> bool:
         """Compares features of an image [1, 3, R, R] and of up to two classes ids [C, L] with the
         module's own, in its own precision.
 
-        Raises:
-            ValueError: they differ by more than 1e-5 of the largest value (2e-2 in half
-                precision), or its forward fails.
+        Returns, Raises: as ``Family.verify``; they differ by more than 1e-5 of the largest value
+            (2e-2 in half precision).
         """
         if self.module is None:
-            return
-        refuse_backward_hooks(self.family, self.module)
-        clip = self.clip if self.structure is None else self.structure
+            return True
+        pixels, ids = inputs
+        refuse_backward_hooks(self.name, self.module)
+        clip = self._compared
         dtype = next(self.module.parameters()).dtype
         ids = ids[:2].to(pixels.device)
         x = clip._normalised(pixels).to(dtype)
@@ -76,12 +128,12 @@ class RecognisedCLIP:
             path, _, leaf = name.rpartition(".")
             if buffer.is_floating_point():
                 ours.get_submodule(path)._buffers[leaf] = buffer.to(wide)
-        found = [ours.encode_image(pixels.to(wide)), ours.encode_text(ids)]
-        found = [y.double() / y.double().norm(dim=-1, keepdim=True) for y in found]
+        features = [ours.encode_image(pixels.to(wide)), ours.encode_text(ids)]
+        features = [y.double() / y.double().norm(dim=-1, keepdim=True) for y in features]
         try:
             if isinstance(own, CLIP):
                 theirs = own.encode_image(pixels.to(dtype)), own.encode_text(ids)
-                own.class_features = found[1].to(dtype)
+                own.class_features = features[1].to(dtype)
                 logits = own(pixels.to(dtype))
             else:
                 assert self.outputs is not None
@@ -89,26 +141,49 @@ class RecognisedCLIP:
                 logits = _own_logits(own, x, ids)
         except Exception as error:
             raise ValueError(
-                f"recognised as {self.family}, but its own forward fails: {error}"
+                f"recognised as {self.name}, but its own forward fails: {error}"
             ) from error
         limit = _TOLERANCE.get(dtype, 2e-2)
         pairs = [
             (f"normalised {what} features", a, b.double() / b.double().norm(dim=-1, keepdim=True),
              limit)
-            for what, a, b in zip(("image", "text"), found, theirs, strict=True)
+            for what, a, b in zip(("image", "text"), features, theirs, strict=True)
         ]  # fmt: skip
         if logits is not None:
             scale = clip.logit_scale.double().exp()
             bound = limit * scale.item()
-            pairs.append(("logits", scale * found[0] @ found[1].T, logits.double(), bound))
+            pairs.append(("logits", scale * features[0] @ features[1].T, logits.double(), bound))
         for what, a, b, bound in pairs:
             off = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
             if not off <= bound:
                 raise ValueError(
-                    f"recognised as {self.family}, but its own {what} differ from that "
+                    f"recognised as {self.name}, but its own {what} differ from that "
                     f"architecture's by {off:.1e}, needed at most {float(bound):.0e}: is "
                     f"something in its forward patched?{hook_advice(self.module)}"
                 )
+        return True
+
+
+@dataclass
+class ClipWithClasses(FusionFamily):
+    """A CLIP whose classes are set: images in, logits out. Compared as the CLIP is, by features.
+
+    Attributes:
+        clip: the CLIP without classes.
+        ids: of the classes, [C, L].
+    """
+
+    clip: ClipFamily = field(kw_only=True)
+    ids: Tensor = field(kw_only=True)
+
+    def verify(self, inputs: tuple[Tensor, ...]) -> bool:
+        """As ``ClipFamily.verify``, of the first image of a batch."""
+        exact = Precision("exact", torch.float32, torch.float32)
+        with environment(inputs[0].device, exact, grad=False):
+            return self.clip.verify((inputs[0][:1], self.ids))
+
+    def compare_again(self) -> None:
+        self.clip.compare_again()
 
 
 def _own_logits(module: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor | None:
@@ -125,64 +200,6 @@ def _as(parameter: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | No
     if parameter is None:
         return None
     return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-
-
-def recognise_clip(model: object) -> RecognisedCLIP | None:
-    """The model as episodic methods see it: ``fasttta.models.CLIP``, Hugging Face's ``CLIPModel``,
-    open_clip's or OpenAI's CLIP; in DataParallel, DDP or torch.compile or not. None: none of them.
-
-    Raises:
-        ValueError: it has the parts of one but cannot be converted; says what it has otherwise.
-        TypeError: a TorchScript module; another dual encoder (SigLIP, ALIGN, ...).
-    """
-    while isinstance(model, nn.Module):
-        if isinstance(model, CLIP):
-            refuse_unusable(model)
-            return RecognisedCLIP("fasttta.models.CLIP", model, model if altered(model) else None)
-        if _has(model, _HUGGING_FACE) and hasattr(model, "config"):
-            family, convert, outputs = "Hugging Face CLIPModel", convert_hugging_face, _hugging_face
-            break
-        text = getattr(model, "text", None)
-        custom = (
-            _has(model, _CUSTOM_TEXT) and isinstance(text, nn.Module) and _has(text, _OPENAI[1:])
-        )
-        if (_has(model, _OPENAI) or custom) and hasattr(model, "logit_scale"):
-            family, convert, outputs = "open_clip or OpenAI CLIP", convert_open_clip, _open_clip
-            break
-        inner = "module" if isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        ) else "_orig_mod" if type(model).__name__ == "OptimizedModule" else None  # fmt: skip
-        if inner is not None:
-            refuse_wrapper_hooks(model)
-        if inner is None:
-            if hint := adapters_hint(model):
-                raise TypeError(f"{type(model).__name__} is not a model that fasttta knows: {hint}")
-            if reason := refusal(model):
-                raise TypeError(reason)
-            return None
-        model = getattr(model, inner)
-    else:
-        return None
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "a TorchScript CLIP cannot be adapted as it is; take its weights: "
-            "fasttta.models.CLIP.from_checkpoint(model.state_dict())"
-        )
-    refuse_unusable(model)
-    refuse_wrapped_layers(model, family)
-    try:
-        clip = convert(model)
-    except (ValueError, AttributeError, KeyError) as error:
-        others = traits(model) if towers(model) else []
-        found = f". It is no CLIP: found {', '.join(others)}; {NEEDED}" if others else ""
-        raise ValueError(
-            f"{type(model).__name__} looks like {family}, but {error}{found}"
-        ) from error
-    return RecognisedCLIP(family, clip, model, outputs)
-
-
-def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
-    return all(part in module._modules or part in module._parameters for part in parts)
 
 
 def _feature(x: Any) -> Tensor:

@@ -8,62 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.copies import CALLED, global_hooks
 from ..models.specified.nested import alike, described, tensors
+from .refusals import hook_advice
 
 _CHECKPOINTING = (
     "run fasttta.adapt with gradient checkpointing off (model.gradient_checkpointing_disable(), "
     "or the flag or wrapper of that model); only training needs it"
 )
 _REENTRANT = "None of the inputs have requires_grad"
-
-
-def hooked_modules(module: nn.Module) -> list[str]:
-    """Names of the submodules that have hooks, for messages."""
-    names = [
-        name or type(module).__name__
-        for name, child in module.named_modules()
-        if any(vars(child).get(kind) for kind in CALLED)
-    ]
-    return names + (["every module (global hooks)"] if global_hooks() else [])
-
-
-def hook_advice(module: nn.Module) -> str:
-    """What to say of hooks where results differ."""
-    names = hooked_modules(module)
-    if not names:
-        return ""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return (
-        f" Hooks are registered on {', '.join(names[:4])}{more}: remove those that change results."
-    )
-
-
-def altered(module: nn.Module) -> bool:
-    """Whether a module of fasttta's own may compute something else than its class says: it is of a
-    user's subclass, or has hooks."""
-    own = type(module).__module__.split(".")[0] == "fasttta"
-    return not own or bool(hooked_modules(module))
-
-
-def refuse_wrapper_hooks(wrapper: nn.Module) -> None:
-    """Raises ValueError if a wrapper (DataParallel, DDP, torch.compile), which is looked through,
-    has hooks of its own."""
-    if any(vars(wrapper).get(kind) for kind in CALLED):
-        raise ValueError(
-            f"hooks are registered on the {type(wrapper).__name__} around the model, which fasttta "
-            "does not run; register them on the module inside, or remove them"
-        )
-
-
-def refuse_backward_hooks(family: str, module: nn.Module) -> None:
-    """Raises ValueError if a module that fasttta computes in its own way has backward hooks."""
-    for name, child in module.named_modules():
-        if child._backward_hooks or child._backward_pre_hooks:
-            raise ValueError(
-                f"recognised as {family}, but {name or type(module).__name__} has backward hooks, "
-                "which gradients would have to pass; remove them (handle.remove())"
-            )
 
 
 def gradients_of(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ from cases import tiny_stats
 
 import fasttta
 from fasttta import methods
-from fasttta.families.cavmae import Recognised
+from fasttta.families.cavmae import CavmaeFamily
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -229,8 +229,8 @@ def test_a_recognised_module_is_compared_in_float64(tiny_model, tiny_batch):
     """Its convolutions would run in TF32 by default, 1e-3 away from ours."""
 
     convolving = _Convolving(tiny_model().cuda())
-    known = Recognised("a test's", tiny_model().cuda(), module=convolving)
-    assert known.verify(_on_gpu(tiny_batch()))
+    family = CavmaeFamily("a test's", tiny_model().cuda(), module=convolving)
+    assert family.verify(_on_gpu(tiny_batch()))
 
 
 class _Convolving(torch.nn.Module):

@@ -12,7 +12,7 @@ from lookalikes import HFCLIP, CustomTextCLIP, OpenCLIP
 from torch import nn
 
 import fasttta
-from fasttta.families.clip import recognise_clip
+from fasttta.families import recognise
 from fasttta.models.clip.pixels import MEAN, STD
 
 MAKERS = {
@@ -62,7 +62,7 @@ def test_their_own_outputs(name):
 def test_weights_are_shared(name):
     module = MAKERS[name]()
     own = {x.untyped_storage().data_ptr() for x in module.state_dict().values()}
-    clip = recognise_clip(module).clip
+    clip = recognise(module).model
     copied = {
         key for key, x in clip.state_dict().items() if x.untyped_storage().data_ptr() not in own
     }
@@ -164,9 +164,10 @@ def test_what_cannot_be_converted():
 
 
 def test_neither_is_anything_else(tiny_model):
-    assert recognise_clip(tiny_model()) is None
-    assert recognise_clip(nn.Linear(2, 2)) is None
-    assert recognise_clip("clip") is None
+    assert recognise(tiny_model()).name == "fasttta.models.CAVMAE"
+    for other in (nn.Linear(2, 2), "clip"):
+        with pytest.raises(TypeError):
+            recognise(other)
     with pytest.raises(TypeError, match="not a model that fasttta knows"):
         fasttta.adapt(nn.Linear(2, 2), classes=None)
 
@@ -200,6 +201,6 @@ def test_transformers(activation, eos):
     adapted = fasttta.adapt(module, classes=tiny_ids(), views=6, select=0.5)
     views = tiny_views()
     assert adapted(views=views).isfinite().all()
-    normalised = adapted._recognised.clip._normalised(views.base[:1])
+    normalised = adapted._recognised.model._normalised(views.base[:1])
     expected = module(pixel_values=normalised, input_ids=tiny_ids()).logits_per_image
     assert (adapted.predict(views=views) - expected).abs().max() < 1e-5

@@ -17,7 +17,7 @@ from user_modules import (
 )
 
 import fasttta
-from fasttta.families.cavmae import recognise
+from fasttta.families import recognise
 
 
 @pytest.fixture(scope="module", params=SPLIT)

@@ -144,7 +144,7 @@ def test_a_buffer_elsewhere():
 
 def test_several_devices(monkeypatch):
     """Told from the tensors' devices; there is one here."""
-    from fasttta.families import weights as families_weights
+    from fasttta.families import refusals
 
     class Elsewhere:
         def __init__(self, x, device):
@@ -153,12 +153,15 @@ def test_several_devices(monkeypatch):
         def __getattr__(self, name):
             return getattr(self.x, name)
 
-    def tensors(model):
-        for i, (name, x) in enumerate(model.named_parameters()):
-            yield name, Elsewhere(x, f"cuda:{int(i > 3)}"), True
+    seen = []
 
-    monkeypatch.setattr(families_weights, "_reason", lambda *_: None)
-    monkeypatch.setattr(families_weights, "_tensors", tensors)
+    def tensors(path, module):
+        for name, x in module._parameters.items():
+            seen.append(name)
+            yield f"{path}.{name}", Elsewhere(x, f"cuda:{int(len(seen) > 4)}"), True
+
+    monkeypatch.setattr(refusals, "_unusable_tensor", lambda *_: None)
+    monkeypatch.setattr(refusals, "_tensors", tensors)
     with pytest.raises(ValueError, match=r"several devices: .* on cuda:0, .* on cuda:1; move it"):
         fasttta.adapt(build("joint"), "tent", spec=Joint.spec)
 

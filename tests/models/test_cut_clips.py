@@ -9,7 +9,7 @@ from clips import EOT, tiny_ids, tiny_views
 from lookalikes import ClipTestTimeTuning, CutCLIP
 
 import fasttta
-from fasttta.families.clip import recognise_clip
+from fasttta.families import recognise
 from fasttta.models.clip.pixels import MEAN, STD
 
 METHODS = {
@@ -58,7 +58,7 @@ def _sizes(module):
 
 def test_the_context_is_that_of_the_mask():
     module = CutCLIP()
-    assert recognise_clip(module).clip.context_length == 13
+    assert recognise(module).model.context_length == 13
     assert module.positional_embedding.shape[0] == 16
     long = torch.cat((_ids(), torch.zeros(6, 2, dtype=torch.int64)), 1)
     padded = fasttta.adapt(module, "tpt", classes=long, views=6, select=0.5)
