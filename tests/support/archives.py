@@ -51,6 +51,7 @@ def writes(marker: Path) -> Calls:
 
 
 def save_script(module: nn.Module, path: Path) -> Path:
+    """Writes a module as a TorchScript archive; returns the path."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated
         torch.jit.save(torch.jit.script(module), str(path))
@@ -65,5 +66,6 @@ def load_script(path: Path) -> dict[str, Tensor]:
 
 
 def pickled(x: object, path: Path, protocol: int = 2) -> Path:
+    """Writes an object by pickle in a protocol; returns the path."""
     path.write_bytes(pickle.dumps(x, protocol=protocol))
     return path

@@ -27,12 +27,15 @@ def counting(adapted):
 
 
 def adapting(model, method="read", **options):
+    """An adapted model that counts how many samples it encodes."""
     return counting(fasttta.adapt(model, method, **{**METHODS[method], **options}))
 
 
 def shards(folder):
+    """The files of features in a folder."""
     return sorted(Path(folder).glob("*.safetensors"))
 
 
 def all_same(a, b):
+    """Whether two lists of results agree bit for bit."""
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))

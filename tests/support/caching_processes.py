@@ -35,6 +35,7 @@ _encode = CAVMAE.encode
 
 
 def counted(self, *inputs):
+    """``encode`` that notes how many samples it was given."""
     encoded.append(len(inputs[0]))
     return _encode(self, *inputs)
 
@@ -55,6 +56,7 @@ def run(folder, order=range(12), pause=0.0):
 
 
 def start(work):
+    """Forks a process that does the work; returns its id. It exits with 1 if the work raises."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -67,6 +69,7 @@ def start(work):
 
 
 def names(folder, suffix=".safetensors"):
+    """The names of the files with a suffix in a folder."""
     return {path.name for path in Path(folder).glob(f"*{suffix}")}
 
 
@@ -80,6 +83,7 @@ def samples(folder):
 
 
 def die():
+    """Kills this process as the system would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -102,6 +106,7 @@ class HalfWritten:
 
 
 def die_writing(count):
+    """Kills this process in the middle of the ``count``-th file that it writes."""
     left = [count]
 
     def opened(path, mode):
@@ -143,6 +148,7 @@ MOMENTS = (
 
 
 def killed(folder):
+    """Kills a run at every moment in turn; the next run goes on with what is there."""
     for i, moment in enumerate(MOMENTS):
         before = names(folder)
 
@@ -168,6 +174,7 @@ def killed(folder):
 
 
 def together(folder):
+    """Four processes fill one folder at once, each in an order of its own."""
     begin = time.time() + 0.3
 
     def work(seed):

@@ -120,14 +120,17 @@ NOISE = {"rtol": 0, "atol": 2e-5}
 
 
 def adapt(model, method, **options):
+    """The model adapted with the tiny classes and the method's options for tests."""
     return fasttta.adapt(model, method, classes=tiny_ids(), **{**METHODS[method], **options})
 
 
 def image(seed: int, height: int = 31, width: int = 40) -> torch.Tensor:
+    """A random image [3, height, width] in [0, 1]."""
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def same(a, b, **tolerance):
+    """Asserts that two results agree, bit for bit without a tolerance."""
     tolerance = tolerance or {"rtol": 0, "atol": 0}
     assert torch.allclose(a.logits, b.logits, **tolerance)
     assert torch.allclose(a.logits_before, b.logits_before, **tolerance)
@@ -138,6 +141,7 @@ def same(a, b, **tolerance):
 
 
 def near(found, expected, tolerance, what=""):
+    """Asserts that the largest difference of two tensors is within the tolerance."""
     assert found.shape == expected.shape, f"{what}: {found.shape}, needed {expected.shape}"
     error = (found.double().cpu() - expected.double()).abs().max().item()
     assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:.2e}"

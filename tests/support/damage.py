@@ -22,6 +22,7 @@ VALUES = (
 
 
 def opened(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The record and the tensors of a saved folder."""
     record = json.loads((folder / folders.RECORD).read_text())
     return record, load_file(folder / record["state"])
 

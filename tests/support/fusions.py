@@ -66,6 +66,8 @@ class Output(OrderedDict):
 
 
 class SelfAttention(nn.Module):
+    """Attention with three projections; returns its output and the scores."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.num_attention_heads = heads
@@ -81,6 +83,8 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
+    """A transformer block around ``SelfAttention``; returns tokens and scores."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.attention = SelfAttention(dim, heads)
@@ -137,6 +141,8 @@ class HuggingFaceStyle(nn.Module):
 
 
 class Packed(nn.Module):
+    """Attention with one packed projection of q, k and v."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.num_heads, self.qkv, self.proj = (
@@ -201,6 +207,7 @@ FUSIONS = {"joint": Joint, "hugging-face": HuggingFaceStyle, "three": Three}
 
 
 def build(name, seed=0, dtype=torch.float32):
+    """The model of a name, with random weights large enough to matter."""
     torch.manual_seed(seed)
     model = FUSIONS[name]()
     for parameter in model.parameters():

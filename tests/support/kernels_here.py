@@ -60,6 +60,7 @@ _MARGIN = 64  # elements before and after whatever a launcher allocates
 
 
 def exact(x):
+    """A floating tensor in float64; anything else as it is."""
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 
 class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
@@ -20,6 +22,8 @@ def _activation(name: str) -> nn.Module:
 
 
 class HFAttention(nn.Module):
+    """Hugging Face's CLIPAttention: four projections."""
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -37,6 +41,8 @@ class HFAttention(nn.Module):
 
 
 class HFLayer(nn.Module):
+    """Hugging Face's CLIPEncoderLayer."""
+
     def __init__(self, dim: int, heads: int, hidden: int, activation: str, eps: float) -> None:
         super().__init__()
         self.self_attn = HFAttention(dim, heads)
@@ -113,6 +119,8 @@ class HFCLIP(nn.Module):
 
 
 class OpenBlock(nn.Module):
+    """open_clip's ResidualAttentionBlock."""
+
     def __init__(self, dim: int, heads: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -137,6 +145,8 @@ def _transformer(dim: int, heads: int, hidden: int, depth: int, activation: str)
 
 
 class OpenVision(nn.Module):
+    """open_clip's VisionTransformer."""
+
     def __init__(self, activation: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 24, 8, 8, bias=False)
@@ -156,6 +166,8 @@ class OpenVision(nn.Module):
 
 
 class OpenText(nn.Module):
+    """open_clip's text tower, as a module of its own."""
+
     def __init__(self, activation: str) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(100, 20)

@@ -30,6 +30,7 @@ def using(implementation: str, monkeypatch) -> str | None:
 
 
 def qk(batch, heads, spans, d, dtype=torch.float64, layout="dense", offset=0.0, seed=0):
+    """Random q and k [B, H, T, d] that require gradients, dense or as views of a packed product."""
     generator = torch.Generator("cpu").manual_seed(seed)
     random = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     t = sum(spans)
@@ -44,6 +45,7 @@ def qk(batch, heads, spans, d, dtype=torch.float64, layout="dense", offset=0.0, 
 
 
 def logits_of(n, c, kind="random", dtype=torch.float64):
+    """Logits [n, c] that require gradients: random, with ties, extreme or all equal."""
     generator = torch.Generator("cpu").manual_seed(n * c)
     logits = torch.randn(n, c, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
     if kind == "ties":
@@ -56,6 +58,7 @@ def logits_of(n, c, kind="random", dtype=torch.float64):
 
 
 def close(found, expected, dtype, what):
+    """Asserts that the largest error is within the type's tolerance of the largest value."""
     assert found.shape == expected.shape, what
     expected = expected.double()
     scale = expected.abs().max().item() if expected.numel() else 0

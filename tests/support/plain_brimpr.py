@@ -95,6 +95,7 @@ def plain(model: CAVMAE, prompts, stats, inputs, keep, *, tau=0.07, a=0.2, b=5.0
 
 
 def stats_for(depth, dim=12, seed=0, dtype=torch.float64):
+    """Random source statistics of a model with so many blocks per encoder."""
     generator = torch.Generator().manual_seed(seed)
 
     def pair(n):
@@ -105,6 +106,7 @@ def stats_for(depth, dim=12, seed=0, dtype=torch.float64):
 
 
 def some_ids(batch, tokens, kept, seed=0):
+    """Random ids [batch, kept] of the tokens that a mask keeps."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :kept]
 

@@ -29,6 +29,7 @@ def value_of(loaded) -> float:
 
 
 def main(what: str, folder: str, *arguments: str) -> None:
+    """Does what a process of the test of saves is started for."""
     torch.set_num_threads(1)
     if what == "write":
         state, saves = adapted(float(arguments[0])), int(arguments[1])

@@ -12,7 +12,7 @@ class Named(torch.Tensor):
 
 
 class Other(torch.Tensor):
-    pass
+    """A subclass of Tensor that changes nothing."""
 
 
 class Counting(torch.Tensor):
@@ -40,9 +40,10 @@ class Wrapper(torch.Tensor):
 
 
 class DTensor(Wrapper):
-    pass
+    """A wrapper that bears the name of PyTorch's distributed tensor."""
 
 
 def fake_tensor(x):
+    """The tensor without values, as tracing makes it."""
     with FakeTensorMode() as mode:
         return mode.from_tensor(x)

@@ -44,6 +44,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The two linear layers of a block."""
+
     def __init__(self, dim):
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
@@ -53,6 +55,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A block with the norms of each modality."""
+
     def __init__(self, dim, heads, split=()):
         super().__init__()
         for name in ("norm1", "norm1_a", "norm1_v", "norm2", "norm2_a", "norm2_v"):
@@ -66,6 +70,8 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Patches to tokens."""
+
     def __init__(self, channels, patch, dim):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, patch)
@@ -109,11 +115,15 @@ class CAVMAEFT(nn.Module):
 
 
 class Read(CAVMAEFT):
+    """The module of READ's code: predicts in ``forward_eval``."""
+
     def forward_eval(self, a, v, mode):
         return self.run(a, v, mode, True)
 
 
 class Abpem(CAVMAEFT):
+    """The module of ABPEM's code: ``forward_eval`` takes its arguments too."""
+
     def forward_eval(self, a, v, mode, args):
         assert args.use_cache is False
         return self.run(a, v, mode, True)
