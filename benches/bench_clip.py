@@ -184,11 +184,11 @@ class OfficialLoop:
         def forward():
             return (self.text(self.start, few),)
 
-        found = [(share, lambda: self.text_gradient(few))]
+        parts = [(share, lambda: self.text_gradient(few))]
         if self.method.name == "tpt":
-            return [*found, (share, forward), ((n + 1) / len(four), lambda: (self.image(four),))]
+            return [*parts, (share, forward), ((n + 1) / len(four), lambda: (self.image(four),))]
         return [
-            *found,
+            *parts,
             (share * (n + 1), forward),  # each view's but the anchor's, zero-shot, tuned
             (n - 1, lambda: (self.attention(views.base[1:2], text),)),
             ((3 * n + 1) / len(four), lambda: (self.image(four),)),

@@ -24,9 +24,9 @@ def bench_views(views, kind, device, full, measure):
     image = (image * 255).to(torch.uint8).permute(1, 2, 0).contiguous()
 
     def ours():
-        found = make_views(image, n, generator=torch.Generator().manual_seed(0), resolution=size,
+        made = make_views(image, n, generator=torch.Generator().manual_seed(0), resolution=size,
                            reference=kind == "levels", device=device)  # fmt: skip
-        return outputs(found.base, found.mix)
+        return outputs(made.base, made.mix)
 
     def outputs(base, mix):
         return (base, mix) if kind == "levels" else (base,)

@@ -14,7 +14,7 @@ _SIDE = {"cpu": 1536, "cuda": 8192}
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 40) -> float:
     """Shortest of several calls."""
-    found = []
+    seconds = []
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -22,12 +22,12 @@ def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 40)
             run()
             end.record()
             end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
+            seconds.append(start.elapsed_time(end) / 1e3)
         else:
             begin = time.perf_counter()
             run()
-            found.append(time.perf_counter() - begin)
-    return min(found)
+            seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 @functools.cache

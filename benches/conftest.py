@@ -147,13 +147,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def difference(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+def difference(returned: Tensor, wanted: Tensor) -> tuple[float, float]:
     """Largest error of the leading samples that ``wanted`` has: absolute, and as a share of the
     largest value wanted."""
-    assert found.isfinite().all(), "the outputs are not finite"
+    assert returned.isfinite().all(), "the outputs are not finite"
     wanted = wanted.detach().double()
-    found = found.detach().double()[: len(wanted)] if wanted.ndim else found.detach().double()
-    worst = (found - wanted).abs().max().item()
+    returned = (
+        returned.detach().double()[: len(wanted)] if wanted.ndim else returned.detach().double()
+    )
+    worst = (returned - wanted).abs().max().item()
     return worst, worst / max(wanted.abs().max().item(), torch.finfo(torch.float64).tiny)
 
 
@@ -174,13 +176,13 @@ def _agreement(
     """
     errors, noise = [], {} if noise is None else noise
     truth = expected if exact is None else exact
-    for i, (found, reference, wanted) in enumerate(zip(outputs, expected, truth, strict=True)):
+    for i, (returned, reference, wanted) in enumerate(zip(outputs, expected, truth, strict=True)):
         allowed = tolerance
         if allowed is None:
             noise[i] = max(noise.get(i, 0.0), difference(reference, wanted)[1])
             allowed = max(4 * noise[i], rounding)
-        errors.append(difference(found, wanted))
-        apart = difference(found, reference)[1]
+        errors.append(difference(returned, wanted))
+        apart = difference(returned, reference)[1]
         assert errors[-1][1] <= allowed, f"output {i} is {errors[-1][1]:.1e} off, not {allowed:.1e}"
         assert apart <= 2 * allowed, f"output {i} is {apart:.1e} from the reference's: no ratio"
     return max(e[0] for e in errors), max(e[1] for e in errors)

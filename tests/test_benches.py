@@ -120,8 +120,8 @@ def test_an_entry_takes_the_place_of_the_one_with_its_id(report, tmp_path):
     report.upsert(tmp_path, MACHINE, [entry("bench_a[1]"), entry("bench_b[1]")])
     path = report.upsert(tmp_path, MACHINE, [entry("bench_a[1]", min_ratio=7.0)])
     assert path == tmp_path / "nvidia-h200.json"
-    found = json.loads(path.read_text())["benches"]
-    assert [(e["id"], e["min_ratio"], e["device"]) for e in found] == [
+    benches = json.loads(path.read_text())["benches"]
+    assert [(e["id"], e["min_ratio"], e["device"]) for e in benches] == [
         ("bench_a[1]", 7.0, "nvidia-h200"),
         ("bench_b[1]", 30.0, "nvidia-h200"),
     ]
@@ -138,8 +138,8 @@ def test_an_entry_takes_the_place_of_the_one_with_its_id(report, tmp_path):
     ],
 )
 def test_a_fall_of_a_tenth_is_noticed(report, clock, us, reference_us, falls):
-    found = report.fallen(entry(clock=clock), us / 1e6, reference_us / 1e6)
-    assert ("bench_attention[mean-8] has fallen to 89 %" in found) if falls else found is None
+    message = report.fallen(entry(clock=clock), us / 1e6, reference_us / 1e6)
+    assert ("bench_attention[mean-8] has fallen to 89 %" in message) if falls else message is None
 
 
 @pytest.mark.slow
@@ -220,8 +220,8 @@ def test_peak_memory_is_beyond_what_is_returned():
         y = (x + 1) + 2  # two of them at a time
         return (y.sum(dim=0),)
 
-    found = load("clock").peak_bytes(run, x.device)
-    assert 2 * x.nbytes - 2048 <= found <= 2 * x.nbytes + 2048
+    peak = load("clock").peak_bytes(run, x.device)
+    assert 2 * x.nbytes - 2048 <= peak <= 2 * x.nbytes + 2048
 
 
 def test_the_page_shows_the_committed_results(report):

@@ -61,13 +61,13 @@ def test_without_triton_ninja_and_nvtx(tmp_path, nvtx):
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert "RESULT" in out.stdout, out.stderr[-2000:]
-    found = json.loads(out.stdout.split("RESULT")[1])
-    assert found["finite"]
-    assert found["grad"]
-    assert found["status"] == 0
-    assert found["loaded"] == []
-    assert len(found["refusals"]) == 2
-    assert all("pip install triton" in text for text in found["refusals"])
+    report = json.loads(out.stdout.split("RESULT")[1])
+    assert report["finite"]
+    assert report["grad"]
+    assert report["status"] == 0
+    assert report["loaded"] == []
+    assert len(report["refusals"]) == 2
+    assert all("pip install triton" in text for text in report["refusals"])
 
 
 def test_a_checkout_that_is_not_installed(tmp_path):
