@@ -169,7 +169,7 @@ FAULTS = [
     ),
     (
         "shared-modules-copied-twice",
-        "fasttta/engine/state.py",
+        "fasttta/models/copies.py",
         "if id(module) in twins:",
         "if False:",
         "adapted/test_adapted.py::test_what_is_one_object_stays_one",
@@ -199,7 +199,7 @@ FAULTS = [
     ),
     (
         "copy-in-training-mode",
-        "fasttta/engine/state.py",
+        "fasttta/models/copies.py",
         "new.training = False",
         "new.training = module.training",
         "models/test_model_spec.py::test_a_model_in_training_mode_is_run_in_evaluation_mode",
