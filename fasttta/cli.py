@@ -92,26 +92,28 @@ def _demo_parser(commands: _Commands) -> None:
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--report", metavar="OUT.html", help="also write table and charts as one HTML file"
+        "--report",
+        metavar="OUT.html",
+        help="also write table and charts as one HTML file; needs the extra report: "
+        "pip install 'fasttta[report]'",
     )
     parser.add_argument(
         "--png",
         action="store_true",
-        help="also write the charts as PNG files into OUT-charts/ beside the HTML file; needs "
-        "matplotlib: pip install 'fasttta[report]'",
+        help="also write the charts as PNG files into OUT-charts/ beside the HTML file",
     )
 
 
 def _check_report(options: argparse.Namespace) -> None:
     """Refuses what could not be written, before anything is computed."""
-    from .evaluate.output import check_folder, check_matplotlib, check_output
+    from .evaluate.output import check_extra, check_folder, check_output
 
     if options.png and options.report is None:
         raise ValueError("--png writes beside the HTML file; name that too: --report out.html")
     if options.report is not None:
         check_output(options.report, "--report")
+        check_extra()
     if options.png:
-        check_matplotlib()
         check_folder(_charts_folder(options.report), "--png: the folder of the charts")
 
 

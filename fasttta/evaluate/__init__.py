@@ -1,7 +1,7 @@
 """Measuring methods on labelled streams, and reporting what was measured.
 
 ``measure_stream`` runs an adapted model over a stream, ``Report`` shows what came out: a text
-table, JSON, one self-contained HTML file, PNG charts. The HTML needs no optional package.
+table, JSON, and, with the extra ``report``, one self-contained HTML file and PNG charts.
 """
 
 from .attention import attention_gap, gap_numbers

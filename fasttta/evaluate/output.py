@@ -47,12 +47,13 @@ def _check_folder(folder: Path, what: str) -> None:
         raise PermissionError(f"{what}: no permission to write into {os.fspath(folder)!r}")
 
 
-def check_matplotlib() -> None:
-    """Raises ModuleNotFoundError, a subclass of ImportError, where PNG charts cannot be made."""
-    if importlib.util.find_spec("matplotlib") is None:
+def check_extra() -> None:
+    """Raises ModuleNotFoundError, a subclass of ImportError, where reports cannot be made."""
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
         raise ModuleNotFoundError(
-            "PNG charts need matplotlib, which is not installed: pip install 'fasttta[report]' "
-            "(the HTML report needs nothing)"
+            f"reports and their charts need {' and '.join(missing)}; type: "
+            "pip install 'fasttta[report]' (tables and JSON need nothing)"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import figures
 from .document import Cell, Document, Facts, Heading, Table, Text, Tiles
-from .output import as_json, check_output, write_whole
+from .output import as_json, check_extra, check_output, write_whole
 from .table import mean_over_streams, mean_spread, notes, several_seeds, table
 
 _NEEDED = ("protocol", "machine", "streams", "classes", "seconds")
@@ -41,21 +41,25 @@ class Report:
             raise ValueError(f"data lacks {', '.join(missing)}; needed {', '.join(_NEEDED)}")
         if not data["streams"] or not all(data["streams"].values()):
             raise ValueError("data['streams'] is empty; needed at least one stream and method")
-        methods = [list(found) for found in data["streams"].values()]
+        methods = [list(records) for records in data["streams"].values()]
         if any(names != methods[0] for names in methods):
             raise ValueError("data['streams']: every stream must have the same methods")
         self.data = data
         self.methods = methods[0]
+        adapting = iter(range(1, len(self.methods) + 1))
         #: number of a method's colour in every chart; 0 is the unadapted model's
-        adapting = [m for m in self.methods if m != "source"]
-        self.styles = {"source": 0} | {m: i for i, m in enumerate(adapting, 1)}
+        self.styles = {m: 0 if m == "source" else next(adapting) for m in self.methods}
 
     def __repr__(self) -> str:
         streams = ", ".join(self.data["streams"])
         return f"<Report of {', '.join(self.methods)} on {streams}>"
 
-    def _repr_html_(self) -> str:
-        """The page, in a frame of its own, for notebooks."""
+    def _repr_html_(self) -> str | None:
+        """The page in a frame, for notebooks; nothing without the extra ``report``."""
+        try:
+            check_extra()
+        except ModuleNotFoundError:
+            return None
         return (
             '<iframe title="report" style="width:100%;height:40em;border:0" '
             f'srcdoc="{escape(self.document.html())}"></iframe>'
@@ -90,20 +94,19 @@ class Report:
         """Writes one HTML file that needs no network: table, charts, protocol, versions.
 
         Raises:
+            ModuleNotFoundError: a package of the extra ``report`` is missing; says how to install.
             ValueError, OSError: the path is a folder, or cannot be written to.
         """
         return self.document.to_html(path)
 
     def to_png(self, folder: str | os.PathLike) -> list[Path]:
-        """Writes the charts as PNG files into a folder; needs matplotlib.
+        """Writes the charts as PNG files into a folder.
 
         Raises:
-            ModuleNotFoundError: matplotlib is not installed; says how to install it.
+            ModuleNotFoundError: a package of the extra ``report`` is missing; says how to install.
             ValueError, OSError: the folder cannot be made or written to.
         """
         return self.document.to_png(folder)
-
-    # ------------------------------------------------------------------ document
 
     @cached_property
     def document(self) -> Document:
@@ -118,11 +121,12 @@ class Report:
                 self._tiles(),
                 Heading("Accuracy"),
                 self._table(),
+                figures.scores(self.data, self.styles),
                 Heading("Along the stream"),
-                figures.accuracy(self),
+                figures.accuracy(self.data, self.styles),
                 Heading("What is predicted"),
-                figures.classes(self),
-                *figures.gaps(self),
+                figures.classes(self.data),
+                *figures.gaps(self.data, self.styles),
                 Heading("Protocol"),
                 Facts({name: readable(value) for name, value in protocol.items()}),
                 Heading("Machine"),
@@ -147,9 +151,9 @@ class Report:
             text += f", the model without adaptation on {scores['source']:.1f} %"
             worse = [
                 f"{m} on {name}"
-                for name, found in self.data["streams"].items()
+                for name, records in self.data["streams"].items()
                 for m in self.methods
-                if found[m]["score"] < found["source"]["score"] - 1
+                if records[m]["score"] < records["source"]["score"] - 1
             ]
             if worse:
                 text += f". Adapting cost more than one point here: {', '.join(worse)}"
@@ -168,16 +172,16 @@ class Report:
     def _table(self) -> Table:
         several = several_seeds(self.data)
         rows = []
-        for name, found in self.data["streams"].items():
-            best = max(found, key=lambda m: found[m]["score"])
-            rows.append([name, *(self._cell(m, found[m], m == best, several) for m in found)])
+        for name, records in self.data["streams"].items():
+            best = max(records, key=lambda m: records[m]["score"])
+            rows.append([name, *(_cell(m, x, m == best, several) for m, x in records.items())])
         average = {
             m: {k: self.mean(m, k) for k in ("before", "after", "score")}
             | {"score_std": mean_spread(self.data, m)}
             for m in self.methods
         }
         best = max(average, key=lambda m: average[m]["score"])
-        rows.append(["mean", *(self._cell(m, average[m], m == best, several) for m in average)])
+        rows.append(["mean", *(_cell(m, x, m == best, several) for m, x in average.items())])
         speed = [Cell(f"{self.mean(m, 'samples_per_s'):,.0f}") for m in self.methods]
         rows.append(["samples/s", *speed])
         caption = (
@@ -188,18 +192,20 @@ class Report:
         )
         return Table(["stream", *self.methods], rows, caption, totals=2)
 
-    def _cell(self, method: str, found: Mapping[str, float], best: bool, several: bool) -> Cell:
-        spread = f" ±{found['score_std']:.1f}" if several else ""
-        before, after = f"{found['before']:.1f}", f"{found['after']:.1f}"
-        if method == "source":
-            return Cell(f"{found['score']:.1f}", "", spread, best)
-        if found["score"] == found["after"]:
-            return Cell(after, f"{before} → ", spread, best)
-        return Cell(before, "", f"{spread} → {after}", best)
-
     def notes(self) -> list[str]:
         """What must be read with the numbers."""
         return notes(self.data)
+
+
+def _cell(method: str, record: Mapping[str, float], best: bool, several: bool) -> Cell:
+    """A method's accuracy on a stream; the prediction that it is scored with counts."""
+    spread = f" ±{record['score_std']:.1f}" if several else ""
+    before, after = f"{record['before']:.1f}", f"{record['after']:.1f}"
+    if method == "source":
+        return Cell(f"{record['score']:.1f}", "", spread, best)
+    if record["score"] == record["after"]:
+        return Cell(after, f"{before} → ", spread, best)
+    return Cell(before, "", f"{spread} → {after}", best)
 
 
 def _with_nan(value: Any) -> Any:

@@ -173,7 +173,7 @@ def test_table_and_page(found, tmp_path):
     assert f"{score:.1f}" in row.split()
     page = pages.document(found).to_html(tmp_path / "out.html").read_text()
     assert page.count("<img ") == 3 + 4 * len(found["examples"][0]["views"])
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     for word in ("Threat model", "Inside A-TPT", "L-infinity", "not selected"):
         assert word in page
     alone = demo.run(["a-tpt"], samples=4, steps=1, seeds=(0, 1))

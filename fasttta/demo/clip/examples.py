@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapted.entry import adapt
-from ...evaluate.pictures import data_uri
+from ...evaluate.document import data_uri
 from ...models import CLIP
 from ...views import Views, make_views
 from .scenes import Scenes

@@ -7,8 +7,20 @@ import textwrap
 from typing import Any
 
 from ...evaluate.charts import Dots, Mark, Row
-from ...evaluate.document import Cell, Document, Facts, Figure, Heading, Part, Table, Text, Tiles
-from ...evaluate.pictures import Gallery, Picture, Share
+from ...evaluate.document import (
+    Cell,
+    Document,
+    Facts,
+    Figure,
+    Gallery,
+    Heading,
+    Part,
+    Picture,
+    Share,
+    Table,
+    Text,
+    Tiles,
+)
 from ...evaluate.report import readable
 
 ABOUT = {
