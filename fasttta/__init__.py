@@ -67,7 +67,7 @@ def _find_in_checkout(room: str) -> None:
     folder = os.path.join(checkout, room)
     ours = all(
         os.path.exists(os.path.join(checkout, *parts))
-        for parts in (("pyproject.toml",), ("kernels", "plan.py"), ("csrc", "__init__.py"))
+        for parts in (("pyproject.toml",), ("kernels", "launch_plan.py"), ("csrc", "__init__.py"))
     )
     if not ours or importlib.util.find_spec(name) is not None:
         return

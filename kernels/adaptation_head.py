@@ -22,38 +22,29 @@ import triton.language as tl
 from torch import Tensor
 
 from . import adaptation_head_large as large
-from . import launch, plan
+from . import adaptation_head_plan as plan
+from . import entropies_plan, launch
 from .class_selection import surprise
-from .entropies import run_rows
+from .entropies import mean_entropy, run_rows
+from .launch_plan import cdiv
 
 
 @triton.jit(do_not_specialize=["n", "PARTS"])
-def _batch_kernel(
+def _balance_kernel(
     p_z, p_weight, p_entropy, p_rows, p_mass, p_total, p_mean_entropy, p_balance, p_grad,
     s_n, s_c, s_weight, n, C, PARTS, entropy_weight, balance_weight,
     SOFTMAX_SUM: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Balance and its gradient, added to the entropy's; their total, entropy and balance."""
     i_p = tl.program_id(0).to(tl.int64)
-    o_r, o_c, o_n = tl.arange(0, BR), tl.arange(0, BC), tl.arange(0, BN)
+    o_r, o_c = tl.arange(0, BR), tl.arange(0, BC)
     m_c = o_c < C
     b_mass = tl.zeros([BC], tl.float32)
     for o in range(0, PARTS, BR):
         m_p = (o + o_r < PARTS)[:, None] & m_c[None, :]
         p_part = p_mass + (o + o_r)[:, None] * C + o_c[None, :]
         b_mass += tl.sum(tl.load(p_part, mask=m_p, other=0.0), axis=0)
-    weight_sum, entropy = 0.0, 0.0
-    for o in range(0, n, BN):
-        m_n = o + o_n < n
-        b_entropy = tl.load(p_entropy + o + o_n, mask=m_n, other=0.0)
-        if p_weight is not None:
-            w = tl.load(p_weight + (o + o_n) * s_weight, mask=m_n, other=0.0).to(tl.float32)
-            b_entropy *= w
-            weight_sum += tl.sum(w, axis=0)
-        entropy += tl.sum(b_entropy, axis=0)
-    if p_weight is None:
-        weight_sum += n
-    entropy /= weight_sum
+    entropy, weight_sum = mean_entropy(p_entropy, p_weight, s_weight, n, BN)
     if SOFTMAX_SUM:
         b_mass = tl.where(m_c, b_mass, -float("inf"))
         b_mass = tl.exp(b_mass - tl.max(b_mass, axis=0))
@@ -67,21 +58,23 @@ def _batch_kernel(
         tl.store(p_total, entropy_weight * entropy - balance_weight * balance)
         tl.store(p_mean_entropy, entropy)
         tl.store(p_balance, balance)
-    i = i_p * BR + o_r
-    m_r = i < n
+    i_r = i_p * BR + o_r
+    m_r = i_r < n
     m_z = m_r[:, None] & m_c[None, :]
-    z = tl.load(p_z + i[:, None] * s_n + o_c[None, :] * s_c, mask=m_z, other=0.0).to(tl.float32)
-    z_max = tl.load(p_rows + i, mask=m_r, other=0.0)
-    e_sum = tl.load(p_rows + n + i, mask=m_r, other=1.0)
-    p = tl.where(m_z, tl.exp(z - z_max[:, None]) / e_sum[:, None], 0.0)
-    along = tl.sum(p * b_h[None, :], axis=1)
-    of_balance = balance_weight * p * (b_h[None, :] - along[:, None])
-    p_out = p_grad + i[:, None] * C + o_c[None, :]
-    of_entropy = entropy_weight * tl.load(p_out, mask=m_z, other=0.0) / weight_sum
-    grad = of_entropy - of_balance
+    b_z = tl.load(p_z + i_r[:, None] * s_n + o_c[None, :] * s_c, mask=m_z, other=0.0)
+    b_z_max = tl.load(p_rows + i_r, mask=m_r, other=0.0)
+    b_e_sum = tl.load(p_rows + n + i_r, mask=m_r, other=1.0)
+    b_p = tl.exp(b_z.to(tl.float32) - b_z_max[:, None]) / b_e_sum[:, None]
+    b_p = tl.where(m_z, b_p, 0.0)
+    b_along = tl.sum(b_p * b_h[None, :], axis=1)
+    b_of_balance = balance_weight * b_p * (b_h[None, :] - b_along[:, None])
+    p_out = p_grad + i_r[:, None] * C + o_c[None, :]
+    b_of_entropy = entropy_weight * tl.load(p_out, mask=m_z, other=0.0) / weight_sum
+    b_grad = b_of_entropy - b_of_balance
     if p_weight is not None:
-        grad *= tl.load(p_weight + i * s_weight, mask=m_r, other=0.0).to(tl.float32)[:, None]
-    tl.store(p_out, grad, mask=m_z)
+        b_w = tl.load(p_weight + i_r * s_weight, mask=m_r, other=0.0).to(tl.float32)
+        b_grad *= b_w[:, None]
+    tl.store(p_out, b_grad, mask=m_z)
 
 
 def adaptation_head(
@@ -90,12 +83,12 @@ def adaptation_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Total, entropy, balance, and the total's gradient [n, C] in float32, of logits [n, C]."""
     n, classes = logits.shape
-    if classes > plan.ROW_CLASSES:
+    if classes > entropies_plan.ROW_CLASSES:
         weights = entropy_weight, balance_weight
         return large.adaptation_head(logits, k, *weights, softmax_sum, eps, weight)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logits.device)
-    samples = plan.cdiv(n, plan.HEAD_PARTS)
-    parts = plan.cdiv(n, samples)
+    samples = plan.samples_per_program(n)
+    parts = cdiv(n, samples)
     entropy, rows = empty(n), empty((2, n))
     mass, grad = empty((parts, classes)), empty((n, classes))
     total, entropy_loss, balance = (empty(()) for _ in range(3))
@@ -104,7 +97,7 @@ def adaptation_head(
         samples=samples,
     )  # fmt: skip
     launch.run(
-        _batch_kernel, plan.head_batch(n, classes, softmax_sum), logits, weight, entropy, rows,
+        _balance_kernel, plan.balance(n, classes, softmax_sum), logits, weight, entropy, rows,
         mass, total, entropy_loss, balance, grad, *logits.stride(),
         0 if weight is None else weight.stride(0), n, classes, parts, entropy_weight,
         balance_weight,

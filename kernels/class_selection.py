@@ -1,15 +1,22 @@
-"""The k largest logits of a row without sorting, ties to the lowest index; what they are worth."""
+"""Selects the k largest logits of a row without sorting, ties to the lowest index, and their terms.
+
+A key is an unsigned integer in the order of its logit.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+# bits of a logit's key that tell it from others
+KEY_BITS = {torch.bfloat16: 16, torch.float16: 20, torch.float32: 32}
 
 
 @triton.jit
 def order_keys(z, BITS: tl.constexpr):
-    """Unsigned integers in the order of z; -0 equals 0. float16 and bfloat16 need 20 and 16 bits of
-    the 32, the others are equal in all."""
+    """Keys of z; -0 equals 0. float16 and bfloat16 need 20 and 16 of the 32 bits, as the others are
+    the same in every key."""
     bits = (z + 0.0).to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True)
     return (key ^ tl.full([1], 0x80000000, tl.uint32)) >> (32 - BITS)

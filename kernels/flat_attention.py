@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, plan
+from . import flat_attention_plan as plan
+from . import launch
+from .launch_plan import Plan
 
 
 @triton.jit
@@ -215,10 +217,8 @@ def _attention_gradients_kernel(
         )  # fmt: skip
 
 
-def _plan(q: Tensor, heads: int) -> tuple[plan.Plan, plan.Plan]:
-    return plan.flat_attention(
-        launch.architecture(q), q.dtype == torch.bfloat16, heads, *q.shape[-2:]
-    )
+def _plan(q: Tensor, heads: int) -> tuple[Plan, Plan]:
+    return plan.forward(launch.architecture(q), q.dtype == torch.bfloat16, heads, *q.shape[-2:])
 
 
 def flat_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,11 +246,11 @@ def flat_attention_backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if k.numel():
         sums = torch.empty((batch * heads, 3), dtype=torch.float32, device=k.device)
-        gradients = plan.flat_gradients(
+        gradients = plan.gradients(
             launch.architecture(q), q.dtype == torch.bfloat16, batch * heads, count, d
         )
         launch.run(
-            _sums_kernel, plan.flat_sums(batch * heads), grad, out, top, rest, sums, count,
+            _sums_kernel, plan.head_sums(batch * heads), grad, out, top, rest, sums, count,
             count * d,
         )  # fmt: skip
         shared = batch if len(q) < batch else 0

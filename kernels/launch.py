@@ -1,4 +1,4 @@
-"""Where every kernel is started, and what is asked of the device first."""
+"""Starts kernels by their launch plans, and asks the device what plans depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from .launch_plan import Plan
 
 
 @cache
@@ -19,23 +19,23 @@ def _architecture(index: int) -> str:
 
 
 def architecture(x: Tensor) -> str:
-    """The family of x's device that plans are made for; sm_90 for tensors that are on none."""
+    """Family of x's GPU that plans are made for; "sm_90" for tensors that are on no GPU."""
     return _architecture(x.device.index) if x.is_cuda else "sm_90"
 
 
 def options(plan: Plan, nvidia: bool) -> dict[str, object]:
-    """What a kernel is compiled with, constants included."""
-    found = {
+    """Keyword arguments of a launch: the plan's constants and Triton's own options."""
+    arguments = {
         **plan.constants,
         "num_warps": plan.warps,
         "num_stages": plan.stages,
         "enable_fp_fusion": True,  # explicit: the default changes between versions of Triton
     }
     if nvidia and plan.registers:
-        found["maxnreg"] = plan.registers
-    return found
+        arguments["maxnreg"] = plan.registers
+    return arguments
 
 
 def run(kernel, plan: Plan, *args) -> None:
-    """Starts kernel on args; the plan's constants follow them by name."""
+    """Starts the kernel on args; the plan's constants follow them by name."""
     kernel[plan.grid](*args, **options(plan, not torch.version.hip))

@@ -1,31 +1,55 @@
-"""Blocks of attention scores: their place in a plan's table, their divergence, its gradient."""
+"""Blocks of attention scores: rows of a plan's tables, the divergence of blocks, its gradient."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .score_moments_plan import Block, Source, TokenRows
+
+
+def _place(row: type[tuple], field: str) -> tl.constexpr:
+    """Where a row of a plan's table has a field."""
+    return tl.constexpr(row._fields.index(field))
+
+
+FIRST_TILE = _place(Block, "first_tile")  # of a TokenRows too
+COLUMN_TILES = _place(Block, "column_tiles")
+BLOCK_I = _place(Block, "i")
+BLOCK_J = _place(Block, "j")
+FIRST_ROW = _place(Block, "first_row")
+FIRST_COLUMN = _place(Block, "first_column")
+ROWS = _place(Block, "rows")
+COLUMNS = _place(Block, "columns")
+OFFSET = _place(Block, "offset")
+PITCH = _place(Block, "pitch")
+
+ROWS_TOKEN = _place(TokenRows, "first_token")
+ROWS_COUNT = _place(TokenRows, "tokens")
+
+SOURCE_TOKEN = _place(Source, "first_token")
+SOURCE_COUNT = _place(Source, "tokens")
+SOURCE_BLOCK = _place(Source, "block")
+SOURCE_OFFSET = _place(Source, "offset")
+SOURCE_PITCH = _place(Source, "pitch")
+
 
 @triton.jit
-def find_block(i_tile, BLOCKS: tl.constexpr):
-    """Index and fields of the block that a tile (or each of several) lies in."""
-    first, across, i, j = i_tile * 0, i_tile * 0, i_tile * 0, i_tile * 0
-    o_row, o_column, rows, columns = i_tile * 0, i_tile * 0, i_tile * 0, i_tile * 0
-    offset, pitch, index = i_tile * 0, i_tile * 0, i_tile * 0
-    for b in tl.static_range(len(BLOCKS)):
-        here = i_tile >= BLOCKS[b][0]
-        first = tl.where(here, BLOCKS[b][0], first)
-        across = tl.where(here, BLOCKS[b][1], across)
-        i = tl.where(here, BLOCKS[b][2], i)
-        j = tl.where(here, BLOCKS[b][3], j)
-        o_row = tl.where(here, BLOCKS[b][4], o_row)
-        o_column = tl.where(here, BLOCKS[b][5], o_column)
-        rows = tl.where(here, BLOCKS[b][6], rows)
-        columns = tl.where(here, BLOCKS[b][7], columns)
-        offset = tl.where(here, BLOCKS[b][8], offset)
-        pitch = tl.where(here, BLOCKS[b][9], pitch)
-        index = tl.where(here, b, index)
-    return index, first, across, i, j, o_row, o_column, rows, columns, offset, pitch
+def row_of(i_tile, TABLE: tl.constexpr):
+    """Index of the table's row that a tile (or each of several) belongs to."""
+    index = i_tile * 0
+    for n in tl.static_range(len(TABLE)):
+        index = tl.where(i_tile >= TABLE[n][FIRST_TILE], n, index)
+    return index
+
+
+@triton.jit
+def look_up(index, TABLE: tl.constexpr, FIELD: tl.constexpr):
+    """TABLE[index][FIELD] for an index (or several) that only the running kernel knows."""
+    value = index * 0
+    for n in tl.static_range(len(TABLE)):
+        value = tl.where(index == n, TABLE[n][FIELD], value)
+    return value
 
 
 @triton.jit
@@ -38,8 +62,9 @@ def bootstrap_loss(
     BB: tl.constexpr,
     PAIR_QUERY: tl.constexpr,
 ):
-    """Sum over the cross blocks of KL(N(block) || N(its self block or anchor)); mean, variance [BB]
-    of block i M + j at that index.
+    """Sum over the cross blocks of KL(N(block) || N(its self block or anchor)).
+
+    mean and variance are [BB], with those of block (i, j) at index i M + j.
 
     KL = (r - 1 - ln r) / 2 + (mean - mean_s)^2 / (2 var_s), r = var / var_s: no square roots.
     """
@@ -74,7 +99,7 @@ def block_gradient(
     M: tl.constexpr,
     PAIR_QUERY: tl.constexpr,
 ):
-    """dL/dmean and dL/dstd of block (i, j): given, or those of the bootstrap loss times upstream.
+    """dL/dmean and dL/dstd of block (i, j), loaded, or those of the bootstrap loss times upstream.
 
     A sample whose loss is not used (upstream 0) may have undefined statistics.
     """

@@ -17,8 +17,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, plan, score_moments_per_head
-from .score_blocks import block_gradient, bootstrap_loss, find_block, score_gradient
+from . import launch, score_moments_per_head
+from . import score_moments_plan as plan
+from .score_blocks import (
+    BLOCK_I,
+    BLOCK_J,
+    COLUMN_TILES,
+    COLUMNS,
+    FIRST_COLUMN,
+    FIRST_ROW,
+    FIRST_TILE,
+    OFFSET,
+    PITCH,
+    ROWS,
+    ROWS_COUNT,
+    ROWS_TOKEN,
+    SOURCE_BLOCK,
+    SOURCE_COUNT,
+    SOURCE_OFFSET,
+    SOURCE_PITCH,
+    SOURCE_TOKEN,
+    block_gradient,
+    bootstrap_loss,
+    look_up,
+    row_of,
+    score_gradient,
+)
 
 
 @triton.jit
@@ -43,6 +67,16 @@ def _products(
 
 
 @triton.jit
+def _tile_offsets(i_t, i_block, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows and columns of a tile, counted from the first of its block."""
+    i_in_block = i_t - look_up(i_block, BLOCKS, FIRST_TILE)
+    across = look_up(i_block, BLOCKS, COLUMN_TILES)
+    o_m = i_in_block // across * BM + tl.arange(0, BM)
+    o_n = i_in_block % across * BN + tl.arange(0, BN)
+    return o_m, o_n
+
+
+@triton.jit
 def _tiles_kernel(
     p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H,
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -50,10 +84,10 @@ def _tiles_kernel(
 ):  # fmt: skip
     """A tile's mean and sum of squares about it, to tiles [B, tiles, 2]."""
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _, first, across, _, _, o_row, o_column, rows, columns, _, _ = find_block(i_t, BLOCKS)
-    o_m = (i_t - first) // across * BM + tl.arange(0, BM)
-    o_n = (i_t - first) % across * BN + tl.arange(0, BN)
-    m_m, m_n = o_m < rows, o_n < columns
+    i_block = row_of(i_t, BLOCKS)
+    o_m, o_n = _tile_offsets(i_t, i_block, BLOCKS, BM, BN)
+    m_m, m_n = o_m < look_up(i_block, BLOCKS, ROWS), o_n < look_up(i_block, BLOCKS, COLUMNS)
+    o_row, o_column = look_up(i_block, BLOCKS, FIRST_ROW), look_up(i_block, BLOCKS, FIRST_COLUMN)
     b_a = _products(
         p_q + i_b * sq_b, p_k + i_b * sk_b, sq_h, sq_t, sq_d, sk_h, sk_t, sk_d, H,
         o_row + o_m, o_column + o_n, m_m, m_n, D, BD, BM, BN, PRECISION,
@@ -82,19 +116,21 @@ def _merge_kernel(
     m_t = i_t < TILES
     tile_mean = tl.load(p_tiles + (i_s * TILES + i_t) * 2, mask=m_t, other=0.0)
     squares = tl.load(p_tiles + (i_s * TILES + i_t) * 2 + 1, mask=m_t, other=0.0)
-    index, first, across, _, _, _, _, rows, columns, _, _ = find_block(i_t, BLOCKS)
-    rows = tl.minimum(rows - (i_t - first) // across * BM, BM)
-    columns = tl.minimum(columns - (i_t - first) % across * BN, BN)
+    i_block = row_of(i_t, BLOCKS)
+    i_in_block = i_t - look_up(i_block, BLOCKS, FIRST_TILE)
+    across = look_up(i_block, BLOCKS, COLUMN_TILES)
+    rows = tl.minimum(look_up(i_block, BLOCKS, ROWS) - i_in_block // across * BM, BM)
+    columns = tl.minimum(look_up(i_block, BLOCKS, COLUMNS) - i_in_block % across * BN, BN)
     # tiles of other blocks are left out by selection: nan times 0 would spread
-    own = (index[None, :] == i_b[:, None]) & m_t[None, :]  # [BB, BT]
-    count = tl.where(own, (rows * columns).to(tl.float32)[None, :], 0.0)
+    m_own = (i_block[None, :] == i_b[:, None]) & m_t[None, :]  # [BB, BT]
+    count = tl.where(m_own, (rows * columns).to(tl.float32)[None, :], 0.0)
     total = tl.sum(count, axis=1)
-    tile_mean = tl.where(own, tile_mean[None, :], 0.0)
+    tile_mean = tl.where(m_own, tile_mean[None, :], 0.0)
     mean = tl.sum(count * tile_mean, axis=1) / total
     # once more on what is left: the first sum rounds at the size of the mean
-    mean += tl.sum(count * tl.where(own, tile_mean - mean[:, None], 0.0), axis=1) / total
-    shift = tl.where(own, tile_mean - mean[:, None], 0.0)
-    squares = tl.where(own, squares[None, :], 0.0) + count * shift * shift
+    mean += tl.sum(count * tl.where(m_own, tile_mean - mean[:, None], 0.0), axis=1) / total
+    shift = tl.where(m_own, tile_mean - mean[:, None], 0.0)
+    squares = tl.where(m_own, squares[None, :], 0.0) + count * shift * shift
     variance = c * c * (tl.sum(squares, axis=1) / (total - 1.0))
     mean *= c
     m_b = i_b < M * M
@@ -114,12 +150,12 @@ def _weighted_scores_kernel(
 ):  # fmt: skip
     """dL/dA of a tile over its block's scale, in the type of q, and the scale [B, blocks]."""
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    index, first, across, i, j, o_row, o_column, rows, columns, offset, pitch = find_block(
-        i_t, BLOCKS
-    )
-    o_m = (i_t - first) // across * BM + tl.arange(0, BM)
-    o_n = (i_t - first) % across * BN + tl.arange(0, BN)
+    i_block = row_of(i_t, BLOCKS)
+    i, j = look_up(i_block, BLOCKS, BLOCK_I), look_up(i_block, BLOCKS, BLOCK_J)
+    rows, columns = look_up(i_block, BLOCKS, ROWS), look_up(i_block, BLOCKS, COLUMNS)
+    o_m, o_n = _tile_offsets(i_t, i_block, BLOCKS, BM, BN)
     m_m, m_n = o_m < rows, o_n < columns
+    o_row, o_column = look_up(i_block, BLOCKS, FIRST_ROW), look_up(i_block, BLOCKS, FIRST_COLUMN)
     b_a = _products(
         p_q + i_b * sq_b, p_k + i_b * sk_b, sq_h, sq_t, sq_d, sk_h, sk_t, sk_d, H,
         o_row + o_m, o_column + o_n, m_m, m_n, D, BD, BM, BN, PRECISION,
@@ -138,58 +174,52 @@ def _weighted_scores_kernel(
     mean, std = tl.load(p_mean + o_stats + i * M + j), tl.load(p_std + o_stats + i * M + j)
     count = (rows * columns).to(tl.float32)
     scale, a, b = score_gradient(grad_mean, grad_std, std, c, count)
-    # columns up to the pitch are written, as 0: they meet tokens of nobody in the next launch
+    # store zeros in the padding columns, so that the next launch can read whole rows
     b_w = tl.where(m_n[None, :], a + b * (b_a - mean / c), 0.0)
-    p_w = p_work + i_b * s_work + offset + o_m[:, None] * pitch + o_n[None, :]
+    pitch = look_up(i_block, BLOCKS, PITCH)
+    p_work += i_b * s_work + look_up(i_block, BLOCKS, OFFSET)
+    p_w = p_work + o_m[:, None] * pitch + o_n[None, :]
     b_w = b_w.to(p_work.dtype.element_ty)
     tl.store(p_w, b_w, mask=m_m[:, None] & (o_n < pitch)[None, :])
-    if i_t == first:
-        tl.store(p_scale + i_b * len(BLOCKS) + index, scale)
+    if i_t == look_up(i_block, BLOCKS, FIRST_TILE):
+        tl.store(p_scale + i_b * len(BLOCKS) + i_block, scale)
 
 
 @triton.jit
 def _weighted_tokens(
     p_work, p_scale, p_y, p_out, sy_h, sy_t, sy_d, so_h, so_t, so_d, H, i_row, i_column,
-    ROWS: tl.constexpr, SOURCES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr, SOURCES: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of dq = sum over blocks of scale W k, or of dk = scale W' q, times BN columns."""
-    i_m, first, o_row, rows = i_row * 0, i_row * 0, i_row * 0, i_row * 0
-    for m in tl.static_range(len(ROWS)):
-        here = i_row >= ROWS[m][0]
-        i_m = tl.where(here, m, i_m)
-        first = tl.where(here, ROWS[m][0], first)
-        o_row = tl.where(here, ROWS[m][1], o_row)
-        rows = tl.where(here, ROWS[m][2], rows)
-    o_m = (i_row - first) * BM + tl.arange(0, BM)
+    """BM rows of dq = sum over blocks of scale W k, or with KEYS of dk = scale W' q, times BN
+    columns. SOURCES are the blocks of each term, a block a modality."""
+    MODALITIES: tl.constexpr = len(TOKEN_ROWS)
+    i_m = row_of(i_row, TOKEN_ROWS)
+    o_row, rows = look_up(i_m, TOKEN_ROWS, ROWS_TOKEN), look_up(i_m, TOKEN_ROWS, ROWS_COUNT)
+    o_m = (i_row - look_up(i_m, TOKEN_ROWS, FIRST_TILE)) * BM + tl.arange(0, BM)
     o_n = i_column * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     m_m, m_n = o_m < rows, o_n < H * D
     p_y += (o_n // D * sy_h + o_n % D * sy_d)[None, :]
     b_out = tl.zeros([BM, BN], tl.float32)
-    EACH: tl.constexpr = len(SOURCES) // len(ROWS)
-    for n in tl.static_range(EACH):
-        o_y, count, index, offset, pitch = i_row * 0, i_row * 0, i_row * 0, i_row * 0, i_row * 0
-        for m in tl.static_range(len(ROWS)):
-            o_y = tl.where(i_m == m, SOURCES[m * EACH + n][0], o_y)
-            count = tl.where(i_m == m, SOURCES[m * EACH + n][1], count)
-            index = tl.where(i_m == m, SOURCES[m * EACH + n][5 if KEYS else 2], index)
-            offset = tl.where(i_m == m, SOURCES[m * EACH + n][6 if KEYS else 3], offset)
-            pitch = tl.where(i_m == m, SOURCES[m * EACH + n][7 if KEYS else 4], pitch)
+    for n in tl.static_range(len(SOURCES) // MODALITIES):
+        i_s = n * MODALITIES + i_m
+        o_y, count = look_up(i_s, SOURCES, SOURCE_TOKEN), look_up(i_s, SOURCES, SOURCE_COUNT)
+        o_w, pitch = look_up(i_s, SOURCES, SOURCE_OFFSET), look_up(i_s, SOURCES, SOURCE_PITCH)
         b_part = tl.zeros([BM, BN], tl.float32)
         for o in range(0, count, BK):
             m_k = o + o_k < count
             if KEYS:
-                p_w = p_work + offset + (o + o_k)[None, :] * pitch + o_m[:, None]
+                p_w = p_work + o_w + (o + o_k)[None, :] * pitch + o_m[:, None]
                 m_w = (o_m < pitch)[:, None] & m_k[None, :]
             else:
-                p_w = p_work + offset + o_m[:, None] * pitch + (o + o_k)[None, :]
+                p_w = p_work + o_w + o_m[:, None] * pitch + (o + o_k)[None, :]
                 m_w = m_m[:, None] & (o + o_k < pitch)[None, :]
             b_w = tl.load(p_w, mask=m_w, other=0.0)
             p_rows = p_y + (o_y + o + o_k)[:, None] * sy_t
             b_y = tl.load(p_rows, mask=m_k[:, None] & m_n[None, :], other=0.0)
             b_part = tl.dot(b_w, b_y, b_part, input_precision=PRECISION)
-        b_out += tl.load(p_scale + index) * b_part
+        b_out += tl.load(p_scale + look_up(i_s, SOURCES, SOURCE_BLOCK)) * b_part
     p_out += (o_row + o_m)[:, None] * so_t + (o_n // D * so_h + o_n % D * so_d)[None, :]
     tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -198,8 +228,9 @@ def _weighted_tokens(
 def _token_gradients_kernel(
     p_work, p_scale, p_q, p_k, p_dq, p_dk, s_work, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d,
     sdq_b, sdq_h, sdq_t, sdq_d, sdk_b, sdk_h, sdk_t, sdk_d, H,
-    ROWS: tl.constexpr, SOURCES: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr, QUERY_SOURCES: tl.constexpr, KEY_SOURCES: tl.constexpr,
+    BLOCKS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every row of dq and dk is written once, by the program that sums it: no order to lose."""
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -210,12 +241,14 @@ def _token_gradients_kernel(
     if i_t % 2 == 0:
         _weighted_tokens(
             p_work, p_scale, p_k + i_b * sk_b, p_dq + i_b * sdq_b, sk_h, sk_t, sk_d,
-            sdq_h, sdq_t, sdq_d, H, i_row, i_column, ROWS, SOURCES, D, BM, BN, BK, PRECISION, False,
+            sdq_h, sdq_t, sdq_d, H, i_row, i_column, TOKEN_ROWS, QUERY_SOURCES, D, BM, BN, BK,
+            PRECISION, False,
         )  # fmt: skip
     else:
         _weighted_tokens(
             p_work, p_scale, p_q + i_b * sq_b, p_dk + i_b * sdk_b, sq_h, sq_t, sq_d,
-            sdk_h, sdk_t, sdk_d, H, i_row, i_column, ROWS, SOURCES, D, BM, BN, BK, PRECISION, True,
+            sdk_h, sdk_t, sdk_d, H, i_row, i_column, TOKEN_ROWS, KEY_SOURCES, D, BM, BN, BK,
+            PRECISION, True,
         )  # fmt: skip
 
 

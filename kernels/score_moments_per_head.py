@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, plan
+from . import launch
+from . import score_moments_per_head_plan as plan
 from .score_blocks import block_gradient, bootstrap_loss
 
 
@@ -233,10 +234,10 @@ def moments_and_loss(
     std = torch.empty_like(mean)
     if batch:
         sizes = batch, heads, spans, d
-        moments = plan.head_moments(launch.architecture(q), _half(q), *sizes, pair_query)
+        launch_plan = plan.moments(launch.architecture(q), _half(q), *sizes, pair_query)
         launch.run(
-            _moments_kernel, moments, q, k, mean, std, loss, anchor_mean, anchor_std, *q.stride(),
-            *k.stride(), scale,
+            _moments_kernel, launch_plan, q, k, mean, std, loss, anchor_mean, anchor_std,
+            *q.stride(), *k.stride(), scale,
         )  # fmt: skip
     return mean, std
 
@@ -250,9 +251,9 @@ def gradients(
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     if batch:
         which = launch.architecture(q), _half(q), batch, heads
-        gradients = plan.head_gradients(*which, spans, d, grad is None, pair_query)
+        launch_plan = plan.gradients(*which, spans, d, grad is None, pair_query)
         launch.run(
-            _gradient_kernel, gradients, q, k, dq, dk, grad, mean, std, anchor_mean, anchor_std,
+            _gradient_kernel, launch_plan, q, k, dq, dk, grad, mean, std, anchor_mean, anchor_std,
             grad_mean, grad_std, *q.stride(), *k.stride(), *dq.stride(), *dk.stride(),
             0 if grad is None else grad.stride(0), heads, scale,
         )  # fmt: skip

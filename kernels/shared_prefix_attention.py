@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, plan
+from . import launch
+from . import shared_prefix_attention_plan as plan
+from .launch_plan import Plan
 
 _SIZES = "Q", "P", "H"  # for one of 1 a loop unrolled would spill
 
@@ -312,7 +314,7 @@ def _packed(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _plan(find, q: Tensor, k: Tensor, prefix: Tensor, tiles: Tensor, heads: int) -> plan.Plan:
+def _plan(find, q: Tensor, k: Tensor, prefix: Tensor, tiles: Tensor, heads: int) -> Plan:
     batch, queries, width = q.shape
     return find(
         launch.architecture(q), q.dtype == torch.bfloat16, batch * heads, len(tiles) - 1,
@@ -330,7 +332,7 @@ def shared_prefix_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     launch.run(
-        _prefix_attention_kernel, _plan(plan.prefix_attention, q, k, prefix_k, tiles, heads),
+        _prefix_attention_kernel, _plan(plan.forward, q, k, prefix_k, tiles, heads),
         q, k, v, prefix_k, prefix_v, starts, tiles, out, lse,
         *_packed(q, k, v, prefix_k, prefix_v), queries, prefix_k.shape[1], heads, width // heads,
         scale,
@@ -350,7 +352,7 @@ def shared_prefix_attention_backward(
     count, size = len(tiles) - 1, prefix * width
     partial = torch.empty((batch, count, 2, size), dtype=torch.float32, device=q.device)
     launch.run(
-        _prefix_gradients_kernel, _plan(plan.prefix_gradients, q, k, prefix_k, tiles, heads),
+        _prefix_gradients_kernel, _plan(plan.gradients, q, k, prefix_k, tiles, heads),
         q, k, v, prefix_k, prefix_v, grad, out, lse, starts, tiles, dq, dk, dv, partial,
         *_packed(q, k, v, prefix_k, prefix_v), queries, tokens, prefix, heads, width // heads,
         count, scale,

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, plan
+from . import launch
+from . import total_variation_plan as plan
+from .launch_plan import integer
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def total_variation(maps: Tensor) -> Tensor:
     n, height, width = maps.shape
     if not maps.numel():
         return torch.zeros(n, dtype=torch.float32, device=maps.device)
-    strips = plan.map_strips(n, height, width)
+    strips = plan.strips(n, height, width)
     parts = torch.empty((n, strips.grid[0]), dtype=torch.float32, device=maps.device)
     launch.run(
         _strips_kernel, strips, maps, None, parts, None, *maps.stride(), 0, 0, n, height, width, 0
@@ -198,7 +200,7 @@ def total_variation_backward(upstream: Tensor, maps: Tensor) -> Tensor:
     if grad.numel():
         n, height, width = maps.shape
         launch.run(
-            _gradient_kernel, plan.map_gradient(n, height, width), upstream, maps, grad,
+            _gradient_kernel, plan.gradient(n, height, width), upstream, maps, grad,
             upstream.stride(0), *maps.stride(), *grad.stride()[:2], height, width,
         )  # fmt: skip
     return grad
@@ -218,8 +220,8 @@ def reliability_ensemble(
             *logits.stride(), n, height, width, classes, temperature,
         )  # fmt: skip
         return probability, tv, weights
-    strips = plan.map_strips(n, height, width, rows=True)
-    count = plan.size(strips.constants, "STRIPS")
+    strips = plan.strips(n, height, width, logits=True)
+    count = integer(strips.constants, "STRIPS")
     parts, rows = empty((n, count)), empty((2, n))
     launch.run(
         _strips_kernel, strips, maps, logits, parts, rows, *maps.stride(), *logits.stride(), n,

@@ -235,7 +235,7 @@ def compile_all(target: str, cases: dict) -> list[dict]:
 
 
 def problems(target: str, rows: list[dict]) -> list[str]:
-    limit = _kernels("plan").SHARED_MEMORY[target]
+    limit = _kernels("launch_plan").SHARED_MEMORY[target]
     lanes = TARGETS[target].warp_size
     found = []
     for row in rows:

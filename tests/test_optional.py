@@ -82,13 +82,14 @@ import importlib, importlib.util, sys
 # an installation of this very checkout finds them by itself
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
 import fasttta, fasttta.kernels, fasttta.csrc
-import fasttta.kernels.plan
+import fasttta.kernels.shared_prefix_attention_plan
 from pathlib import Path
 from fasttta.ops import native, shared_prefix_attention
 import torch
 assert Path(fasttta.__file__).parent.parent == Path(CLONE), fasttta.__file__
 assert len(native._sources()) > 5
-assert fasttta.kernels.plan.TILE_TOKENS == shared_prefix_attention.TILE_TOKENS
+plan = fasttta.kernels.shared_prefix_attention_plan
+assert plan.TILE_TOKENS == shared_prefix_attention.TILE_TOKENS
 assert fasttta.functional.entropy(torch.zeros(2, 3)).shape == (2,)
 assert importlib.util.find_spec("fasttta.tests") is None
 assert "kernels" not in sys.modules

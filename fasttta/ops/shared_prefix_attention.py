@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.plan import TILE_TOKENS
+from ..kernels.shared_prefix_attention_plan import TILE_TOKENS
 from .reference import wide
 
 

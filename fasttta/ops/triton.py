@@ -20,7 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernels import plan
+from ..kernels import (
+    flat_attention_plan,
+    score_moments_per_head_plan,
+    score_moments_plan,
+    shared_prefix_attention_plan,
+)
 from . import composite
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -104,15 +109,18 @@ def _not_for_scores(q: Tensor, k: Tensor, spans, scale, per_head, *anchors) -> s
     for x in anchors:
         if x is not None and (x.shape != shape or x.dtype != torch.float32):
             return f"it needs anchors {list(shape)} in float32, found {list(x.shape)} in {x.dtype}"
-    return plan.unsuitable(spans, q.shape[3], per_head)
+    if per_head:
+        return score_moments_per_head_plan.unsuitable(q.shape[3])
+    return score_moments_plan.unsuitable(spans)
 
 
 def _not_for_flat(*tensors: Tensor) -> str | None:
     if len({x.dtype for x in tensors if x.ndim == 4}) > 1:
         return f"it needs tensors of one dtype, found {[x.dtype for x in tensors]}"
     k = next(x for x in reversed(tensors) if x.ndim == 4)
-    if k.shape[-1] > plan.WIDEST_HEAD:
-        return f"it needs heads of at most {plan.WIDEST_HEAD} channels, found {k.shape[-1]}"
+    widest = flat_attention_plan.WIDEST_HEAD
+    if k.shape[-1] > widest:
+        return f"it needs heads of at most {widest} channels, found {k.shape[-1]}"
     if k.shape[0] * k.shape[1] > 65535:
         return f"it needs at most 65535 heads, found {k.shape[0]} samples of {k.shape[1]}"
     return None
@@ -125,9 +133,11 @@ def _not_for_prefix(q: Tensor, longest: int, heads: int, *tensors: Tensor) -> st
         return f"it needs tensors of one dtype, found {types}"
     if starts.dtype != torch.int32 or tiles.dtype != torch.int32:
         return f"it needs starts and tiles in int32, found {starts.dtype} and {tiles.dtype}"
-    if longest > plan.TILE_TOKENS:
-        return f"it needs sequences of at most {plan.TILE_TOKENS} tokens, found {longest}"
-    d, widest = q.shape[2] // heads, plan.widest_prefix_head(q.dtype == torch.bfloat16)
+    most = shared_prefix_attention_plan.TILE_TOKENS
+    if longest > most:
+        return f"it needs sequences of at most {most} tokens, found {longest}"
+    half = q.dtype == torch.bfloat16
+    d, widest = q.shape[2] // heads, shared_prefix_attention_plan.widest_head(half)
     if d > widest:
         return f"it needs heads of at most {widest} channels in {q.dtype}, found {d}"
     if len(q) * heads > 65535:

@@ -40,8 +40,8 @@ FAULTS = [
     (
         "triton-top-k-ties",
         "kernels/entropies.py",
-        "tl.cumsum(tied.to(tl.int32), axis=0) <= left",
-        "tl.cumsum(tied.to(tl.int32), axis=0) < left",
+        "tl.cumsum(m_tied.to(tl.int32), axis=0) <= left",
+        "tl.cumsum(m_tied.to(tl.int32), axis=0) < left",
         "kernels/test_adaptation_head.py::test_head[in-one-piece-(2, 309)-random]",
     ),
     (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasttta.kernels import plan
+from fasttta.kernels import adaptation_head_plan, entropies_plan, launch_plan
 from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, among_nan, check, poisoned  # noqa: F401
 
 # every kind of row at a length of several chunks, fewer of the short ones
@@ -38,16 +38,19 @@ def _weight(n):
 def chunked(request, monkeypatch):
     """Rows that stay in registers, or the kernels of rows that do not, with short chunks."""
     if request.param:
-        monkeypatch.setattr(plan, "ROW_CLASSES", 0)
-        constants = {"BC": 128}
-        for name in ("large_samples", "large_gradient"):
-            whole = getattr(plan, name)
+        monkeypatch.setattr(entropies_plan, "ROW_CLASSES", 0)
+        for module, name in (
+            (entropies_plan, "long_rows"),
+            (entropies_plan, "long_row_gradient"),
+            (adaptation_head_plan, "long_gradient"),
+        ):
+            full = getattr(module, name)
 
-            def small(*args, whole=whole):
-                found = whole(*args)
-                return plan.Plan(found.grid, found.constants | constants, found.warps)
+            def small(*args, full=full):
+                plan = full(*args)
+                return launch_plan.Plan(plan.grid, plan.constants | {"BC": 128}, plan.warps)
 
-            monkeypatch.setattr(plan, name, small)
+            monkeypatch.setattr(module, name, small)
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES, ids=str)
@@ -115,7 +118,7 @@ def test_rows_of_several_chunks():
 
 def test_many_samples_a_program(monkeypatch):
     """Sums over samples in parts, the last of them not full."""
-    monkeypatch.setattr(plan, "HEAD_PARTS", 3)
+    monkeypatch.setattr(adaptation_head_plan, "MOST_PARTS", 3)
     check("adaptation_head", _logits(8, 9), 3, 1.0, 1.0, False, 1e-6, _weight(8))
 
 

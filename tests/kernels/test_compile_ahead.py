@@ -36,7 +36,7 @@ def test_core(target):
     assert found["problems"] == []
     assert {row["kernel"] for row in found["kernels"]} == {
         "_tiles_kernel", "_merge_kernel", "_weighted_scores_kernel", "_token_gradients_kernel",
-        "_moments_kernel", "_gradient_kernel", "_rows_kernel", "_batch_kernel", "_samples_kernel",
+        "_moments_kernel", "_gradient_kernel", "_rows_kernel", "_balance_kernel", "_samples_kernel",
         "_columns_kernel", "_strips_kernel", "_ensemble_kernel", "_small_kernel",
         "_row_attention_kernel", "_weigh_rows_kernel", "_sums_kernel",
         "_attention_gradients_kernel", "_prefix_attention_kernel", "_prefix_gradients_kernel",

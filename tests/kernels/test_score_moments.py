@@ -5,7 +5,8 @@ from __future__ import annotations
 import kernels_here
 import pytest
 import torch
-from fasttta.kernels import plan
+from fasttta.kernels import score_moments_per_head_plan
+from fasttta.kernels import score_moments_plan as plan
 from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, among_nan, check, poisoned  # noqa: F401
 
 # batch, heads, spans, head dim: odd on every axis, sizes of 1 and 2, three modalities, one
@@ -91,7 +92,7 @@ def test_long_heads():
     composite serves."""
     q, k = _qk(1, 2, (12, 9), 130)
     _bootstrap(q, k, _options(q, (12, 9), False))
-    assert "64 channels" in plan.unsuitable([12, 9], 130, True)
+    assert "64 channels" in score_moments_per_head_plan.unsuitable(130)
     _bootstrap(q, k, _options(q, (12, 9), True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasttta.kernels import plan
+from fasttta.kernels import total_variation_plan as plan
 from kernels_here import DEVICE, KERNELS, among_nan, check, poisoned  # noqa: F401
 
 # one row, one column, one pixel, less and more than a tile on either axis

@@ -27,8 +27,10 @@ if not NATIVE:
 import triton
 from fasttta.kernels import (
     adaptation_head,
+    adaptation_head_large,
     attention_bootstrap,
     entropies,
+    entropies_large,
     flat_attention,
     score_moments,
     score_moments_per_head,
@@ -119,8 +121,9 @@ def poisoned(monkeypatch):
         return guarded(tuple(x.shape), meta.stride(), x.dtype, x.device)
 
     for module in (
-        adaptation_head, adaptation_head.large, attention_bootstrap, entropies, flat_attention,
-        score_moments, score_moments_per_head, shared_prefix_attention, total_variation,
+        adaptation_head, adaptation_head_large, attention_bootstrap, entropies, entropies_large,
+        flat_attention, score_moments, score_moments_per_head, shared_prefix_attention,
+        total_variation,
     ):  # fmt: skip
         monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
     yield
