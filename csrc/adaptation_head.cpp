@@ -4,13 +4,15 @@
 // balance = entropy of the class distribution m, m = sum_i w_i p_i / sum w, or
 // softmax(sum_i w_i p_i). Two sweeps: predictions, principal terms and the sums over samples;
 // then the balance term's gradient, which needs those sums.
+#include "class_selection.h"
 #include "rows.h"
+#include "sums.h"
 
 namespace fasttta {
 namespace {
 
-// Balance entropy of the class sums m [c]; leaves in m what its gradient on a sample's logits,
-// w p (h - <p, h>), takes as h.
+// Returns the balance entropy of the class sums m [c], and writes h over m: the balance's gradient on
+// a sample's logits is w p (h - <p, h>).
 template <typename A>
 A balance(A* m, A mass, bool softmax_sum, int64_t c) {
   std::vector<A> space(c);
@@ -30,14 +32,6 @@ A balance(A* m, A mass, bool softmax_sum, int64_t c) {
     m[j] = softmax_sum ? m[j] * (space[j] - value) : space[j] / mass;
   }
   return value;
-}
-
-template <typename A>
-A dot(const A* a, const A* b, int64_t c) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < c; ++j) sum += a[j] * b[j];
-  return sum;
 }
 
 template <typename A>

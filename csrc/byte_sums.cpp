@@ -1,6 +1,8 @@
 // Checksums of a tensor's bytes, as fast as memory can be read. The computation and what it notices
 // are described in fasttta/ops/byte_sums.py, whose PyTorch calls give the same numbers.
-#include "numbers.h"
+#include <cstring>
+
+#include "tensors.h"
 
 namespace fasttta {
 namespace {

@@ -1,4 +1,5 @@
 // Entropy and principal entropy of each sample, and their gradients.
+#include "class_selection.h"
 #include "rows.h"
 
 namespace fasttta {
@@ -18,8 +19,8 @@ A entropy_of(const A* z, const A* p, Normaliser<A> by, int64_t c) {
   return sum;
 }
 
-// Calls f(i, z, p, by, keys, space) for each row: its logits and predictions, ln p's constants, and
-// room for c keys and c numbers.
+// Calls f(i, z, p, by, keys, space) for each row: its logits and predictions, the constants of ln p,
+// and room for c keys and c numbers.
 template <typename A, typename F>
 void each_row(const Tensor& logits, const F& f) {
   const int64_t n = logits.size(0), c = logits.size(1);
@@ -47,12 +48,12 @@ Tensor on_logits(const Tensor& logits, int64_t k, F&& f) {
 Tensor entropy(const Tensor& logits) {
   return on_logits(logits, 1, [](auto element, const Tensor& z) {
     using A = decltype(element);
-    const Tensor found = empty_wide<A>(z, {z.size(0)});
-    A* out = found.template mutable_data_ptr<A>();
+    const Tensor values = empty_wide<A>(z, {z.size(0)});
+    A* out = values.template mutable_data_ptr<A>();
     each_row<A>(z, [&](int64_t i, const A* row, const A* p, auto by, auto*, A*) {
       out[i] = entropy_of(row, p, by, z.size(1));
     });
-    return found;
+    return values;
   });
 }
 
@@ -60,9 +61,9 @@ Tensor entropy_backward(const Tensor& grad, const Tensor& logits) {
   return on_logits(logits, 1, [&](auto element, const Tensor& z) {
     using A = decltype(element);
     const int64_t c = z.size(1);
-    const Tensor up = dense<A>(grad), found = torch::stable::new_empty(z, z.sizes());
+    const Tensor up = dense<A>(grad), result = torch::stable::new_empty(z, z.sizes());
     const A* scale = up.template const_data_ptr<A>();
-    const Rows<A> out(found, c);
+    const Rows<A> out(result, c);
     each_row<A>(z, [&](int64_t i, const A* row, const A* p, auto by, auto*, A* space) {
       const A value = entropy_of(row, p, by, c), by_row = scale[i];
       A* target = out.slot(i, space);
@@ -70,9 +71,9 @@ Tensor entropy_backward(const Tensor& grad, const Tensor& logits) {
       for (int64_t j = 0; j < c; ++j) {
         target[j] = by_row * (term(row[j], p[j], by) - p[j] * value);
       }
-      out.written(i, target);
+      out.write(i, target);
     });
-    return found;
+    return result;
   });
 }
 
@@ -80,14 +81,14 @@ Tensor principal_entropy(const Tensor& logits, int64_t k, double eps) {
   return on_logits(logits, k, [&](auto element, const Tensor& z) {
     using A = decltype(element);
     const int64_t c = z.size(1);
-    const Tensor found = empty_wide<A>(z, {z.size(0)});
-    A* out = found.template mutable_data_ptr<A>();
+    const Tensor values = empty_wide<A>(z, {z.size(0)});
+    A* out = values.template mutable_data_ptr<A>();
     each_row<A>(z, [&](int64_t i, const A* row, const A* p, auto, auto* keys, A* space) {
       const auto selected = select(row, keys, c, k);
       A inner;
       out[i] = principal(p, keys, selected, A(eps), space, c, &inner);
     });
-    return found;
+    return values;
   });
 }
 
@@ -96,9 +97,9 @@ Tensor principal_entropy_backward(
   return on_logits(logits, k, [&](auto element, const Tensor& z) {
     using A = decltype(element);
     const int64_t c = z.size(1);
-    const Tensor up = dense<A>(grad), found = torch::stable::new_empty(z, z.sizes());
+    const Tensor up = dense<A>(grad), result = torch::stable::new_empty(z, z.sizes());
     const A* scale = up.template const_data_ptr<A>();
-    const Rows<A> out(found, c);
+    const Rows<A> out(result, c);
     each_row<A>(z, [&](int64_t i, const A* row, const A* p, auto, auto* keys, A* space) {
       const auto selected = select(row, keys, c, k);
       A inner;
@@ -109,9 +110,9 @@ Tensor principal_entropy_backward(
       for (int64_t j = 0; j < c; ++j) {
         target[j] = by_row * (space[j] - p[j] * inner);
       }
-      out.written(i, target);
+      out.write(i, target);
     });
-    return found;
+    return result;
   });
 }
 

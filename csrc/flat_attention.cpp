@@ -1,15 +1,16 @@
 // RAda's attention, K softmax(all pairs of scores of a head) v, and its gradients.
 //
 // It is a row softmax whose rows are then weighted with K times the softmax over rows of their
-// log-sum-exp. That is kept as its maximum and the rest: at scores of some hundred (RAda with CoOp)
-// their rounded sum would cost 4 digits of the exponentials in float32.
-#include "softmax_attention.h"
+// log-sum-exp. The log-sum-exp is kept as its maximum and the rest: at scores of some hundred (RAda
+// with CoOp) their rounded sum would cost 4 digits of the exponentials in float32.
 #include "rows.h"
+#include "softmax_attention.h"
+#include "sums.h"
 
 namespace fasttta {
 namespace {
 
-// Rows' shares of the sum of all n x n exponentials, n times.
+// Writes n times each row's share of the sum of all n x n exponentials.
 template <typename A>
 void weigh(const A* top, const A* rest, int64_t n, A* share) {
   A most = -std::numeric_limits<A>::infinity();
@@ -19,7 +20,7 @@ void weigh(const A* top, const A* rest, int64_t n, A* share) {
   for (int64_t i = 0; i < n; ++i) share[i] *= n;
 }
 
-// The sum over heads' rows of grad * out, by n.
+// The sum over a head's rows of grad * out, divided by n.
 template <typename A>
 double mean_of(const Heads<A>& grad, const Heads<A>& out, int64_t b, int64_t h, int64_t n,
                int64_t d) {
@@ -32,32 +33,18 @@ double mean_of(const Heads<A>& grad, const Heads<A>& out, int64_t b, int64_t h, 
   return sum / n;
 }
 
-// The sum over the batch of [B, ...], in its order: [1, ...].
+// The sum over the batch of [B, H, K, d]: [1, H, K, d].
 template <typename A>
-Tensor summed(const Tensor& parts) {
-  const Tensor total = torch::stable::new_empty(
-      parts, std::vector<int64_t>{1, parts.size(1), parts.size(2), parts.size(3)});
-  const int64_t batch = parts.size(0), n = total.numel();
-  const A* from = parts.const_data_ptr<A>();
-  A* to = total.mutable_data_ptr<A>();
-  torch::stable::parallel_for(0, n, 1 << 14, [&](int64_t begin, int64_t end) {
-    std::fill(to + begin, to + end, A(0));
-    for (int64_t b = 0; b < batch; ++b) {
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) to[i] += from[b * n + i];
-    }
-  });
+Tensor sum_over_batch(const Tensor& parts) {
+  const Tensor total = empty_wide<A>(parts, {1, parts.size(1), parts.size(2), parts.size(3)});
+  sum_parts(parts.const_data_ptr<A>(), 1, parts.size(0), total.numel(),
+            total.mutable_data_ptr<A>());
   return total;
 }
 
-// A tensor as the kernels read it, if they compute in A what it holds.
 template <typename A>
-Tensor wide(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4, name, " must be [B, H, K, d]");
-  by_type(x, name, [&](auto a) {
-    STD_TORCH_CHECK((std::is_same_v<decltype(a), A>), name, " must be of k's precision");
-  });
-  return readable<A>(x);
+Tensor readable_heads(const Tensor& x, const char* name) {
+  return readable_as_k<A>(x, name, 4, "[B, H, K, d]");
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -69,15 +56,11 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
   }
 }
 
-Tensor narrow(const Tensor& x, const Tensor& like) {
-  return torch::stable::to(x, std::make_optional(like.scalar_type()));
-}
-
 std::tuple<Tensor, Tensor, Tensor> flat_attention(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, double scale) {
   return by_type(k_, "k", [&](auto a) {
     using A = decltype(a);
-    const Tensor q = wide<A>(q_, "q"), k = wide<A>(k_, "k"), v = wide<A>(v_, "v");
+    const Tensor q = readable_heads<A>(q_, "q"), k = readable_heads<A>(k_, "k"), v = readable_heads<A>(v_, "v");
     check(q, k, v);
     const int64_t n = k.size(2), d = k.size(3), heads = k.size(0) * k.size(1);
     const std::vector<int64_t> rows{k.size(0), k.size(1), n};
@@ -98,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> flat_attention(
         for (int64_t c = 0; c < d; ++c) x[i * d + c] *= factor;
       }
     });
-    return std::tuple<Tensor, Tensor, Tensor>(narrow(out, v_), top, rest);
+    return std::tuple<Tensor, Tensor, Tensor>(in_type_of(v_, out), top, rest);
   });
 }
 
@@ -107,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> flat_attention_backward(
     const Tensor& top_, const Tensor& rest_, double scale) {
   return by_type(k_, "k", [&](auto a) {
     using A = decltype(a);
-    const Tensor grad = wide<A>(grad_, "grad"), q = wide<A>(q_, "q"), k = wide<A>(k_, "k"),
-                 v = wide<A>(v_, "v"), out = wide<A>(out_, "out"), top = dense<A>(top_),
+    const Tensor grad = readable_heads<A>(grad_, "grad"), q = readable_heads<A>(q_, "q"), k = readable_heads<A>(k_, "k"),
+                 v = readable_heads<A>(v_, "v"), out = readable_heads<A>(out_, "out"), top = dense<A>(top_),
                  rest = dense<A>(rest_);
     check(q, k, v);
     const int64_t heads = k.size(1), n = k.size(2), d = k.size(3);
@@ -136,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> flat_attention_backward(
     attend_backward<A>(grad, q, k, v, static_cast<A>(scale), dq, dk, dv, weights);
     const bool shared = q.size(0) != k.size(0);
     return std::tuple<Tensor, Tensor, Tensor>(
-        narrow(shared ? summed<A>(dq) : dq, q_), narrow(dk, k_), narrow(dv, v_));
+        in_type_of(q_, shared ? sum_over_batch<A>(dq) : dq), in_type_of(k_, dk),
+        in_type_of(v_, dv));
   });
 }
 

@@ -1,16 +1,17 @@
 // CLIP's activation, x sigmoid(1.702 x), and its gradient, in one pass over memory each.
 #include <algorithm>
 
-#include "numbers.h"
+#include "exponential.h"
+#include "tensors.h"
 
 namespace fasttta {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // numbers that are read, computed and written together
 
-// sigmoid(1.702 x); exp_ is for arguments up to 0.
+// Returns sigmoid(1.702 x). exp_ is for arguments up to 0.
 template <typename A>
-inline A share(A x) {
+inline A sigmoid(A x) {
   const A z = A(1.702) * x;
   const A e = exp_(z < 0 ? z : -z);
   return (z < 0 ? e : A(1)) / (1 + e);
@@ -29,7 +30,8 @@ void over_chunks(int64_t n, F&& f) {
   });
 }
 
-// Numbers from `first` on in the type of arithmetic, by way of `space` where they have another.
+// Reads n numbers from `first` on in the type of arithmetic: converted into `space` where x has
+// another type.
 template <typename A>
 const A* read(const Tensor& x, int64_t first, int64_t n, A* space) {
   const char* const data = static_cast<const char*>(x.data_ptr());
@@ -45,6 +47,7 @@ const A* read(const Tensor& x, int64_t first, int64_t n, A* space) {
   }
 }
 
+// Writes n numbers in the type of x.
 template <typename A>
 void write(const A* values, const Tensor& x, int64_t first, int64_t n) {
   char* const data = static_cast<char*>(x.data_ptr());
@@ -67,7 +70,7 @@ Tensor quick_gelu(const Tensor& x) {
       A space[kChunk], values[kChunk];
       const A* const from = read<A>(x, first, n, space);
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) values[i] = from[i] * share(from[i]);
+      for (int64_t i = 0; i < n; ++i) values[i] = from[i] * sigmoid(from[i]);
       write<A>(values, y, first, n);
     });
   });
@@ -87,7 +90,7 @@ Tensor quick_gelu_backward(const Tensor& grad, const Tensor& x) {
       const A *const from = read<A>(x, first, n, space), *const up = read<A>(grad, first, n, more);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const A s = share(from[i]);
+        const A s = sigmoid(from[i]);
         values[i] = up[i] * (s + A(1.702) * from[i] * s * (1 - s));
       }
       write<A>(values, y, first, n);

@@ -1,11 +1,13 @@
-// Moments of each block of a tile of scores, and the tile's gradient from theirs, in its place.
+// Moments of each block of a tile of scores, and the gradient of the scores from that of the moments,
+// which is written over the scores. PyTorch takes the products before and after.
 //
 // A chunk of a row is centred while it is in the first cache, and chunks are merged by their means
 // (Chan, Golub & LeVeque 1979): memory is read once and nothing cancels. Which numbers are summed
 // together, and in which order, is a matter of sizes alone, not of threads.
 #include <algorithm>
+#include <cmath>
 
-#include "numbers.h"
+#include "tensors.h"
 
 namespace fasttta {
 namespace {
@@ -44,7 +46,7 @@ inline Moments moments(const A* x, int64_t n) {
     rest += d;
     squares += d * d;
   }
-  // the centre is rounded: what that left in the sums is taken out of them
+  // the centre is rounded: correct the sums for the rest
   const double left = std::isfinite(centre) ? static_cast<double>(rest) / n : 0;
   const double exact = squares - left * rest;
   return {static_cast<double>(n), centre + left, exact < 0 ? 0 : exact};
@@ -79,8 +81,8 @@ class Tile {
 
   int64_t strips() const { return batch * static_cast<int64_t>(strips_.size()); }
 
-  // Calls f(strip and column span, block of the batch, first number, numbers of a row, rows) for
-  // what each strip has of each block.
+  // Calls f(part, block of the batch, first number, numbers of a row, rows) for the part of each
+  // block that lies in each strip.
   template <typename F>
   void in_parallel(F&& f) const {
     const int64_t each = static_cast<int64_t>(strips_.size());
@@ -97,18 +99,18 @@ class Tile {
     });
   }
 
-  // One value of every block of the batch from those of its strips, in their order.
+  // Returns one value for every block of the batch: those of its parts, added in their order.
   template <typename T, typename F>
   std::vector<T> gathered(const std::vector<T>& parts, F&& add) const {
-    std::vector<T> found(batch * blocks);
+    std::vector<T> values(batch * blocks);
     for (int64_t unit = 0; unit < strips(); ++unit) {
       const int64_t each = static_cast<int64_t>(strips_.size());
       const int64_t block = unit / each * blocks + strips_[unit % each].block;
       for (size_t j = 0; j < columns.size(); ++j) {
-        add(found[block + j], parts[unit * columns.size() + j]);
+        add(values[block + j], parts[unit * columns.size() + j]);
       }
     }
-    return found;
+    return values;
   }
 
  private:
@@ -143,22 +145,22 @@ std::tuple<Tensor, Tensor> block_moments(
         }
       }
     });
-    const std::vector<Moments> found =
+    const std::vector<Moments> of_blocks =
         tile.gathered(parts, [](Moments& all, const Moments& part) { all.merge(part); });
     const std::vector<int64_t> shape{tile.batch, static_cast<int64_t>(rows.size()),
                                      static_cast<int64_t>(columns.size())};
     const Tensor mean = empty_wide<A>(scores, shape), std = empty_wide<A>(scores, shape);
     A *means = mean.template mutable_data_ptr<A>(), *stds = std.template mutable_data_ptr<A>();
-    for (size_t i = 0; i < found.size(); ++i) {
-      means[i] = static_cast<A>(scale * found[i].mean);
+    for (size_t i = 0; i < of_blocks.size(); ++i) {
+      means[i] = static_cast<A>(scale * of_blocks[i].mean);
       stds[i] =
-          static_cast<A>(std::abs(scale) * std::sqrt(found[i].squares / (found[i].n - 1)));
+          static_cast<A>(std::abs(scale) * std::sqrt(of_blocks[i].squares / (of_blocks[i].n - 1)));
     }
     return std::tuple<Tensor, Tensor>(mean, std);
   });
 }
 
-// slope: the gradient on a block's std, by that std.
+// slope is the gradient on a block's std, divided by that std.
 void block_moments_backward(
     const Tensor& grad_mean, const Tensor& slope, std::vector<int64_t> rows,
     std::vector<int64_t> columns, double scale, const Tensor& scores) {

@@ -3,14 +3,15 @@
 //
 // With mean tokens q, k and population covariances, var = c^2 (q'C_K q + k'C_Q k + <C_Q, C_K>): no
 // term is negative. A head's tokens are read once, into the cache, and centred there.
-#include "softmax_attention.h"
+#include "heads.h"
+#include "sums.h"
 
 namespace fasttta {
 namespace {
 
 constexpr int64_t kChunk = 64;  // tokens whose products with each other are taken at a time
 
-// Tokens of [B, H, T, d] in its own type; strides are free but the last, which is 1.
+// Reads and writes tokens of a tensor [B, H, T, d] of any type, and any strides but the last, 1.
 template <typename A>
 class Tokens {
  public:
@@ -39,7 +40,7 @@ class Tokens {
     }
   }
 
-  void ahead(int64_t b, int64_t h, int64_t t) const {
+  void fetch(int64_t b, int64_t h, int64_t t) const {
     if (type_ == type_of<A>) prefetch(at<A>(b, h, t), d_);
   }
 
@@ -100,7 +101,7 @@ struct Side {
       std::fill(total.begin(), total.end(), 0.0);
       for (int64_t t = 0; t < n; ++t) {  // sums of a few in A, those in double
         A* row = rows + t * s.width;
-        if (first + t + kAhead < s.tokens) x.ahead(b, h, first + t + kAhead);
+        if (first + t + kAhead < s.tokens) x.fetch(b, h, first + t + kAhead);
         x.read(b, h, first + t, row);
         std::fill(row + s.d, row + s.width, A(0));
         A* sum = part.data();
@@ -131,19 +132,11 @@ struct Side {
   }
 };
 
-template <typename A>
-double dot(const A* x, const A* y, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < n; ++c) sum += static_cast<double>(x[c]) * y[c];
-  return sum;
-}
-
 // x'Cx
 template <typename A>
 double form(const A* x, const A* covariance, const Shape& s) {
   double sum = 0;
-  for (int64_t c = 0; c < s.d; ++c) sum += x[c] * dot(x, covariance + c * s.width, s.d);
+  for (int64_t c = 0; c < s.d; ++c) sum += x[c] * dot_in_double(x, covariance + c * s.width, s.d);
   return sum;
 }
 
@@ -167,10 +160,10 @@ std::tuple<Tensor, Tensor> head_moments(
             const A *xm = x.mean(s, i), *ym = y.mean(s, j), *xc = x.covariance(s, i),
                     *yc = y.covariance(s, j);
             const double variance =
-                form(xm, yc, s) + form(ym, xc, s) + dot(xc, yc, s.d * s.width);
+                form(xm, yc, s) + form(ym, xc, s) + dot_in_double(xc, yc, s.d * s.width);
             const double n = static_cast<double>(spans[i]) * static_cast<double>(spans[j]);
             const int64_t at = (unit * m + i) * m + j;
-            means[at] = static_cast<A>(scale * dot(xm, ym, s.d));
+            means[at] = static_cast<A>(scale * dot_in_double(xm, ym, s.d));
             stds[at] = static_cast<A>(
                 std::abs(scale) * std::sqrt((variance < 0 ? 0 : variance) * (n / (n - 1))));
           }
@@ -182,21 +175,22 @@ std::tuple<Tensor, Tensor> head_moments(
   });
 }
 
-// dq_i = c n_j (alpha k + beta c (C_K q_i + ((q_i - q)'k) k)): a product of the centred tokens with
-// a matrix, and a constant. `other` has the tokens on the scores' other side.
+// Writes dq_i = c n_j (alpha k + beta c (C_K q_i + ((q_i - q)'k) k)), the product of the centred
+// tokens with a matrix, plus a constant; or dk, with the sides exchanged.
 template <typename A, typename F>
-void gradient(const Shape& s, const Side<A>& own, const Side<A>& other, bool self_blocks,
+void gradient(const Shape& s, const Side<A>& side, const Side<A>& other, bool self_blocks,
               F&& coefficients, A* matrix, A* constant, A* rows, const Tokens<A>& out, int64_t b,
               int64_t h) {
   int64_t first = 0;
   for (int64_t i = 0; i < s.count(); first += s.spans[i++]) {
-    const A* centre = own.mean(s, i);
+    const A* centre = side.mean(s, i);
     std::fill_n(matrix, s.d * s.width, A(0));
     std::fill_n(constant, s.width, A(0));
     for (int64_t j = 0; j < s.count(); ++j) {
       if (i == j && !self_blocks) continue;
-      const std::pair<A, A> found = coefficients(i, j);  // by name: Clang's OpenMP wants it
-      const A alpha = found.first, beta = found.second;
+      // no structured binding: Clang's OpenMP captures none
+      const std::pair<A, A> factors = coefficients(i, j);
+      const A alpha = factors.first, beta = factors.second;
       const A *mean = other.mean(s, j), *covariance = other.covariance(s, j);
       for (int64_t c = 0; c < s.d; ++c) {
         const A* row = covariance + c * s.width;
@@ -204,7 +198,7 @@ void gradient(const Shape& s, const Side<A>& own, const Side<A>& other, bool sel
         const A factor = beta * mean[c];
 #pragma omp simd
         for (int64_t e = 0; e < s.width; ++e) to[e] += beta * row[e] + factor * mean[e];
-        constant[c] += static_cast<A>(alpha * mean[c] + beta * dot(centre, row, s.d));
+        constant[c] += static_cast<A>(alpha * mean[c] + beta * dot_in_double(centre, row, s.d));
       }
     }
     if (s.count() == 1 && !self_blocks) {  // without gradient, whatever the tokens are
@@ -213,7 +207,7 @@ void gradient(const Shape& s, const Side<A>& own, const Side<A>& other, bool sel
     }
     for (int64_t t = 0; t < s.spans[i]; t += kRows) {
       const int64_t n = std::min(kRows, s.spans[i] - t);
-      const A* some = own.tokens + (first + t) * s.width;
+      const A* some = side.tokens + (first + t) * s.width;
       product<A>({some, s.width, 1}, n, matrix, s.width, kPanel<A>, s.d, false, rows, s.width,
                  s.width);
       for (int64_t r = 0; r < n; ++r) {
@@ -226,7 +220,7 @@ void gradient(const Shape& s, const Side<A>& own, const Side<A>& other, bool sel
   }
 }
 
-// slope: the gradient on a block's std, by that std.
+// slope is the gradient on a block's std, divided by that std.
 void head_moments_backward(
     const Tensor& grad_mean, const Tensor& slope, const Tensor& q, const Tensor& k,
     std::vector<int64_t> spans, double scale, bool self_blocks, const Tensor& grad_q,

@@ -1,4 +1,4 @@
-// Causal attention of packed sequences that begin alike, and its gradients.
+// Causal attention of packed sequences that share a prefix, and its gradients.
 //
 // Sequences are a few tokens long (class names of a vision-language model): scores are dot products
 // and sums over keys or queries stay in registers, which is 2.5 times faster than packing columns
@@ -6,7 +6,9 @@
 // first cache, and a query meets no key that it does not see.
 #include <initializer_list>
 
-#include "softmax_attention.h"
+#include "exponential.h"
+#include "heads.h"
+#include "sums.h"
 
 namespace fasttta {
 namespace {
@@ -24,7 +26,7 @@ struct Rows3 {
 };
 
 template <typename A>
-inline A dot(const A* x, const A* y, int64_t d) {
+inline A dot_by_vectors(const A* x, const A* y, int64_t d) {
   Vector<A> sums{};
   int64_t c = 0;
   for (; c + kLanes<A> <= d; c += kLanes<A>) sums += load(x + c) * load(y + c);
@@ -40,7 +42,7 @@ inline void add(A factor, const A* x, int64_t d, A* y) {
   for (; c < d; ++c) y[c] += factor * x[c];
 }
 
-// y = the sum over keys of f(j) rows(j), N vectors of channels at a time.
+// Writes y, the sum over keys of f(j) rows(j), N vectors of channels at a time.
 template <int N, typename A, typename F, typename R>
 inline void mix_vectors(int64_t n, F&& f, R&& rows, A* y) {
   Vector<A> sums[N] = {};
@@ -52,6 +54,7 @@ inline void mix_vectors(int64_t n, F&& f, R&& rows, A* y) {
   for (int i = 0; i < N; ++i) store(y + i * kLanes<A>, sums[i]);
 }
 
+// The same for d channels.
 template <typename A, typename F, typename R>
 inline void mix(int64_t n, int64_t d, F&& f, R&& rows, A* y) {
   int64_t c = 0;
@@ -68,7 +71,7 @@ inline void mix(int64_t n, int64_t d, F&& f, R&& rows, A* y) {
   }
 }
 
-// f(d), where that is a compiler's constant for the heads that CLIP has.
+// Calls f(d), with a constant of the compiler for the heads that CLIP has.
 template <typename F>
 inline void by_width(int64_t d, F&& f) {
   if (d == 64) {
@@ -78,12 +81,7 @@ inline void by_width(int64_t d, F&& f) {
   }
 }
 
-template <typename A>
-inline A faint(A x) {  // exp, and 0 where products of it with small numbers might be denormal
-  return x < kLeast<A> ? A(0) : exp_(x);
-}
-
-// What forward and backward are called with.
+// The arguments of forward and backward, checked.
 template <typename A>
 struct Packed {
   Tensor q, k, v, prefix_k, prefix_v;
@@ -93,8 +91,8 @@ struct Packed {
 
   Packed(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& prefix_k_,
          const Tensor& prefix_v_, const Tensor& starts_, const Tensor& tiles_, int64_t heads_)
-      : q(wide(q_, "q")), k(wide(k_, "k")), v(wide(v_, "v")),
-        prefix_k(wide(prefix_k_, "prefix_k")), prefix_v(wide(prefix_v_, "prefix_v")),
+      : q(readable_rows(q_, "q")), k(readable_rows(k_, "k")), v(readable_rows(v_, "v")),
+        prefix_k(readable_rows(prefix_k_, "prefix_k")), prefix_v(readable_rows(prefix_v_, "prefix_v")),
         batch(k.size(0)), queries(q.size(1)), tokens(k.size(1)), prefix(prefix_k.size(1)),
         heads(heads_), longest(0) {
     const int64_t width = k.size(2);
@@ -125,7 +123,7 @@ struct Packed {
                     "q must be of all tokens or of every sequence's last");
   }
 
-  // Numbers of a row of scores, whole vectors: what is left of one takes as long as several.
+  // Numbers of a row of scores, in whole vectors: a part of one would take as long as several.
   int64_t pitch() const { return vectors_of<A>(prefix + longest); }
 
   // Calls f(b, tile, h, space) for every unit of work, in parallel; space for rows of scores.
@@ -149,14 +147,14 @@ struct Packed {
     }
   }
 
-  // Key or value j of those that a sequence from token `first` on sees, the prefix first.
-  const A* token(const Rows3<A>& shared, const Rows3<A>& own, int64_t b, int64_t first,
+  // Key or value j of those that a sequence with this first token sees: the prefix, then its own.
+  const A* token(const Rows3<A>& shared, const Rows3<A>& packed, int64_t b, int64_t first,
                  int64_t j) const {
-    return j < prefix ? shared.at(b, j) : own.at(b, first + j - prefix);
+    return j < prefix ? shared.at(b, j) : packed.at(b, first + j - prefix);
   }
 
-  // Has the processor fetch a head of some tokens further on.
-  void ahead(int64_t token, std::initializer_list<const Rows3<A>*> keys,
+  // Has the processor fetch the channels from `at` on of a token a little further on.
+  void fetch(int64_t token, std::initializer_list<const Rows3<A>*> keys,
              std::initializer_list<const Rows3<A>*> queries_of, int64_t b, int64_t at) const {
     const int64_t next = token + kAhead;
     if (next >= tokens) return;
@@ -165,16 +163,12 @@ struct Packed {
     for (const Rows3<A>* x : queries_of) prefetch(x->at(b, next) + at, d);
   }
 
-  // Own keys that query i of a sequence of so many tokens sees.
+  // Keys, besides the prefix, that query i of a sequence of so many tokens sees.
   int64_t seen(int64_t i, int64_t count) const { return last ? count : i + 1; }
 
  private:
-  static Tensor wide(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 3, name, " must be [B, tokens, heads * d]");
-    by_type(x, name, [&](auto a) {
-      STD_TORCH_CHECK((std::is_same_v<decltype(a), A>), name, " must be of k's precision");
-    });
-    return readable<A>(x);
+  static Tensor readable_rows(const Tensor& x, const char* name) {
+    return readable_as_k<A>(x, name, 3, "[B, tokens, heads * d]");
   }
 
   static void ascending(const int32_t* x, int64_t n, int64_t end, const char* name) {
@@ -183,10 +177,6 @@ struct Packed {
     STD_TORCH_CHECK(good, name, " must ascend from 0 to ", end);
   }
 };
-
-Tensor narrow(const Tensor& x, const Tensor& like) {
-  return torch::stable::to(x, std::make_optional(like.scalar_type()));
-}
 
 std::tuple<Tensor, Tensor> shared_prefix_attention(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& prefix_k_,
@@ -208,9 +198,9 @@ std::tuple<Tensor, Tensor> shared_prefix_attention(
           for (int64_t i = 0; i < m; ++i) {
             const int64_t n = x.prefix + x.seen(i, count);
             const A* const query = q.at(b, to + i) + at;
-            x.ahead(first + i, {&k, &v}, {&q}, b, at);
+            x.fetch(first + i, {&k, &v}, {&q}, b, at);
             for (int64_t j = 0; j < n; ++j) {
-              s[j] = scale * dot<A>(query, x.token(prefix_k, k, b, first, j) + at, d);
+              s[j] = scale * dot_by_vectors<A>(query, x.token(prefix_k, k, b, first, j) + at, d);
             }
             A top = -std::numeric_limits<A>::infinity(), sum = 0;
             std::fill(s + n, s + vectors_of<A>(n), top);
@@ -218,7 +208,7 @@ std::tuple<Tensor, Tensor> shared_prefix_attention(
             for (int64_t j = 0; j < vectors_of<A>(n); ++j) top = s[j] > top ? s[j] : top;
 #pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < vectors_of<A>(n); ++j) {
-              s[j] = faint(s[j] - top);
+              s[j] = exponential_or_zero(s[j] - top);
               sum += s[j];
             }
             const A share = 1 / sum;
@@ -231,30 +221,8 @@ std::tuple<Tensor, Tensor> shared_prefix_attention(
         });
       });
     });
-    return std::tuple<Tensor, Tensor>(narrow(out, q_), lse);
+    return std::tuple<Tensor, Tensor>(in_type_of(q_, out), lse);
   });
-}
-
-// The sum over tiles of [B, tiles, P, width], in their order.
-template <typename A>
-Tensor summed(const Tensor& parts, int64_t batch, int64_t tiles, int64_t prefix, int64_t width) {
-  const Tensor total = empty_wide<A>(parts, {batch, prefix, width});
-  const int64_t n = prefix * width;
-  const A* const from = parts.const_data_ptr<A>();
-  A* const to = total.mutable_data_ptr<A>();
-  torch::stable::parallel_for(0, batch * prefix, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / prefix, at = row % prefix * width;
-      A* const y = to + row * width;
-      std::fill(y, y + width, A(0));
-      for (int64_t t = 0; t < tiles; ++t) {
-        const A* const x = from + (b * tiles + t) * n + at;
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) y[c] += x[c];
-      }
-    }
-  });
-  return total;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_prefix_attention_backward(
@@ -295,19 +263,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_prefix_attention_backw
           for (int64_t i = 0; i < m; ++i) {
             const int64_t n = x.prefix + x.seen(i, count);
             const A *const query = q.at(b, from + i) + at, *const up = ups.at(b, from + i) + at;
-            x.ahead(first + i, {&k, &v}, {&q, &ups, &outs}, b, at);
+            x.fetch(first + i, {&k, &v}, {&q, &ups, &outs}, b, at);
             A *const p = s + i * pitch, *const g = ds + i * pitch;
             for (int64_t j = 0; j < n; ++j) {
-              p[j] = scale * dot<A>(query, x.token(prefix_k, k, b, first, j) + at, d);
-              g[j] = dot<A>(up, x.token(prefix_v, v, b, first, j) + at, d);
+              p[j] = scale * dot_by_vectors<A>(query, x.token(prefix_k, k, b, first, j) + at, d);
+              g[j] = dot_by_vectors<A>(up, x.token(prefix_v, v, b, first, j) + at, d);
             }
-            const A mean = dot<A>(up, outs.at(b, from + i) + at, d);
+            const A mean = dot_by_vectors<A>(up, outs.at(b, from + i) + at, d);
             const A log_sum = log_sums[(b * heads + h) * x.queries + from + i];
             std::fill(p + n, p + vectors_of<A>(n), -std::numeric_limits<A>::infinity());
             std::fill(g + n, g + vectors_of<A>(n), A(0));
 #pragma omp simd
             for (int64_t j = 0; j < vectors_of<A>(n); ++j) {
-              p[j] = faint(p[j] - log_sum);
+              p[j] = exponential_or_zero(p[j] - log_sum);
               g[j] = scale * p[j] * (g[j] - mean);
             }
             mix<A>(
@@ -315,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_prefix_attention_backw
                 [&](int64_t j) { return x.token(prefix_k, k, b, first, j) + at; },
                 to_q.at(b, from + i) + at);
           }
-          // of key j, from the queries that see it
+          // writes the sum over the queries that see key j
           const auto across = [&](const A* weights, int64_t j, const Rows3<A>& rows, A* to) {
             const int64_t skip = x.last || j < x.prefix ? 0 : j - x.prefix;
             mix<A>(
@@ -336,10 +304,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_prefix_attention_backw
       });
     });
     const auto total = [&](const Tensor& parts, const Tensor& like) {
-      return narrow(summed<A>(parts, x.batch, x.tiles, x.prefix, width), like);
+      const Tensor sums = empty_wide<A>(parts, {x.batch, x.prefix, width});
+      sum_parts(parts.const_data_ptr<A>(), x.batch, x.tiles, x.prefix * width,
+                sums.template mutable_data_ptr<A>());
+      return in_type_of(like, sums);
     };
     return std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-        narrow(dq, q_), narrow(dk, k_), narrow(dv, v_), total(parts_k, prefix_k_),
+        in_type_of(q_, dq), in_type_of(k_, dk), in_type_of(v_, dv), total(parts_k, prefix_k_),
         total(parts_v, prefix_v_));
   });
 }

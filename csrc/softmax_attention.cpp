@@ -1,5 +1,6 @@
-// Softmax attention, softmax(scale q k^T) v a head, and its gradients, in float32.
+// Softmax attention, softmax(scale q k^T) v of each head, and its gradients, in float32.
 #include "softmax_attention.h"
+#include "sums.h"
 
 namespace fasttta {
 namespace {
@@ -56,10 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     return [&, b, h](int64_t t, const float* g) {
       const float* o = outs.at(b, h, t);
       if (t + kAhead < queries) prefetch(outs.at(b, h, t + kAhead), d);
-      float mean = 0;
-#pragma omp simd reduction(+ : mean)
-      for (int64_t c = 0; c < d; ++c) mean += o[c] * g[c];
-      return Weights<float>{log_sum[(b * heads + h) * queries + t], 1, mean};
+      return Weights<float>{log_sum[(b * heads + h) * queries + t], 1, dot(o, g, d)};
     };
   };
   attend_backward<float>(grad, q, k, v, static_cast<float>(scale), dq, dk, dv, weights);

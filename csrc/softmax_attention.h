@@ -1,72 +1,25 @@
-// Attention a head, and its gradients; what becomes of rows of exponentials is the caller's.
+// Attention of each head, forward and backward. The caller decides how rows are normalised.
 //
-// A head's keys are packed into panels of columns; of the scores kRows query rows at a time are
+// A head's keys are packed into panels of columns. The scores of kRows query rows at a time are
 // held, in the cache. All five kinds of products are the same small one.
 #pragma once
 
-#include <algorithm>
-
-#include "products.h"
+#include "exponential.h"
+#include "heads.h"
 
 namespace fasttta {
 
-constexpr int64_t kRows = 48;  // query rows of a unit of parallel work
-constexpr int64_t kAhead = 8;  // tokens to prefetch
-template <typename A>  // of attention; below, it is 0 (kLeast)
+// The least weight of attention; smaller ones are 0 (see kLeast).
+template <typename A>
 constexpr A kFaintest = std::is_same_v<A, float> ? A(1e-22) : A(1e-130);
 template <typename A>
 constexpr int64_t kHeld = (1 << 18) / sizeof(A);  // scores to hold, 256 KiB
-// Rows even where their scores are more: the sums over queries, [keys, d] twice, pass through the
-// cache once for so many. Backward of 12,000 keys is 1.9 times faster than with 6 (Xeon 2.5 GHz).
+// The fewest query rows, even if their scores are more: the sums over queries, [keys, d] twice, pass
+// through the cache once for so many. Backward of 12,000 keys is 1.9 times faster than with 6 rows
+// (Xeon 2.5 GHz).
 constexpr int64_t kFewest = 24;
 
-// [B, H, T, d] of any strides but the last, which is 1; a batch of one is read for every sample.
-template <typename A>
-struct Heads {
-  A* data;
-  int64_t sample, head, token;
-
-  explicit Heads(const Tensor& x)
-      : data(static_cast<A*>(x.data_ptr())),
-        sample(x.size(0) == 1 ? 0 : x.stride(0)), head(x.stride(1)), token(x.stride(2)) {}
-
-  A* at(int64_t b, int64_t h, int64_t t) const {
-    return data + b * sample + h * head + t * token;
-  }
-};
-
-// A token's channels; each token may be on a page of its own, which processors do not foresee.
-template <typename A>
-inline void prefetch(const A* x, int64_t d) {
-  for (int64_t c = 0; c < d; c += 64 / sizeof(A)) __builtin_prefetch(x + c);
-}
-
-// Rows of d channels, `factor` times, filled up with zeros to whole vectors.
-template <typename A>
-inline void pack_rows(const A* x, int64_t token, int64_t n, int64_t d, A factor, A* packed) {
-  const int64_t width = vectors_of<A>(d);
-  for (int64_t t = 0; t < n; ++t, x += token, packed += width) {
-    if (t + kAhead < n) prefetch(x + kAhead * token, d);
-#pragma omp simd
-    for (int64_t c = 0; c < d; ++c) packed[c] = factor * x[c];
-    for (int64_t c = d; c < width; ++c) packed[c] = 0;
-  }
-}
-
-// Packed rows [n, width] as columns: panels [d][kPanel], zeros after the last.
-template <typename A>
-inline void pack_columns(const A* rows, int64_t n, int64_t d, A* packed) {
-  const int64_t width = vectors_of<A>(d);
-  for (int64_t first = 0; first < n; first += kPanel<A>) {
-    const int64_t count = std::min(kPanel<A>, n - first);
-    for (int64_t c = 0; c < d; ++c, packed += kPanel<A>) {
-      const A* x = rows + first * width + c;
-      for (int64_t j = 0; j < count; ++j) packed[j] = x[j * width];
-      for (int64_t j = count; j < kPanel<A>; ++j) packed[j] = 0;
-    }
-  }
-}
-
+// Sizes of attention with so many score maps held at once.
 template <typename A>
 struct Sizes {
   int64_t batch, heads, queries, keys, d;
@@ -82,33 +35,15 @@ struct Sizes {
   int64_t panels() const { return (keys + kPanel<A> - 1) / kPanel<A> * kPanel<A> * d; }
 };
 
-// Calls f(begin, end, space) on ranges of units of work, in parallel; each has its own space, a
-// function that gives out numbers of it, `each` in all.
-template <typename A, typename F>
-void in_parallel(const Tensor& like, int64_t units, int64_t each, F&& f) {
-  const int64_t ranges = std::min<int64_t>(units, torch::stable::get_num_threads());
-  const Tensor space = empty_wide<A>(like, {ranges, each});
-  A* const first = space.template mutable_data_ptr<A>();
-  torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      A* next = first + i * each;
-      f(units * i / ranges, units * (i + 1) / ranges, [&next](int64_t n) {
-        A* const given = next;
-        next += n;
-        return given;
-      });
-    }
-  });
-}
-
-// S = q k^T of some rows; a is packed rows [m, width].
+// Writes q k^T of m rows; a is packed rows [m, width].
 template <typename A>
 inline void scores(const Sizes<A>& s, const A* a, int64_t m, const A* columns, A* out) {
   product<A>({a, s.width, 1}, m, columns, kPanel<A>, kPanel<A> * s.d, s.d, false, out, s.pitch,
           vectors_of<A>(s.keys));
 }
 
-// Scores of a row, whole vectors, become exp(score - the largest); that and their sum.
+// Replaces a row of scores, in whole vectors, by exp(score - largest). Returns the largest score and
+// the sum of the exponentials.
 template <typename A>
 inline std::pair<A, A> exponentials(A* row, int64_t n) {
   const int64_t width = vectors_of<A>(n);
@@ -130,46 +65,58 @@ inline std::pair<A, A> exponentials(A* row, int64_t n) {
   return {most, reduce<A>(sum, [](Vector<A> x, Vector<A> y) { return x + y; })};
 }
 
-// softmax(scale q k^T) v of every row on its own. keep(row, top, sum) learns of each the largest
-// score and the sum of all exponentials less that.
+// Scratch space of `attend`.
+template <typename A>
+struct ForwardSpace {
+  A *columns;           // keys, as panels
+  A *rows;              // keys, then values [keys, width]
+  A *scores;            // [rows, pitch]
+  A *queries, *sums;    // [rows, width] each
+
+  template <typename Take>
+  ForwardSpace(const Sizes<A>& s, Take&& take)
+      : columns(take(s.panels())), rows(take(s.keys * s.width)), scores(take(s.rows * s.pitch)),
+        queries(take(s.rows * s.width)), sums(take(s.rows * s.width)) {}
+};
+
+// Writes softmax(scale q k^T) v, every row with its own softmax, to `out`. Calls keep(row, top, sum)
+// with the largest score of each row and the sum of the exponentials of its scores less that.
 template <typename A, typename F>
 void attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, A scale, const Tensor& out_,
             F&& keep) {
   const Sizes<A> s(q_, k_, 1);
   const Heads<A> q(q_), k(k_), v(v_), out(out_);
   const int64_t units = (s.queries + s.rows - 1) / s.rows;
-  const int64_t each = s.panels() + s.keys * s.width + s.rows * (s.pitch + 2 * s.width);
+  const int64_t each = size_of_space<ForwardSpace<A>>(s);
   in_parallel<A>(
       out_, s.batch * s.heads * units, each, [&](int64_t begin, int64_t end, auto&& take) {
-        A *columns = take(s.panels()), *rows = take(s.keys * s.width),
-          *space = take(s.rows * s.pitch), *some = take(s.rows * s.width),
-          *sums = take(s.rows * s.width);
+        const ForwardSpace<A> space(s, take);
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t head = unit / units, first = unit % units * s.rows;
           const int64_t b = head / s.heads, h = head % s.heads;
           if (unit == begin || first == 0) {
-            pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, rows);
-            pack_columns(rows, s.keys, s.d, columns);
-            pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), rows);
+            pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, space.rows);
+            pack_columns(space.rows, s.keys, s.d, space.columns);
+            pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), space.rows);
           }
           const int64_t m = std::min(s.rows, s.queries - first);
-          pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), some);
-          scores(s, some, m, columns, space);
+          pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), space.queries);
+          scores(s, space.queries, m, space.columns, space.scores);
           A factor[kRows];
           for (int64_t i = 0; i < m; ++i) {
-            const auto [top, sum] = exponentials(space + i * s.pitch, s.keys);
+            const auto [top, sum] = exponentials(space.scores + i * s.pitch, s.keys);
             factor[i] = 1 / sum;
             keep(head * s.queries + first + i, top, sum);
           }
           // the keys in portions whose values stay in the first cache
           for (int64_t j = 0; j < s.keys; j += kPanel<A>) {
-            product<A>({space + j, s.pitch, 1}, m, rows + j * s.width, s.width,
-                       kPanel<A>, std::min(kPanel<A>, s.keys - j), j > 0, sums, s.width,
+            product<A>({space.scores + j, s.pitch, 1}, m, space.rows + j * s.width, s.width,
+                       kPanel<A>, std::min(kPanel<A>, s.keys - j), j > 0, space.sums, s.width,
                        s.width);
           }
           for (int64_t i = 0; i < m; ++i) {
             A* target = out.at(b, h, first + i);
-            const A* sum = sums + i * s.width;
+            const A* sum = space.sums + i * s.width;
 #pragma omp simd
             for (int64_t c = 0; c < s.d; ++c) target[c] = factor[i] * sum[c];
           }
@@ -177,82 +124,86 @@ void attend(const Tensor& q_, const Tensor& k_, const Tensor& v_, A scale, const
       });
 }
 
-// Of a row of attention P = factor exp(scores - top) and of its gradient P * (grad v - mean).
+// A row of attention is P = factor exp(scores - top), and its gradient P * (grad v - mean).
 template <typename A>
 struct Weights {
   A top, factor, mean;
 };
 
-// dq, dk, dv of [B, H, T, d] each. weights(b, h) is called once a head, and what it returns with
-// (t, row t of the gradient) once for each query.
+// Scratch space of `attend_backward`, of one head.
+template <typename A>
+struct BackwardSpace {
+  A *k_columns, *v_columns;  // keys and values, as panels
+  A *keys;                   // [keys, width], as are the next two
+  A *dk, *dv;
+  A *p, *ds;                 // attention and the gradient of scores [rows, pitch] each
+  A *queries, *grads, *dq;   // [rows, width] each
+
+  template <typename Take>
+  BackwardSpace(const Sizes<A>& s, Take&& take)
+      : k_columns(take(s.panels())), v_columns(take(s.panels())), keys(take(s.keys * s.width)),
+        dk(take(s.keys * s.width)), dv(take(s.keys * s.width)), p(take(s.rows * s.pitch)),
+        ds(take(s.rows * s.pitch)), queries(take(s.rows * s.width)),
+        grads(take(s.rows * s.width)), dq(take(s.rows * s.width)) {}
+};
+
+// Writes dq, dk, dv [B, H, T, d]. Calls weights(b, h) once a head, and the function that it returns
+// with (t, row t of the gradient) once for each query: that gives the row's `Weights`.
 template <typename A, typename F>
 void attend_backward(const Tensor& grad_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
                      A scale, const Tensor& dq_, const Tensor& dk_, const Tensor& dv_,
                      F&& weights) {
   const Sizes<A> s(q_, k_, 2);
   const Heads<A> grad(grad_), q(q_), k(k_), v(v_), dq(dq_), dk(dk_), dv(dv_);
-  const int64_t all = s.keys * s.width, some_rows = s.rows * s.width;
-  const int64_t each = 2 * s.panels() + 3 * all + 2 * s.rows * s.pitch + 3 * some_rows;
+  const int64_t all = s.keys * s.width, each = size_of_space<BackwardSpace<A>>(s);
   in_parallel<A>(grad_, s.batch * s.heads, each, [&](int64_t begin, int64_t end, auto&& take) {
-    A *k_columns = take(s.panels()), *v_columns = take(s.panels()), *keys = take(all),
-      *to_k = take(all), *to_v = take(all), *p = take(s.rows * s.pitch),
-      *ds = take(s.rows * s.pitch), *some = take(some_rows), *up = take(some_rows),
-      *along = take(some_rows);
+    const BackwardSpace<A> space(s, take);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.heads, h = unit % s.heads;
-      pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), keys);
-      pack_columns(keys, s.keys, s.d, v_columns);
-      pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, keys);
-      pack_columns(keys, s.keys, s.d, k_columns);
-      std::fill_n(to_k, all, A(0));
-      std::fill_n(to_v, all, A(0));
+      pack_rows(v.at(b, h, 0), v.token, s.keys, s.d, A(1), space.keys);
+      pack_columns(space.keys, s.keys, s.d, space.v_columns);
+      pack_rows(k.at(b, h, 0), k.token, s.keys, s.d, scale, space.keys);
+      pack_columns(space.keys, s.keys, s.d, space.k_columns);
+      std::fill_n(space.dk, all, A(0));
+      std::fill_n(space.dv, all, A(0));
       const auto of_row = weights(b, h);
       for (int64_t first = 0; first < s.queries; first += s.rows) {
         const int64_t m = std::min(s.rows, s.queries - first);
-        pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), some);
-        pack_rows(grad.at(b, h, first), grad.token, m, s.d, A(1), up);
-        scores(s, some, m, k_columns, p);
-        scores(s, up, m, v_columns, ds);
+        pack_rows(q.at(b, h, first), q.token, m, s.d, A(1), space.queries);
+        pack_rows(grad.at(b, h, first), grad.token, m, s.d, A(1), space.grads);
+        scores(s, space.queries, m, space.k_columns, space.p);
+        scores(s, space.grads, m, space.v_columns, space.ds);
         for (int64_t i = 0; i < m; ++i) {
-          A *a = p + i * s.pitch, *da = ds + i * s.pitch;
-          const Weights<A> row = of_row(first + i, up + i * s.width);
+          A *p = space.p + i * s.pitch, *ds = space.ds + i * s.pitch;
+          const Weights<A> row = of_row(first + i, space.grads + i * s.width);
           for (int64_t j = 0; j < s.keys; j += kLanes<A>) {
-            Vector<A> found = row.factor * exponential(load(a + j) - row.top);
-            found = found < kFaintest<A> ? Vector<A>{} : found;
-            store(a + j, found);
-            store(da + j, found * (load(da + j) - row.mean));
+            Vector<A> weight = row.factor * exponential(load(p + j) - row.top);
+            weight = weight < kFaintest<A> ? Vector<A>{} : weight;
+            store(p + j, weight);
+            store(ds + j, weight * (load(ds + j) - row.mean));
           }
         }
-        product<A>({p, 1, s.pitch}, s.keys, up, s.width, kPanel<A>, m, true,
-                   to_v, s.width, s.width);
-        product<A>({ds, 1, s.pitch}, s.keys, some, s.width, kPanel<A>, m, true,
-                   to_k, s.width, s.width);
+        product<A>({space.p, 1, s.pitch}, s.keys, space.grads, s.width, kPanel<A>, m, true,
+                   space.dv, s.width, s.width);
+        product<A>({space.ds, 1, s.pitch}, s.keys, space.queries, s.width, kPanel<A>, m, true,
+                   space.dk, s.width, s.width);
         for (int64_t j = 0; j < s.keys; j += kPanel<A>) {
-          product<A>({ds + j, s.pitch, 1}, m, keys + j * s.width, s.width, kPanel<A>,
-                     std::min(kPanel<A>, s.keys - j), j > 0, along, s.width, s.width);
+          product<A>({space.ds + j, s.pitch, 1}, m, space.keys + j * s.width, s.width, kPanel<A>,
+                     std::min(kPanel<A>, s.keys - j), j > 0, space.dq, s.width, s.width);
         }
         for (int64_t i = 0; i < m; ++i) {
-          std::copy_n(along + i * s.width, s.d, dq.at(b, h, first + i));
+          std::copy_n(space.dq + i * s.width, s.d, dq.at(b, h, first + i));
         }
       }
       for (int64_t t = 0; t < s.keys; ++t) {
         A* to = dk.at(b, h, t);
-        const A* sum = to_k + t * s.width;
+        const A* sum = space.dk + t * s.width;
 #pragma omp simd
         for (int64_t c = 0; c < s.d; ++c) to[c] = scale * sum[c];
-        std::copy_n(to_v + t * s.width, s.d, dv.at(b, h, t));
+        std::copy_n(space.dv + t * s.width, s.d, dv.at(b, h, t));
       }
     }
   });
-}
-
-// A tensor as the kernels read it: of their type, channels next to each other.
-template <typename A>
-Tensor readable(const Tensor& x) {
-  const Tensor y = x.scalar_type() == type_of<A>
-                       ? x : torch::stable::to(x, std::make_optional(type_of<A>));
-  const int64_t last = y.dim() - 1;
-  return y.stride(last) == 1 || y.size(last) == 1 ? y : torch::stable::contiguous(y);
 }
 
 }  // namespace fasttta

@@ -1,7 +1,7 @@
 // Anisotropic total variation of maps, sum |x[i+1, j] - x[i, j]| + |x[i, j+1] - x[i, j]|, and the
 // ensemble of predictions weighted by softmax(-variation / temperature).
-#include "products.h"
 #include "rows.h"
+#include "vectors.h"
 
 namespace fasttta {
 namespace {
@@ -14,11 +14,13 @@ inline int64_t units_per_thread(int64_t width) {
   return std::max<int64_t>(1, kPerThread / (kStrip * std::max<int64_t>(width, 1)));
 }
 
+// Each number's left neighbour; the first is its own.
 template <typename A, size_t... I>
-inline Vector<A> after_first(Vector<A> x, std::index_sequence<I...>) {  // the first, and all but one
+inline Vector<A> after_first(Vector<A> x, std::index_sequence<I...>) {
   return Vector<A>{x[0], x[I]...};
 }
 
+// Each number's right neighbour; the last is its own.
 template <typename A, size_t... I>
 inline Vector<A> before_last(Vector<A> x, std::index_sequence<I...>) {
   return Vector<A>{x[I + 1]..., x[sizeof...(I)]};
@@ -27,9 +29,9 @@ inline Vector<A> before_last(Vector<A> x, std::index_sequence<I...>) {
 template <typename A>
 constexpr std::make_index_sequence<kLanes<A> - 1> kOthers{};
 
-// A row of fewer numbers than a vector has, zeros after it.
+// Loads a row of fewer numbers than a vector has, with zeros after it.
 template <typename A>
-inline Vector<A> narrow(const A* x, int64_t width) {
+inline Vector<A> load_first(const A* x, int64_t width) {
   Vector<A> row{};
   std::memcpy(&row, x, width * sizeof(A));
   return row;
@@ -51,7 +53,7 @@ inline Vector<A> between(Vector<A> x, Vector<A> y, int64_t first, int64_t end,
   return (lane >= static_cast<Lane>(first)) & (lane < static_cast<Lane>(end)) ? x : y;
 }
 
-// Steps to the right and, if there is one, to the row below: a vector of sums.
+// A vector of sums of the steps to the right and, if there is a row below, down.
 template <bool kBelow, typename A>
 inline Vector<A> distance(const A* here, const A* below, int64_t width) {
   Vector<A> across{}, down{};
@@ -63,11 +65,11 @@ inline Vector<A> distance(const A* here, const A* below, int64_t width) {
   for (; j + kLanes<A> < width; j += kLanes<A>) {
     some(load(here + j), kBelow ? load(below + j) : Vector<A>{}, load(here + j + 1));
   }
-  // the rest: the last whole vector, less what was counted
+  // the rest: the last whole vector, without the lanes that were counted
   const Vector<A> all = across + down;
   const int64_t last = width - kLanes<A>;
-  const Vector<A> x = last < 0 ? narrow(here, width) : load(here + last);
-  const Vector<A> y = !kBelow ? x : last < 0 ? narrow(below, width) : load(below + last);
+  const Vector<A> x = last < 0 ? load_first(here, width) : load(here + last);
+  const Vector<A> y = !kBelow ? x : last < 0 ? load_first(below, width) : load(below + last);
   across = down = Vector<A>{};
   some(x, y, before_last<A>(x, kOthers<A>));
   const int64_t first = last < 0 ? 0 : j - last, end = last < 0 ? width : kLanes<A>;
@@ -97,7 +99,7 @@ Tensor forward(const Tensor& maps) {
               sum += distance<false>(here, here, width);
               break;
             }
-            if (i + kAhead < height) x.ahead(map + i + kAhead);
+            if (i + kAhead < height) x.fetch(map + i + kAhead);
             const A* below = x.read(map + i + 1, next);
             sum += distance<true>(here, below, width);
             here = below;
@@ -123,7 +125,7 @@ inline Vector<A> step(Vector<A> from, Vector<A> to) {
   return (d < 0) | (d > 0) ? (Vector<A>)signed_one : Vector<A>{};
 }
 
-// A row's gradient from it and its neighbours, which may be the row itself.
+// Writes a row's gradient from the row and its neighbours, which may be the row itself.
 template <typename A>
 void gradient(const A* above, const A* here, const A* below, A scale, A* out, int64_t width) {
   const auto falls = [](Vector<A> up, Vector<A> left, Vector<A> x, Vector<A> right,
@@ -132,10 +134,10 @@ void gradient(const A* above, const A* here, const A* below, A scale, A* out, in
   };
   if (width < kLanes<A>) {
     constexpr std::make_index_sequence<kLanes<A>> lanes{};
-    const Vector<A> x = narrow(here, width), next = before_last<A>(x, kOthers<A>);
+    const Vector<A> x = load_first(here, width), next = before_last<A>(x, kOthers<A>);
     const Vector<A> sum =
-        scale * falls(narrow(above, width), after_first<A>(x, kOthers<A>), x,
-                      between<A>(next, x, 0, width - 1, lanes), narrow(below, width));
+        scale * falls(load_first(above, width), after_first<A>(x, kOthers<A>), x,
+                      between<A>(next, x, 0, width - 1, lanes), load_first(below, width));
     std::memcpy(out, &sum, width * sizeof(A));
     return;
   }
@@ -149,7 +151,7 @@ void gradient(const A* above, const A* here, const A* below, A scale, A* out, in
   for (int64_t j = kLanes<A>; j < last; j += kLanes<A>) {
     put(j, load(here + j - 1), load(here + j), load(here + j + 1));
   }
-  if (last > 0) {  // some once more
+  if (last > 0) {  // some lanes are computed twice
     put(last, load(here + last - 1), y, before_last<A>(y, kOthers<A>));
   }
 }
@@ -167,15 +169,15 @@ Tensor backward(const Tensor& grad, const Tensor& maps) {
         std::vector<A> space(4 * width);
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t map = unit / strips * height, first = unit % strips * kStrip;
-          A *last = space.data(), *now = last + width, *next = now + width, *written = next + width;
+          A *last = space.data(), *now = last + width, *next = now + width, *result = next + width;
           const A* here = x.read(map + first, now);
           const A* above = first == 0 ? here : x.read(map + first - 1, last);
           for (int64_t i = first; i < std::min(height, first + kStrip); ++i) {
-            if (i + kAhead < height) x.ahead(map + i + kAhead);
+            if (i + kAhead < height) x.fetch(map + i + kAhead);
             const A* below = i + 1 == height ? here : x.read(map + i + 1, next);
-            A* target = out.slot(map + i, written);
+            A* target = out.slot(map + i, result);
             gradient(above, here, below, up[unit / strips], target, width);
-            out.written(map + i, target);
+            out.write(map + i, target);
             above = here;
             here = below;
             A* const free = last;
@@ -186,7 +188,7 @@ Tensor backward(const Tensor& grad, const Tensor& maps) {
   return result;
 }
 
-// softmax(-tv / temperature) into weights, and the predictions' mean by it.
+// Writes softmax(-tv / temperature) to weights. Returns the mean of the predictions by these weights.
 template <typename A, typename W>
 Tensor ensemble(const Tensor& logits, const Tensor& tv, const Tensor& weights, double temperature) {
   const int64_t n = logits.size(0), c = logits.size(1);
