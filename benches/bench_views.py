@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from fasttta.views import draw, make_views, operations
+from fasttta.views import make, make_views, operations
 
 Image, ImageOps = (pytest.importorskip(f"PIL.{name}") for name in ("Image", "ImageOps"))
 
@@ -71,7 +71,7 @@ def pillow_views(image: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
 
     source = Image.fromarray(image.numpy())
     generator = torch.Generator().manual_seed(0)
-    crops, draws = draw.draw(n - 1, source.height, source.width, generator)
+    crops, draws = make.draw(n - 1, source.height, source.width, generator)
     anchor = operations.centre_view(image.permute(2, 0, 1), size).float() / 255
     bases, mixes = [anchor], [anchor]
     for i, crop in enumerate(crops):
@@ -81,10 +81,10 @@ def pillow_views(image: Tensor, n: int, size: int) -> tuple[Tensor, Tensor]:
             base = base.resize(shape, Image.Resampling.BILINEAR)
         base = ImageOps.mirror(base) if crop.flip else base
         mix = torch.zeros_like(anchor)
-        for c in range(draw.CHAINS):
+        for c in range(make.CHAINS):
             x = base
             for s in range(draws.depth[i, c]):
-                name = draw.OPERATIONS[draws.operation[i, c, s]]
+                name = operations.OPERATIONS[draws.operation[i, c, s]]
                 x = step(x, name, draws.level[i, c, s].item(), draws.sign[i, c, s].item())
             mix += draws.share[i, c] * tensor(x)
         bases.append(tensor(base))

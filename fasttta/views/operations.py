@@ -10,16 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draw import OPERATIONS, Crop
-
+OPERATIONS = (
+    "autocontrast", "equalize", "posterize", "rotate", "solarize",
+    "shear_x", "shear_y", "translate_x", "translate_y",
+)  # fmt: skip
 _BITS = 22  # Pillow's fixed point: 32 bits less 8 of the level and 2 of overshoot
 _CHUNK = 32  # images a piece where coordinates are float64: 32 * 50176 * 8 B = 13 MB each
 _POSTERIZE, _SOLARIZE = OPERATIONS.index("posterize"), OPERATIONS.index("solarize")
+
+
+class Crop(NamedTuple):
+    """A rectangle of the image in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
 
 
 def _triangle(x: Tensor) -> Tensor:

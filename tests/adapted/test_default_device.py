@@ -10,7 +10,7 @@ from clips import image as tiny_image
 from clips import tiny_clip, tiny_ids, tiny_views
 
 import fasttta
-from fasttta.views.draw import draw
+from fasttta.views.make import draw
 
 OPTIONS = {
     "abpem": {"k": 3, "window": 2}, "eata": {"e_margin": 9.0}, "sar": {"e_margin": 9.0},
