@@ -11,14 +11,14 @@ import fasttta
 from fasttta.data import Views
 from fasttta.methods.reliability import entropy, marginal_entropy, similarity_weights
 from fasttta.models import CLIP
-from fasttta.models.clip.rollout import (
+from fasttta.models.clip.text import Prompts
+from fasttta.models.clip.vision_transformer import (
     EPS,
     layernorm_inner,
     normalise_map,
     rollout_code,
     token_weights,
 )
-from fasttta.models.clip.text import Prompts
 
 CUDA = torch.cuda.is_available()
 VIEWS = 64 if CUDA else 16

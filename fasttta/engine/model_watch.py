@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _global
 
-from ..models.copies import CALLED, global_hooks
+from ..models.copies import CALLED
 from ..ops.byte_sums import byte_sums
 
 MODES = ("first", "always", "never")
@@ -29,6 +30,17 @@ def said_of(changed: str | None) -> Iterator[None]:
         if changed is None:
             raise
         raise ValueError(f"{changed} of the wrapped model {_AFTER}: {error}") from error
+
+
+def global_hooks() -> list[Any]:
+    """The process-wide hooks of ``torch.nn.modules.module.register_module_forward_hook`` etc."""
+    dicts = (
+        _global._global_forward_pre_hooks,
+        _global._global_forward_hooks,
+        _global._global_backward_pre_hooks,
+        _global._global_backward_hooks,
+    )
+    return [hook for hooks in dicts for hook in hooks.values()]
 
 
 class _Kept(NamedTuple):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..engine.model_watch import global_hooks
 from ..models.computed_weights import has_adapters, wrapping
-from ..models.copies import CALLED, global_hooks
+from ..models.copies import CALLED
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)

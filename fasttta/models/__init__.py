@@ -2,10 +2,10 @@
 
 from .cavmae.model import CAVMAE
 from .clip.model import CLIP
-from .rational.head import FeatureAdapter, FeatureClassifier, RationalHead
-from .rational.models import RationalCAVMAE, RationalCLIP
+from .rational.head import FeatureAdapter, RationalHead
+from .rational.models import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalModel
 
 __all__ = [
     "CAVMAE", "CLIP", "FeatureAdapter", "FeatureClassifier", "RationalCAVMAE", "RationalCLIP",
-    "RationalHead",
+    "RationalHead", "RationalModel",
 ]  # fmt: skip

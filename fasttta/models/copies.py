@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _global
 
 #: a module; protocols such as ``FusionModel`` do not say that they are modules
 Tree = TypeVar("Tree")
@@ -106,17 +105,6 @@ def without_checkpointing(model: nn.Module) -> bool:
             if value is True and _CHECKPOINTING.search(name):
                 module.__dict__[name], switched = False, True
     return switched
-
-
-def global_hooks() -> list[Any]:
-    """The process-wide hooks of ``torch.nn.modules.module.register_module_forward_hook`` etc."""
-    dicts = (
-        _global._global_forward_pre_hooks,
-        _global._global_forward_hooks,
-        _global._global_backward_pre_hooks,
-        _global._global_backward_hooks,
-    )
-    return [hook for hooks in dicts for hook in hooks.values()]
 
 
 def copy_hooks(twins: Mapping[int, tuple[nn.Module, nn.Module]], every: bool) -> None:

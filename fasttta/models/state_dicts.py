@@ -111,3 +111,29 @@ def check_ranks(state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}, needed {needed}, none of them 0"
             )
+
+
+def check_keys(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], kind: str) -> None:
+    """Raises ValueError unless a state dict has a model's keys and shapes; all others are named.
+
+    Args:
+        state: the tensors.
+        shapes: of the model's ``state_dict()``.
+        kind: what the message calls it: "a CLIP checkpoint".
+    """
+    other_shapes = [
+        f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in state and state[name].shape != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+        for what, names in (
+            ("missing keys", sorted(shapes.keys() - state.keys())),
+            ("unknown keys", sorted(state.keys() - shapes.keys())),
+            ("keys of another shape", other_shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"this is not {kind}: " + "; ".join(problems))

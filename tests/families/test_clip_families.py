@@ -13,7 +13,7 @@ from torch import nn
 
 import fasttta
 from fasttta.families import recognise
-from fasttta.models.clip.pixels import MEAN, STD
+from fasttta.models.clip.model import MEAN, STD
 
 MAKERS = {
     "hf": HFCLIP,

@@ -256,7 +256,7 @@ def test_stream_of_samples():
 def test_views_in_portions(monkeypatch):
     """Many views of many classes: a few at a time where no gradient is needed."""
     whole = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
-    monkeypatch.setattr("fasttta.models.rational.head._TOGETHER", 3 * 7 * 12)
+    monkeypatch.setattr("fasttta.models.rational.models._TOGETHER", 3 * 7 * 12)
     sizes, score = [], FeatureClassifier.scored
     monkeypatch.setattr(
         FeatureClassifier,

@@ -13,7 +13,7 @@ from torch import nn
 
 from fasttta.methods import reliability
 from fasttta.models import CLIP
-from fasttta.models.clip import rollout
+from fasttta.models.clip import vision_transformer
 from fasttta.models.clip.checkpoint import infer_clip_sizes, read_clip_state
 
 
@@ -213,7 +213,7 @@ def _by_autograd(model, pixels, text, which):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("which", rollout.ROLLOUTS)
+@pytest.mark.parametrize("which", vision_transformer.ROLLOUTS)
 def test_attention_against_autograd(which):
     model = tiny_clip(seed=4).double()
     pixels = tiny_views(19, seed=5, dtype=torch.float64).base
@@ -244,11 +244,11 @@ def test_layernorm_closed_form():
     y = F.layer_norm(leaf, (64,), weight.double(), None, 1e-5)
     (expected,) = torch.autograd.grad(y, leaf, grad)
     inner = (x * expected).sum(-1)
-    found = rollout.layernorm_inner(x, 1e-5, weight.double(), grad)
+    found = vision_transformer.layernorm_inner(x, 1e-5, weight.double(), grad)
     assert (found - inner).abs().max() < 1e-9 * inner.abs().max() + 1e-13
-    backward = rollout.layernorm_backward(x, 1e-5, weight.double(), grad)
+    backward = vision_transformer.layernorm_backward(x, 1e-5, weight.double(), grad)
     assert (backward - expected).abs().max() < 1e-12
-    single = rollout.layernorm_inner(x.float(), 1e-5, weight, grad.float())
+    single = vision_transformer.layernorm_inner(x.float(), 1e-5, weight, grad.float())
     assert (single - inner).abs().max() < 1e-5 * inner.abs().max()
 
 
@@ -279,7 +279,7 @@ def test_attention_errors():
 
 
 def test_even_maps_and_lone_views():
-    assert not rollout.normalise_map(torch.ones(2, 9)).any()
+    assert not vision_transformer.normalise_map(torch.ones(2, 9)).any()
     assert reliability.similarity_weights(torch.ones(1, 1, 4), 20, 0.01).item() == 1
     equal = F.normalize(torch.ones(1, 5, 4), dim=-1)
     weights = reliability.similarity_weights(equal, 20, 0.01)

@@ -10,7 +10,7 @@ from lookalikes import ClipTestTimeTuning, CutCLIP
 
 import fasttta
 from fasttta.families import recognise
-from fasttta.models.clip.pixels import MEAN, STD
+from fasttta.models.clip.model import MEAN, STD
 
 METHODS = {
     "a-tpt": {"views": 6, "select": 0.5}, "tpt": {"views": 6, "select": 0.5},

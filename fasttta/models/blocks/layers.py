@@ -9,15 +9,17 @@ are not public, so they are tried out once and not used where they fail.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.quick_gelu import quick_gelu
 from ...ops.softmax_attention import attend
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 _ONEDNN_ROWS = 64  # with fewer rows the calls cost more than the products
 
 
@@ -214,3 +216,69 @@ def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
             x, _ = block(x)
         part.copy_(x)
     return tokens
+
+
+class PackedAttention(nn.Module):
+    """Multi-head self-attention in two halves, ``project`` and ``combine``, so that the caller
+    decides which tokens attend to which. Parameter names are those of OpenAI's CLIP."""
+
+    compute_dtype: torch.dtype | None = None
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = Linear(dim, dim)
+
+    def project(self, x: Tensor, which: str = "qkv") -> list[Tensor]:
+        """x [..., D] -> a tensor [..., D] each for consecutive letters of "qkv"."""
+        dim, first = self.in_proj_bias.shape[0] // 3, "qkv".index(which)
+        rows = slice(first * dim, (first + len(which)) * dim)
+        dtype = self.compute_dtype or self.in_proj_weight.dtype
+        weight, bias = self.in_proj_weight[rows].to(dtype), self.in_proj_bias[rows].to(dtype)
+        return list(F.linear(x.to(dtype), weight, bias).chunk(len(which), -1))
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, H, T, d], a view."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def combine(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """[B, H, T, d] -> [B, T, D], projected, plus ``add``."""
+        return self.out_proj(x.transpose(1, 2).flatten(2), add=add)
+
+    def forward(self, x: Tensor, causal: bool = False, add: Tensor | None = None) -> Tensor:
+        """x [B, T, D], under its LayerNorm -> [B, T, D], plus ``add``."""
+        q, k, v = map(self.split, self.project(x))
+        if not causal:
+            return self.combine(attend(q, k, v, self.scale), add)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.combine(out, add)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation of ``ACTIVATIONS``; names are those of CLIP."""
+
+    def __init__(self, dim: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = Linear(dim, hidden), Linear(hidden, dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., D], plus ``add``."""
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)), add=add)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """The block of CLIP's towers: x + attention(ln_1 x), then x + mlp(ln_2 x)."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = PackedAttention(dim, heads)
+        self.mlp = FeedForward(dim, hidden, activation)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """[B, T, D] -> [B, T, D]; causal: a token attends to itself and to those before it."""
+        x = self.attn(self.ln_1(x), causal=causal, add=x)
+        return self.mlp(self.ln_2(x), add=x)

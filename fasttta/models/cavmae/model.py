@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,10 @@ from ..blocks.layers import (
     run_blocks,
     samples_at_once,
 )
+from ..rational.models import RationalCAVMAE, fresh_head
+from ..state_dicts import check_keys
 from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
-
-if TYPE_CHECKING:  # which import this module
-    from ..rational.models import RationalCAVMAE
-    from .prompted import PromptedCAVMAE
+from .prompted import PromptedCAVMAE
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
 _PARTS = ("weight", "bias")
@@ -135,25 +134,8 @@ class CAVMAE(nn.Module):
         """
         with torch.device("meta"):
             model = cls(**infer_sizes(state), num_heads=num_heads)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        missing = sorted(expected.keys() - state.keys())
-        unknown = sorted(state.keys() - expected.keys())
-        wrong = [
-            f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in state and state[name].shape != shape
-        ]
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-            for what, names in (
-                ("missing keys", missing),
-                ("unknown keys", unknown),
-                ("keys of another shape", wrong),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError("this is not a fine-tuned CAV-MAE checkpoint: " + "; ".join(problems))
+        shapes = {name: x.shape for name, x in model.state_dict().items()}
+        check_keys(state, shapes, "a fine-tuned CAV-MAE checkpoint")
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -249,15 +231,11 @@ class CAVMAE(nn.Module):
         Args:
             prompts: by modality, [blocks, n, D].
         """
-        from .prompted import PromptedCAVMAE
-
         return PromptedCAVMAE(self, prompts)
 
     def rational(self, **options: Any) -> RationalCAVMAE:
         """A model over the same weights whose linear classifier a rational head weighs, as RAda
         tunes it; options as ``fresh_head`` takes them."""
-        from ..rational.models import RationalCAVMAE, fresh_head
-
         linear = cast(nn.Linear, self.mlp_head[1])
         return RationalCAVMAE(self, fresh_head(self.dim, linear.weight, **options))
 

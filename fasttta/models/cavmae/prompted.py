@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.softmax_attention import attend
-from ...protocols import Slot, Streams
+from ...protocols import FusionModel, Slot, Streams
 from ...trace import span
-from ..blocks.layers import Linear, ModalityBlock, SelfAttention, samples_at_once
+from ..blocks.layers import (
+    Linear,
+    ModalityBlock,
+    QueriesAndKeys,
+    SelfAttention,
+    samples_at_once,
+)
 from .chunked_loss import chunked_loss
-from .model import CAVMAE
 from .prompt_attention import prompt_attention
+
+
+class Encoders(FusionModel, Protocol):
+    """The parts of a ``CAVMAE`` that its form with prompts uses."""
+
+    blocks_a: nn.ModuleList
+    blocks_v: nn.ModuleList
+    blocks_u: nn.ModuleList
+    norm: nn.LayerNorm
+    mlp_head: nn.Sequential
+
+    def embed_audio(self, audio: Tensor) -> Tensor:
+        """Audio [B, frames, mel bins] -> the tokens [B, Ta, D] that enter the encoder."""
+
+    def embed_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, rows, columns] -> the tokens [B, Tv, D] that enter the encoder."""
+
+    def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, QueriesAndKeys]:
+        """Tokens [B, T, D] through fusion blocks, LayerNorm and mean: [B, D]; and q, k, scale."""
 
 
 class _Stream(NamedTuple):
@@ -40,7 +64,7 @@ class PromptedCAVMAE(nn.Module):
     Jia et al., ECCV 2022.
     """
 
-    def __init__(self, model: CAVMAE, prompts: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: Encoders, prompts: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.model = model
         self.prompts = nn.ParameterDict({name: nn.Parameter(x) for name, x in prompts.items()})
@@ -48,7 +72,7 @@ class PromptedCAVMAE(nn.Module):
     # ------------------------------------------------------------------ protocol
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int | None:
         return self.model.num_classes
 
     @property
@@ -56,11 +80,11 @@ class PromptedCAVMAE(nn.Module):
         return self.model.num_heads
 
     @property
-    def spans(self) -> tuple[int, int]:
+    def spans(self) -> tuple[int, ...]:
         return self.model.spans
 
     @property
-    def input_names(self) -> tuple[str, str]:
+    def input_names(self) -> tuple[str, ...]:
         return self.model.input_names
 
     def check_inputs(self, *inputs: Tensor) -> None:

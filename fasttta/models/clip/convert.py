@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import infer_clip_sizes
-from .model import CLIP
-from .pixels import MEAN, STD
+from .model import CLIP, MEAN, STD
 
 _HF_BLOCK = {
     "layer_norm1": "ln_1",

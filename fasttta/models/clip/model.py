@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks.layers import Linear
-from .attention import AttentionMaps, attention_maps
+from ...views.image import shown
+from ..blocks.layers import ACTIVATIONS, Linear, PackedAttention
+from ..rational.models import RationalCLIP, fresh_head
+from ..state_dicts import check_keys
 from .checkpoint import infer_clip_sizes, read_clip_state
-from .layers import ACTIVATIONS, Attention, Transformer
-from .pixels import MEAN, STD, check_pixels
 from .resnet import Conv, ModifiedResNet
-from .rollout import ROLLOUTS, normalise_map
 from .text import Prompts
-from .vision import PatchConv, VisionTransformer
+from .vision_transformer import (
+    ROLLOUTS,
+    AttentionMaps,
+    PatchConv,
+    Transformer,
+    VisionTransformer,
+    normalise_map,
+)
 
-if TYPE_CHECKING:  # which imports this module
-    from ..rational.models import RationalCLIP
-
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's pixel normalisation
+STD = (0.26862954, 0.26130258, 0.27577711)
 # Views in one pass. CPU: activations of a ViT-B/16 stay near the cache (and as many values of a
 # smaller model: 256 views of 65 x 64 take 134 ms in one pass, 182 in pieces of 16); GPU: large
 # products.
@@ -107,27 +112,12 @@ class CLIP(nn.Module):
             if name.endswith("num_batches_tracked"):
                 path, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(path), leaf, torch.zeros_like(buffer, device="cpu"))
-        expected = {
+        shapes = {
             name: x.shape
             for name, x in model.state_dict().items()
             if not name.endswith("num_batches_tracked")
         }
-        wrong = [
-            f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in state and state[name].shape != shape
-        ]
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-            for what, names in (
-                ("missing keys", sorted(expected.keys() - state.keys())),
-                ("unknown keys", sorted(state.keys() - expected.keys())),
-                ("keys of another shape", wrong),
-            )
-            if names
-        ]
-        if problems:
-            raise ValueError("this is not a CLIP checkpoint: " + "; ".join(problems))
+        check_keys(state, shapes, "a CLIP checkpoint")
         model.load_state_dict(state, assign=True, strict=False)
         return model.eval().requires_grad_(False)
 
@@ -152,6 +142,31 @@ class CLIP(nn.Module):
         """Where attention maps come from: ``"rollout"`` (ViT) or ``"grad-cam"`` (ResNet)."""
         return "grad-cam" if isinstance(self.visual, ModifiedResNet) else "rollout"
 
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raises ValueError or TypeError unless images can be used: floating point [N, 3, R, R] on
+        the model's device and, on a CPU, finite and within [0, 1], up to the rounding of a
+        perturbed image.
+        """
+        size, device = self.resolution, self.positional_embedding.device
+        if not isinstance(pixels, Tensor):
+            raise TypeError(f"pixels must be a tensor, found {type(pixels).__name__}")
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not len(pixels):
+            raise ValueError(f"pixels must be [N, 3, {size}, {size}], found {list(pixels.shape)}")
+        if not pixels.is_floating_point():
+            raise TypeError(f"pixels must be floating point in [0, 1], found {pixels.dtype}")
+        if pixels.device != device:
+            raise ValueError(f"pixels is on {pixels.device}, the model on {device}")
+        if device.type != "cpu":
+            return
+        low, high = (x.item() for x in pixels.detach().aminmax())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails too
+            if not torch.isfinite(pixels).all():
+                raise ValueError("pixels holds non-finite values (NaN or infinity)")
+            raise ValueError(
+                f"pixels runs {shown(low, high)}, needed [0, 1]: it looks like normalised "
+                "input; CLIP normalises inside: give the image as before Normalize"
+            )
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Features of images, not normalised; differentiable with respect to the pixels.
 
@@ -164,7 +179,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError, TypeError: wrong shape, type or device; pixels outside [0, 1].
         """
-        check_pixels(pixels, self.resolution, self.positional_embedding.device)
+        self.check_pixels(pixels)
         return self._pieces(self._encode, pixels)
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -255,12 +270,15 @@ class CLIP(nn.Module):
         Raises:
             ValueError: no classes are set.
         """
-        from ..rational.models import RationalCLIP, fresh_head
-
-        text = self._classes()
+        text = self.classes()
         return RationalCLIP(self, fresh_head(text.shape[1], text, **options))
 
-    def _classes(self) -> Tensor:
+    def classes(self) -> Tensor:
+        """The normalised features [C, E] of the classes that are set.
+
+        Raises:
+            ValueError: no classes are set.
+        """
         if self.class_features is None:
             raise ValueError(
                 "no classes are set: call model.set_classes(ids) first, or fasttta.adapt(model, "
@@ -270,7 +288,7 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [N, C] of images [N, 3, R, R] in [0, 1], over the classes set."""
-        text = self._classes()
+        text = self.classes()
         features = self.encode_image(pixels)
         features = features / features.norm(dim=-1, keepdim=True)
         return self.logit_scale.exp() * features @ text.to(features).T
@@ -293,7 +311,8 @@ class CLIP(nn.Module):
         Args:
             pixels: [N, 3, R, R] in [0, 1].
             text: [C, E] normalised text features.
-            rollout: ``"code"``, ``"paper"``, ``"gar"`` (see ``rollout.py``); ResNets have Grad-CAM.
+            rollout: ``"code"``, ``"paper"``, ``"gar"`` (``rollout_code`` and so on); ResNets have
+                Grad-CAM.
 
         Raises:
             ValueError: unknown rollout, or an image tower of a single block.
@@ -305,7 +324,7 @@ class CLIP(nn.Module):
         self.check_maps()
         scale = self.logit_scale.exp()
         maps = self._pieces(
-            lambda x: attention_maps(self.visual, self._normalised(x), text, scale, rollout), pixels
+            lambda x: self.visual.attention_maps(self._normalised(x), text, scale, rollout), pixels
         )
         # outliers are cut in the official code and nowhere else
         clip = 0.99 if rollout == "code" or self.map_kind == "grad-cam" else None
@@ -316,7 +335,7 @@ class CLIP(nn.Module):
         """Multiply in this precision (None: in the weights' own), frozen weights converted once.
         The residual stream, normalisations and projections to the joint space keep theirs."""
         for module in self.modules():
-            if isinstance(module, (Linear, Attention, PatchConv, Conv)):
+            if isinstance(module, (Linear, PackedAttention, PatchConv, Conv)):
                 module.compute_dtype = dtype
                 for name, parameter in module.named_parameters(recurse=False):
                     if dtype is not None and not parameter.requires_grad:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.layers import Linear
+from .vision_transformer import AttentionMaps, top_score
 
 
 class Conv(nn.Conv2d):
@@ -74,7 +75,9 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """The image's feature is read off an attention pool over the last feature map.
+    """CLIP's ResNet: a stem of three convolutions, anti-aliased strides, an attention pool.
+
+    The image's feature is read off an attention pool over the last feature map.
 
     Args:
         resolution: R, pixels a side, a multiple of 32.
@@ -118,3 +121,23 @@ class ModifiedResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pixels [N, 3, R, R] -> features [N, E], not normalised."""
         return self.attnpool(self.features(x))
+
+    def attention_maps(self, x: Tensor, text: Tensor, scale: Tensor, rollout: str) -> AttentionMaps:
+        """Grad-CAM of normalised pixels [N, 3, R, R], whatever ``rollout`` is: relu(sum over
+        channels of weight * map), weight = spatial mean of dS / d(map).
+
+        Args:
+            text: [C, E], or one list of classes a view [N, C, E]; normalised.
+            scale: factor of the cosines, 0-d.
+        """
+        with torch.no_grad():
+            maps = self.features(x)
+        with torch.enable_grad():
+            maps = maps.detach().requires_grad_()
+            features = self.attnpool(maps)
+            score, logits = top_score(features, text, scale)
+            (gradient,) = torch.autograd.grad(score, maps)
+        with torch.no_grad():
+            weight = gradient.mean((2, 3), keepdim=True)
+            rows = (weight * maps).sum(1).clamp_min(0).flatten(1)
+        return AttentionMaps(rows, features.detach(), logits.detach())

@@ -19,7 +19,8 @@ from ...ops import native
 from ...ops.autograd import causal_with_prefix, shared_prefix_attention
 from ...ops.shared_prefix_attention import Layout
 from ...ops.shared_prefix_attention import layout as layout_of
-from .layers import Block, Transformer
+from ..blocks.layers import ResidualAttentionBlock
+from .vision_transformer import Transformer
 
 # Tokens in one pass. CPU: at 1000 classes (2 cores, width 512) a tenth faster than 512, as fast as
 # 2048, and 243 MiB beyond the weights at its peak; GPU: one pass up to ImageNet's size.
@@ -170,7 +171,12 @@ class Prompts:
         return self._ends(chunk, x, n, last.attn.project(n, "kv"), cached[-1])
 
     def _attended(
-        self, block: Block, chunk: Chunk, q: Tensor, own: Sequence[Tensor], shared: Sequence[Tensor]
+        self,
+        block: ResidualAttentionBlock,
+        chunk: Chunk,
+        q: Tensor,
+        own: Sequence[Tensor],
+        shared: Sequence[Tensor],
     ) -> Tensor:
         """The attention of a chunk's tokens, or of their last ones, projected."""
         attn, (k, v), (prefix_k, prefix_v) = block.attn, own, shared

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.checks import class_labels
+from ..clip.model import CLIP
 from ..copies import structural_copy
-from .head import FeatureClassifier, RationalHead
-from .models import RationalCAVMAE, RationalCLIP
+from .head import RationalHead
+from .models import RationalCAVMAE, RationalCLIP, RationalModel
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")
-Tuned = TypeVar("Tuned", bound=RationalHead | FeatureClassifier)
+Tuned = TypeVar("Tuned", bound=RationalHead | RationalModel)
 WARM_UP = 1e-5  # learning rate of the first epoch, whatever ``lr`` is
 
 
@@ -200,22 +201,22 @@ def finetune(
     taken = ("bias", "image", "score", "also", "also_lr")
     if whole and (given := [name for name in taken if name in options]):
         raise ValueError(f"{', '.join(given)}: {type(model).__name__} has its own")
-    if isinstance(model, FeatureClassifier):
+    if isinstance(model, RationalModel):
         known = model.num_classes
     else:
         assert text is not None  # _check_model
         known = len(text)
     labels = _labels(labels, len(inputs[0]), known)
     with torch.inference_mode(False):
-        tuned: RationalHead | FeatureClassifier
+        tuned: RationalHead | RationalModel
         words: Callable[[], Tensor] | None = None
-        if not isinstance(model, FeatureClassifier):
+        if not isinstance(model, RationalModel):
             assert text is not None  # _check_model
             tuned = copy.deepcopy(model).requires_grad_(True)
             scale = 100.0 if scale is None else scale
             tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
         else:
-            tuned = cast(FeatureClassifier, structural_copy(model, _own(encoders)))
+            tuned = cast(RationalModel, structural_copy(model, _own(encoders)))
             with torch.no_grad():
                 inputs = inputs if encoders else (_encoded(tuned, inputs, batch),)
             also = _encoder_parameters(tuned, classes) if encoders else []
@@ -256,7 +257,7 @@ def _labels(labels: Tensor, samples: int, classes: int) -> Tensor:
 
 def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
     """Whether it is a whole model; raises what does not fit."""
-    whole = isinstance(model, FeatureClassifier)
+    whole = isinstance(model, RationalModel)
     if not whole and not isinstance(model, RationalHead):
         raise TypeError(f"model must be a RationalHead or a model with one, found {model!r:.80}")
     if whole:
@@ -297,15 +298,16 @@ def _own(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter | 
     return own
 
 
-def _encoded(model: FeatureClassifier, inputs: tuple[Tensor, ...], batch: int) -> Tensor:
+def _encoded(model: RationalModel, inputs: tuple[Tensor, ...], batch: int) -> Tensor:
     parts = zip(*(x.split(batch) for x in inputs), strict=True)
     return torch.cat([model.encode(*part) for part in parts])
 
 
-def _encoder_parameters(model: FeatureClassifier, classes: Tensor | None) -> list[nn.Parameter]:
+def _encoder_parameters(model: RationalModel, classes: Tensor | None) -> list[nn.Parameter]:
     """What is trained in front of the head."""
     if isinstance(model, RationalCLIP):
-        clip, found = model.model, list(model.model.visual.parameters())
+        clip = cast(CLIP, model.model)
+        found = list(clip.visual.parameters())
         if classes is not None:
             found += [*clip.transformer.parameters(), *clip.ln_final.parameters()]
             found.append(clip.text_projection)

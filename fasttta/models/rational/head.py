@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from ...files import check_weights
 from ...ops.autograd import flat_attentions
-from ...protocols import Slot
 from ..state_dicts import floating, named_tensors
 
-# Values of [B, K, D] at a time where no graph is kept: of 1000 classes at width 512 32 images, and
-# 64 MiB each of the several tensors of this size that a head computes
-_TOGETHER = 2**24
 _FIRST = "q_proj1.weight"
 _ENDINGS = ("_proj1", "_proj2", "_proj3", "k_proj", "v_proj", "out_proj")
 
@@ -241,74 +237,3 @@ class FeatureAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return x + self.fc(x)
-
-
-class FeatureClassifier(nn.Module):
-    """A head over features that an encoder has made: what ``fasttta.adapt`` takes for "rada".
-
-    Args:
-        head: the rational head; fresh, it leaves the source scores as they are.
-        text: [K, D]: class texts, prototypes (means of features) or rows of a linear classifier.
-        scale, bias: of the logits.
-    """
-
-    text: Tensor
-    num_heads = 0  # no attention over tokens, for methods that ask
-    spans: tuple[int, ...] = ()
-    input_names = ("features",)
-
-    def __init__(
-        self, head: RationalHead, text: Tensor, scale: float = 100.0, bias: float | None = None
-    ) -> None:
-        super().__init__()
-        check_weights({"text": text}, type(self).__name__)
-        self.head, self.scale, self.bias = head, float(scale), bias
-        self.register_buffer("text", text.detach().clone())
-        self.num_classes = len(text)
-        with torch.no_grad():
-            head(text[:1], text, scale)  # raises what does not fit
-
-    def check_inputs(self, features: Tensor) -> None:
-        """features: [B, D]."""
-        if isinstance(features, Tensor):
-            if features.device != self.text.device:
-                raise ValueError(f"features are on {features.device}, text on {self.text.device}")
-            if not features.is_floating_point():
-                raise TypeError(f"features must be floating point, found {features.dtype}")
-            features = features.to(self.text.dtype)
-        self.head._check(features, self.text, self.scale)
-
-    def rational(self, **options: Any) -> FeatureClassifier:
-        """Itself: it has a head, and options are for a fresh one."""
-        return self
-
-    def tunable(self, group: str) -> dict[str, Slot]:
-        """``"head"``: all parameters of the head; ``"head_out"``: its last projection."""
-        names = [f"head.{name}" for name, _ in self.head.named_parameters()]
-        if group == "head_out":
-            names = [name for name in names if ".out_proj." in name]
-        elif group != "head":
-            raise ValueError(f'a head over features has no {group}; it has "head", for "rada"')
-        return {name.removeprefix("head."): Slot(name) for name in names}
-
-    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """The head computes in the precision of its weights."""
-
-    def encode(self, features: Tensor) -> Tensor:
-        return features
-
-    def fuse(self, features: Tensor) -> Tensor:
-        """Features [B, D] -> logits [B, K]; without gradients a portion at a time."""
-        size = len(features)
-        if not torch.is_grad_enabled():
-            size = max(1, _TOGETHER // self.text.numel())
-        parts = [self.scored(part, self.text)[0] for part in features.split(size)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def scored(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, D] and class features [K, D] -> logits [B, K] and mask [B, K, D]."""
-        return self.head(features, text, self.scale, self.bias, return_mask=True)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [B, D] -> logits [B, K]."""
-        return self.fuse(features)
