@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.step import warn
+from ..protocols import FusionModel
 from .feature_keys import model_key, named_key, sample_keys
 from .feature_shards import NAME, PART, Shards, clear_parts
 
@@ -39,14 +40,19 @@ class Batch(NamedTuple):
 class FeatureCache:
     """Keeps encoder outputs in a folder: ``adapted.stream(loader, cache=FeatureCache(folder))``.
 
-    Used by methods with frozen encoders, which share what they find whatever their options and
-    seed. A sample is known by its content (or ``Batch``), so that the order does not matter; a
-    model by every byte of its weights and buffers, its settings, code, precision and ModelSpec, so
-    that features of another one are never used, nor deleted. All of that is read again for every
-    group of batches, whoever may have written to the weights (``.data``, numpy, another process):
-    41 ms for the 658 MB of a ViT-B CAV-MAE, 1 % of encoding 8 samples (one thread of an AMD EPYC;
-    0.3 s where there is no C++ compiler), and once more for features that are new, which are kept
-    only if nothing changed while they were computed. ``key=`` saves that time for a promise.
+    Used by methods with frozen encoders, which share features whatever their options and seed. A
+    sample is known by its content (or ``Batch``), so that the order does not matter. A model is
+    known by every byte of its weights and buffers, its settings, precision and ModelSpec, the names
+    of its classes and the versions of their packages, of PyTorch and of fasttta: features of
+    another model are never used, nor deleted. Code is not looked at. After you edit a forward or a
+    function of the spec, take another folder, another ``key=``, or another ``__version__`` of the
+    package that the model lies in; the old features would be used without a word.
+
+    Weights are read again for every group of batches, whoever may have written to them (``.data``,
+    numpy, another process): 41 ms for the 658 MB of a ViT-B CAV-MAE, 1 % of encoding 8 samples (one
+    thread of an AMD EPYC; 0.3 s where there is no C++ compiler), and once more for features that
+    are new, which are kept only if nothing changed while they were computed. ``key=`` saves that
+    time for a promise.
 
     With features of another batch size, or from another device, results may differ within the float
     noise of the precision; otherwise ``"fp32"`` gives back what was computed bit for bit, and
@@ -120,7 +126,7 @@ class FeatureCache:
             f"hits={self.hits}, misses={self.misses})"
         )
 
-    def of(self, model: nn.Module, precision: str) -> Kept:
+    def of(self, model: FusionModel, precision: str) -> Kept:
         """The features of one model, as steps in a precision run it.
 
         Raises:
@@ -143,7 +149,7 @@ class FeatureCache:
 class Kept:
     """The features of one model in a cache."""
 
-    def __init__(self, cache: FeatureCache, model: nn.Module, precision: str) -> None:
+    def __init__(self, cache: FeatureCache, model: FusionModel, precision: str) -> None:
         self._cache, self._model, self._precision = cache, model, precision
         self._last = ""
         self._warned = False

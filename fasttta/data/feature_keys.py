@@ -8,9 +8,9 @@ import enum
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from numbers import Integral
-from types import CodeType, FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,31 +19,32 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..ops.byte_sums import byte_sums
+from ..protocols import FusionModel
 
-FORMAT = 2
+FORMAT = 3
 _PROBE = 64  # values of an input that are looked at where the sample has an id
 _MODULE = frozenset(vars(nn.Module()))
-_KNOWN = frozenset(("fasttta", "torch", "numpy")) | sys.stdlib_module_names
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, slice, enum.Enum,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _VALUES = (Tensor, np.ndarray, nn.Module)
-_WRAPPERS = (partial, cached_property, staticmethod, classmethod, property)
 
 
-def model_key(model: nn.Module, precision: str, dtype: str) -> str:
-    """32 hex digits of everything that a model's ``encode`` depends on.
+def model_key(model: FusionModel, precision: str, dtype: str) -> str:
+    """32 hex digits that stand for a model up to its fusion.
 
-    Every byte of every weight and buffer (but the fusion's q, k, v or RAda's head, behind the
-    encoders, so that all methods with frozen encoders agree), settings such as head counts, the
-    code of classes that are neither PyTorch's nor ours, the spec and the cut found by it. All is
-    read at every call, as no counter tells of writes through ``.data``, numpy or another process.
+    They depend on every byte of every weight and buffer (but the fusion's q, k, v or RAda's head,
+    behind the encoders, so that all methods with frozen encoders agree), on settings such as head
+    counts, on the spec and the cut that it leads to, on names of classes and functions and the
+    versions of their packages. They do not depend on code: a forward that was edited has the same
+    key. All is read at every call, as no counter tells of writes through ``.data``, numpy or
+    another process.
 
     Args:
         model: as the steps run it, in its precision, after its first batch.
         precision: its name.
-        dtype: what features are stored in.
+        dtype: the type that features are stored in.
 
     Raises:
         TypeError: the values of a weight cannot be read.
@@ -54,7 +55,7 @@ def model_key(model: nn.Module, precision: str, dtype: str) -> str:
         path, _, leaf = slot.parameter.rpartition(".")
         behind.add((id(model.get_submodule(path)), leaf))
     contents = _Contents(behind)
-    for value in (FORMAT, __version__, precision, dtype, model):
+    for value in (FORMAT, __version__, torch.__version__, precision, dtype, model):
         contents.add(value)
     return contents.hexdigest()
 
@@ -68,7 +69,11 @@ def named_key(name: str, precision: str, dtype: str) -> str:
 
 
 class _Contents:
-    """A hash over objects, their parts and the code they run; addresses never enter it."""
+    """A hash over objects and their parts: values and names, never addresses or code.
+
+    Args:
+        behind: (identity of a module, name) of parameters that are left out.
+    """
 
     def __init__(self, behind: set[tuple[int, str]]) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
@@ -78,7 +83,7 @@ class _Contents:
         self._tensors: list[Tensor] = []
 
     def hexdigest(self) -> str:
-        """Of all that was added; the values of tensors are read here, together."""
+        """The digest of all that was added; the values of tensors are read here, together."""
         total = self._hash.copy()
         total.update(byte_sums(self._tensors))
         return total.hexdigest()
@@ -89,6 +94,7 @@ class _Contents:
             self._hash.update(len(data).to_bytes(8, "little") + data)
 
     def add(self, value: Any) -> None:
+        """Adds a value, or an object with its parts; an object that was added before by number."""
         if isinstance(value, _PLAIN):
             self._text(type(value).__name__, repr(value))
         elif isinstance(value, Tensor):
@@ -110,6 +116,12 @@ class _Contents:
         for value in values:
             self.add(value)
 
+    def _name(self, value: type | FunctionType) -> None:
+        """Where a class or function is defined, and the version of its package."""
+        module = value.__module__ or ""
+        package = sys.modules.get(module.partition(".")[0])
+        self._text(module, value.__qualname__, str(getattr(package, "__version__", "")))
+
     def _object(self, value: Any) -> None:
         if isinstance(value, list):
             self._items(value)
@@ -119,24 +131,19 @@ class _Contents:
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, type):
-            self._class(value)
+            self._name(value)
         elif isinstance(value, FunctionType):
             self._function(value)
-        elif isinstance(value, CodeType):
-            self._text(value.co_name, value.co_code.hex())
-            for part in (value.co_names, value.co_varnames, value.co_consts):
-                self.add(part)
         elif isinstance(value, MethodType):
             self.add((value.__func__, value.__self__))
-        elif isinstance(value, _WRAPPERS) or hasattr(value, "__wrapped__"):
-            names = ("func", "args", "keywords", "__func__", "fget", "__wrapped__")
-            self.add({n: getattr(value, n) for n in names if hasattr(value, n)})
+        elif isinstance(value, partial):
+            self.add((value.func, value.args, value.keywords))
         elif isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
             digest = hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
             self._text("array", str(value.dtype), str(value.shape), digest)
         else:
-            self.add(type(value))
-            # others hold caches, locks, loggers: state that changes without changing features
+            self._name(type(value))
+            # other objects hold caches, locks, loggers, which change without changing features
             if dataclasses.is_dataclass(value):
                 names = [f.name for f in dataclasses.fields(value)]
                 self.add({name: getattr(value, name, None) for name in names})
@@ -146,12 +153,12 @@ class _Contents:
                 or type(value).__module__.startswith("fasttta.")
             ):
                 self.add(vars(value))
-            elif not _known(type(value).__module__):  # tables of a helper of the model
+            else:  # tables of a helper of the model
                 parts = getattr(value, "__dict__", {})
                 self.add({n: x for n, x in parts.items() if isinstance(x, _VALUES)})
 
     def _module(self, module: nn.Module) -> None:
-        self.add(type(module))
+        self._name(type(module))
         for name, value in vars(module).items():
             if name not in _MODULE:
                 self._text(name)
@@ -164,36 +171,17 @@ class _Contents:
             self._text(name)
             self.add(child)
 
-    def _class(self, cls: type) -> None:
-        for base in cls.__mro__:
-            self._text(base.__module__, base.__qualname__)
-            if not _known(base.__module__):
-                for name, value in vars(base).items():
-                    if not name.startswith("__") or callable(value):
-                        self._text(name)
-                        self.add(value)
-
     def _function(self, function: FunctionType) -> None:
-        self._text(function.__module__ or "", function.__qualname__)
-        if _known(function.__module__ or ""):
-            return
-        code = function.__code__
-        self.add((code, function.__defaults__, function.__kwdefaults__))
+        """By name, with its default arguments and the values that it closes over."""
+        self._name(function)
+        if function.__name__ == "<lambda>":  # its line tells it from others beside it
+            self.add(function.__code__.co_firstlineno)
+        self.add((function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
             try:
                 self.add(cell.cell_contents)
             except ValueError:  # not filled yet
                 self._text("empty")
-        for name in code.co_names:
-            value = function.__globals__.get(name)
-            if value is not None and isinstance(value, (FunctionType, *_PLAIN, *_VALUES)):
-                self._text(name)
-                self.add(value)
-
-
-def _known(module: str) -> bool:
-    """Code that the versions of fasttta and PyTorch stand for."""
-    return module.split(".")[0] in _KNOWN
 
 
 def sample_keys(inputs: tuple[Tensor, ...], ids: object = None) -> list[str]:

@@ -46,15 +46,15 @@ FAULTS = [
     (
         "cache-key-without-precision",
         "fasttta/data/feature_keys.py",
-        "(FORMAT, __version__, precision, dtype, model)",
-        "(FORMAT, __version__, dtype, model)",
+        "torch.__version__, precision, dtype, model)",
+        "torch.__version__, dtype, model)",
         "data/test_feature_keys.py::test_precision_and_storage_are_part_of_a_key",
     ),
     (
         "cache-key-without-dtype",
         "fasttta/data/feature_keys.py",
-        "(FORMAT, __version__, precision, dtype, model)",
-        "(FORMAT, __version__, precision, model)",
+        "torch.__version__, precision, dtype, model)",
+        "torch.__version__, precision, model)",
         "data/test_feature_keys.py::test_precision_and_storage_are_part_of_a_key",
     ),
     (
