@@ -45,14 +45,22 @@ class FineTuning:
         head: trained in place.
         text: class features [K, D], or a function that gives them (then its parameters belong into
             ``also``).
-        scale, bias: of the logits; a number, a tensor or a function that gives one.
-        image: what features go through before the head (an adapter); None: nothing.
-        also: further parameters to train; also_lr: their learning rate, None: ``lr``.
+        scale: factor of the logits; a number, a tensor or a function that gives one.
+        bias: added to the logits; None: nothing.
+        image: a function that features [B, D] go through before the head (an adapter); None: none.
+        also: further parameters to train.
+        also_lr: their learning rate; None: ``lr``.
         score: (image, text) -> logits and mask, where it is not the head alone.
         objective: ``"ce"`` or ``"sigmoid"``.
-        penalty, alpha: ``"mse"``, ``"linf"`` or None, and its weight.
-        optimizer: ``"adam"`` (0.9, 0.999) or ``"sgd"`` (momentum 0.9), weight decay coupled (L2).
-        lr: from the second epoch on, along a cosine over ``epochs``; the first has 1e-5.
+        penalty: of the mask, ``"mse"``, ``"linf"`` or None; see ``mask_penalty``.
+        alpha: weight of the penalty.
+        optimizer: ``"adam"`` (0.9, 0.999) or ``"sgd"`` (momentum 0.9).
+        lr: learning rate from the second epoch on, along a cosine; that of the first is 1e-5.
+        weight_decay: coupled (L2).
+        epochs: length of the cosine.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
 
     Source: the official code's trainers on Dassl. The penalty is reported where its weight is 0.
     """
@@ -76,13 +84,13 @@ class FineTuning:
         weight_decay: float = 5e-4,
         epochs: int = 5,
     ) -> None:
-        for name, choice, known in (
+        for name, choice, choices in (
             ("optimizer", optimizer, _OPTIMIZERS), ("penalty", penalty, _PENALTIES),
             ("objective", objective, _OBJECTIVES),
         ):  # fmt: skip
-            if choice not in known:
+            if choice not in choices:
                 raise ValueError(
-                    f"{name}={choice!r} is unknown; known: {', '.join(map(repr, known))}"
+                    f"{name}={choice!r} is unknown; known: {', '.join(map(repr, choices))}"
                 )
         for name, value, least in (
             ("alpha", alpha, 0), ("lr", lr, 0), ("weight_decay", weight_decay, 0),
@@ -145,11 +153,13 @@ class FineTuning:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * group["share"]
             self.optimizer.step()
-        found = {"loss": loss, "objective": value, "penalty": away, "logits": logits, "mask": mask}
-        return {name: x.detach() for name, x in found.items()}
+        results = {
+            "loss": loss, "objective": value, "penalty": away, "logits": logits, "mask": mask
+        }  # fmt: skip
+        return {name: x.detach() for name, x in results.items()}
 
     def end_epoch(self) -> None:
-        """On to the next learning rate."""
+        """Counts the epoch, on which the learning rate depends."""
         self.epoch += 1
 
 
@@ -181,8 +191,10 @@ def finetune(
             a CAV-MAE up to its linear classifier. Else features are computed once.
         classes: of a CLIP, with ``encoders``: token ids [K, L]; its text tower is trained too,
             token and position embeddings excepted.
-        encoder_lr: of the encoders, along the same schedule. batch, epochs: as they say; seed: of
-            the order.
+        encoder_lr: learning rate of the encoders, along the same schedule.
+        batch: samples in a step.
+        epochs: passes over all samples.
+        seed: of the samples' order.
         options: of ``FineTuning`` (``objective``, ``penalty``, ``alpha``, ``optimizer``, ``lr``,
             ``weight_decay``, ``bias``, ...).
 
@@ -197,37 +209,37 @@ def finetune(
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise ValueError(f"epochs={epochs!r}: needed a positive integer")
     inputs = features if isinstance(features, tuple) else (features,)
-    whole = _check_model(model, inputs, text, scale, encoders, classes)
-    taken = ("bias", "image", "score", "also", "also_lr")
-    if whole and (given := [name for name in taken if name in options]):
-        raise ValueError(f"{', '.join(given)}: {type(model).__name__} has its own")
+    is_model = _check_model(model, inputs, text, scale, encoders, classes)
+    of_model = ("bias", "image", "score", "also", "also_lr")
+    if is_model and (names := [name for name in of_model if name in options]):
+        raise ValueError(f"{', '.join(names)}: {type(model).__name__} has its own")
     if isinstance(model, RationalModel):
-        known = model.num_classes
+        num_classes = model.num_classes
     else:
         assert text is not None  # _check_model
-        known = len(text)
-    labels = _labels(labels, len(inputs[0]), known)
+        num_classes = len(text)
+    labels = _labels(labels, len(inputs[0]), num_classes)
     with torch.inference_mode(False):
         tuned: RationalHead | RationalModel
-        words: Callable[[], Tensor] | None = None
+        class_text: Callable[[], Tensor] | None = None
         if not isinstance(model, RationalModel):
             assert text is not None  # _check_model
             tuned = copy.deepcopy(model).requires_grad_(True)
             scale = 100.0 if scale is None else scale
             tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
         else:
-            tuned = cast(RationalModel, structural_copy(model, _own(encoders)))
+            tuned = cast(RationalModel, structural_copy(model, _copier(encoders)))
             with torch.no_grad():
                 inputs = inputs if encoders else (_encoded(tuned, inputs, batch),)
             also = _encoder_parameters(tuned, classes) if encoders else []
             if classes is not None:
                 assert isinstance(tuned, RationalCLIP)  # _check_model
                 prompts = tuned.model.prompts(classes)
-                words = lambda: prompts.features()[0]  # noqa: E731
+                class_text = lambda: prompts.features()[0]  # noqa: E731
             for parameter in (*tuned.head.parameters(), *also):
                 parameter.requires_grad_(True)
             tuning = FineTuning(
-                tuned.head, words or tuned.text, epochs=epochs, score=tuned.scored, also=also,
+                tuned.head, class_text or tuned.text, epochs=epochs, score=tuned.scored, also=also,
                 also_lr=encoder_lr, **options,
                 image=(lambda rows: tuned.encode(*(x[rows] for x in inputs))) if encoders else None,
             )  # fmt: skip
@@ -236,15 +248,15 @@ def finetune(
             order = torch.randperm(len(labels), generator=generator, device="cpu")
             for index in order.split(batch):
                 index = index.to(labels.device)
-                tuning.step(index if whole and encoders else inputs[0][index], labels[index])
+                tuning.step(index if is_model and encoders else inputs[0][index], labels[index])
             tuning.end_epoch()
-        if words is not None:
+        if class_text is not None:
             assert isinstance(tuned, RationalCLIP)
             with torch.no_grad():
-                text = words()
+                text = class_text()
                 tuned.text = (text / text.norm(dim=-1, keepdim=True)).to(tuned.text.dtype)
                 tuned.model.class_features = tuned.text.clone()
-    return cast(Tuned, tuned.requires_grad_(False) if whole else tuned)
+    return cast(Tuned, tuned.requires_grad_(False) if is_model else tuned)
 
 
 def _labels(labels: Tensor, samples: int, classes: int) -> Tensor:
@@ -256,11 +268,11 @@ def _labels(labels: Tensor, samples: int, classes: int) -> Tensor:
 
 
 def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
-    """Whether it is a whole model; raises what does not fit."""
-    whole = isinstance(model, RationalModel)
-    if not whole and not isinstance(model, RationalHead):
+    """Whether it is a model with a head, and not a head alone; raises what does not fit."""
+    is_model = isinstance(model, RationalModel)
+    if not is_model and not isinstance(model, RationalHead):
         raise TypeError(f"model must be a RationalHead or a model with one, found {model!r:.80}")
-    if whole:
+    if is_model:
         for name, value in (("text", text), ("scale", scale)):
             if value is not None:
                 raise ValueError(f"{name}: {type(model).__name__} has its own")
@@ -284,18 +296,18 @@ def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
     return False
 
 
-def _own(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter | None]:
-    """Copies of what is trained; of the rest parameters of its own over the same memory, so that
-    neither flags nor gradients reach the caller's."""
+def _copier(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter | None]:
+    """Makes a copy's parameters for ``structural_copy``: copies of those that are trained, others
+    over the same memory, so that neither flags nor gradients reach the caller's."""
 
-    def own(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def copied(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None:
             return None
         trained = encoders or name.startswith("head.")
         value = parameter.detach().clone() if trained else parameter.detach()
         return nn.Parameter(value, requires_grad=False)
 
-    return own
+    return copied
 
 
 def _encoded(model: RationalModel, inputs: tuple[Tensor, ...], batch: int) -> Tensor:
@@ -304,14 +316,14 @@ def _encoded(model: RationalModel, inputs: tuple[Tensor, ...], batch: int) -> Te
 
 
 def _encoder_parameters(model: RationalModel, classes: Tensor | None) -> list[nn.Parameter]:
-    """What is trained in front of the head."""
+    """The parameters in front of the head that are trained."""
     if isinstance(model, RationalCLIP):
         clip = cast(CLIP, model.model)
-        found = list(clip.visual.parameters())
+        parameters = list(clip.visual.parameters())
         if classes is not None:
-            found += [*clip.transformer.parameters(), *clip.ln_final.parameters()]
-            found.append(clip.text_projection)
-        return found
+            parameters += [*clip.transformer.parameters(), *clip.ln_final.parameters()]
+            parameters.append(clip.text_projection)
+        return parameters
     if isinstance(model, RationalCAVMAE):
         # LayerNorms of a modality alone never run here
         return [
