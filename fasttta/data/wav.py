@@ -149,8 +149,8 @@ def _to_float(data: bytearray, kind: _Format) -> Tensor:
         return torch.frombuffer(data, dtype=torch.int16).to(torch.float32) / 2**15
     if kind.width == 3:
         low, middle, high = torch.frombuffer(data, dtype=torch.uint8).view(-1, 3).int().unbind(1)
-        whole = low + middle * 2**8 + (high ^ 0x80) * 2**16 - 2**23
-        return whole.to(torch.float32) / 2**23
+        values = low + middle * 2**8 + (high ^ 0x80) * 2**16 - 2**23
+        return values.to(torch.float32) / 2**23
     values = torch.frombuffer(data, dtype=torch.int32).to(torch.float32) / 2**31
     return values.clamp(max=1 - 2**-24)  # the top 64 of 2**32 levels round to 1.0
 

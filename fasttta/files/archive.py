@@ -188,10 +188,10 @@ def read_archive(path: str | os.PathLike) -> Any:
         with zipfile.ZipFile(path) as file:
             archive = _Archive(file, os.path.getsize(path))
             data = archive.bytes_of(archive.root + "data.pkl", _MOST_PICKLE)
-            found = inert_pickle.load(data, archive.storage)
-            if isinstance(found, Record) and inert_pickle.is_script(found.name):
-                return _state_dict(found, archive)
-            return found
+            content = inert_pickle.load(data, archive.storage)
+            if isinstance(content, Record) and inert_pickle.is_script(content.name):
+                return _state_dict(content, archive)
+            return content
     except Refused:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:

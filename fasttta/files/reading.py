@@ -73,11 +73,11 @@ def regular_file(path: Any, what: str) -> str:
         TypeError: no path. FileNotFoundError: nothing is there. ValueError: no regular file.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-        found = type(path).__name__
+        kind = type(path).__name__
         hint = ""
         if hasattr(path, "read"):
             hint = "; of an open file give its path, or torch.load(file, weights_only=True)"
-        raise TypeError(f"needed a path or a state dict, found {found}{hint}")
+        raise TypeError(f"needed a path or a state dict, found {kind}{hint}")
     name = os.fspath(path)
     if not os.path.exists(name):
         raise FileNotFoundError(f"no {what} at {name!r}")

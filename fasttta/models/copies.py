@@ -86,8 +86,8 @@ def own_buffers(module: nn.Module, dtype: torch.dtype | None) -> None:
     for child in module.modules():
         for name, x in child._buffers.items():
             if x is not None:
-                own = dtype if dtype is not None and x.is_floating_point() else x.dtype
-                child._buffers[name] = x.detach().to(own, copy=True)
+                wanted = dtype if dtype is not None and x.is_floating_point() else x.dtype
+                child._buffers[name] = x.detach().to(wanted, copy=True)
 
 
 def without_checkpointing(model: nn.Module) -> bool:

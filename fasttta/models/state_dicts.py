@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files import check_weights, plain_name, read_file
 from ..files.inert_pickle import Unreadable
 
-# under what training scripts save a state dict beside epochs, optimisers and arguments
+# keys under which training scripts save a state dict, beside epochs, optimisers and arguments
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "model_state")
 
 
@@ -38,9 +38,10 @@ def unwrapped(state: Any) -> Any:
 def named_tensors(
     source: str | os.PathLike | Mapping[str, Tensor], ignored: re.Pattern[str] | None = None
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file or state dict by plain names, and what they are, for messages.
+    """The tensors of a file or state dict by plain names, and a name of the source for messages.
 
     Args:
+        source: a file, or a state dict.
         ignored: names of tensors that are left out, whatever they hold.
 
     Raises:
@@ -63,17 +64,17 @@ def named_tensors(
         if not (isinstance(name, str) and isinstance(x, (Tensor, Unreadable)))
     ]
     if alien or not state:
-        found = ", ".join(alien[:6]) or "nothing"
-        raise ValueError(f"{what}: needed a state dict of named tensors, found {found}")
+        names = ", ".join(alien[:6]) or "nothing"
+        raise ValueError(f"{what}: needed a state dict of named tensors, found {names}")
     plain: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
+    originals: dict[str, str] = {}
     for name, x in state.items():
         short = plain_name(name)
         if ignored is not None and ignored.fullmatch(short):
             continue
         if short in plain:
-            raise ValueError(f"{what}: {names[short]} and {name} are both {short}")
-        plain[short], names[short] = x, name
+            raise ValueError(f"{what}: {originals[short]} and {name} are both {short}")
+        plain[short], originals[short] = x, name
     return plain, what
 
 
@@ -81,7 +82,8 @@ def floating(state: Mapping[str, Tensor], what: str, *, copy: bool) -> dict[str,
     """Checked weights, all of one type: float64 if any is, else float32.
 
     Args:
-        copy: all of them, not only those that share their memory with others of these.
+        what: a name of the source, for messages.
+        copy: copy all of them, and not only those that share their memory with another one.
 
     Raises:
         ValueError: one is no finite floating point tensor.
@@ -111,6 +113,19 @@ def check_ranks(state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(state[name].shape)}, needed {needed}, none of them 0"
             )
+
+
+def count_blocks(state: Mapping[str, Tensor], prefix: str, least: int = 0) -> int:
+    """How many blocks "prefix.0", "prefix.1", ... a state dict has.
+
+    Raises:
+        ValueError: a number is left out, or there are fewer than ``least``.
+    """
+    start = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    numbers = {int(match[1]) for match in map(start.match, state) if match}
+    if len(numbers) < least or numbers != set(range(len(numbers))):
+        raise ValueError(f"{prefix} are not numbered 0, 1, ...: found {sorted(numbers)}")
+    return len(numbers)
 
 
 def check_keys(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], kind: str) -> None:

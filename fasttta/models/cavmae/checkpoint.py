@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..state_dicts import check_ranks, floating, listed, named_tensors
+from ..state_dicts import check_ranks, count_blocks, floating, listed, named_tensors
 
 # What READ (q, k, v) and ABPEM (qa ... vv) add to a fusion block; views of qkv in their code.
 SPLIT_QKV = re.compile(r"blocks_u\.\d+\.attn\.(q|k|v|qa|ka|va|qv|kv|vv)\.(weight|bias)")
@@ -88,21 +88,13 @@ def infer_sizes(state: Mapping[str, Tensor]) -> dict:
             f"found {listed(state)}"
         )
     check_ranks(state, ranks)
-
-    def blocks(prefix: str) -> int:
-        found = re.compile(rf"{prefix}\.(\d+)\.")
-        indices = {int(m[1]) for m in map(found.match, state) if m}
-        if indices != set(range(len(indices))):
-            raise ValueError(f"{prefix} are not numbered 0, 1, ...: found {sorted(indices)}")
-        return len(indices)
-
     audio, video = state["patch_embed_a.proj.weight"], state["patch_embed_v.proj.weight"]
     return {
         "num_classes": state["mlp_head.1.weight"].shape[0],
         "dim": state["pos_embed_a"].shape[2],
         "audio_tokens": state["pos_embed_a"].shape[1],
         "video_tokens": state["pos_embed_v"].shape[1],
-        "depth": (blocks("blocks_a"), blocks("blocks_v"), blocks("blocks_u")),
+        "depth": tuple(count_blocks(state, name) for name in ("blocks_a", "blocks_v", "blocks_u")),
         "hidden": state["blocks_u.0.mlp.fc1.weight"].shape[0],
         "patch_audio": tuple(audio.shape[2:]),
         "patch_video": tuple(video.shape[2:]),

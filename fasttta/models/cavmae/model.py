@@ -84,12 +84,10 @@ class CAVMAE(nn.Module):
         )
         self.norm_a, self.norm_v, self.norm = (nn.LayerNorm(dim) for _ in range(3))
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), Linear(dim, num_classes))
-        # no part of the weights, which source statistics and saved states are told by
+        # not in state_dict(), whose digest says to which model statistics and saved states belong
         self.register_buffer("prompts_audio", None, persistent=False)
         self.register_buffer("prompts_video", None, persistent=False)
         self.tuned_prompts = False
-
-    # ------------------------------------------------------------------ loading
 
     @classmethod
     def from_checkpoint(
@@ -112,7 +110,7 @@ class CAVMAE(nn.Module):
             path_or_state_dict: a safetensors file, a file of ``torch.save`` or ``torch.jit.save``
                 (read for its tensors; no code in it is run), or a state dict.
             num_heads: heads of every attention layer, which weights do not tell. None: 12 of the
-                published width 768; of any other width it must be given.
+                published width 768; for any other width it is needed.
 
         Raises:
             FileNotFoundError, TypeError: there is no such file, or it is no path.
@@ -180,8 +178,6 @@ class CAVMAE(nn.Module):
         prompts = {"audio": self.prompts_audio, "video": self.prompts_video}
         return {name: x for name, x in prompts.items() if x is not None}
 
-    # ------------------------------------------------------------------ protocol
-
     @property
     def spans(self) -> tuple[int, int]:
         """Token counts (Ta, Tv) of the fused sequence, audio first."""
@@ -189,6 +185,7 @@ class CAVMAE(nn.Module):
 
     @property
     def input_names(self) -> tuple[str, str]:
+        """Names of the inputs, for messages."""
         return "audio", "video"
 
     def tunable(self, group: str) -> dict[str, Slot]:
@@ -240,7 +237,7 @@ class CAVMAE(nn.Module):
         return RationalCAVMAE(self, fresh_head(self.dim, linear.weight, **options))
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Multiply in this precision (None: in the weights' own), frozen weights converted once.
+        """Multiply in this precision (None: in that of the weights); frozen weights are converted.
 
         The residual stream, LayerNorms and the head keep theirs.
         """
@@ -303,8 +300,6 @@ class CAVMAE(nn.Module):
                 f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of "
                 f"{ph} x {pw}, the checkpoint has positions for {tokens} tokens"
             )
-
-    # ------------------------------------------------------------------ computation
 
     def embed_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> what enters its encoder [B, Ta, D], frequency-major."""
@@ -380,7 +375,7 @@ class CAVMAE(nn.Module):
             video: [B, 3, rows, columns]; unused, and may be None, in the audio modes.
             mode: ``"multimodal"``; ``"audioonly"`` / ``"videoonly"``: a model fine-tuned on one
                 modality, through that modality's LayerNorms; ``"missingaudioonly"`` /
-                ``"missingvideoonly"``: a model fine-tuned on both that is *given* only audio /
+                ``"missingvideoonly"``: a model fine-tuned on both that gets only audio /
                 video: the mean of both normalisations' features (official mode names).
 
         Raises:

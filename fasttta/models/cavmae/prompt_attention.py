@@ -9,15 +9,18 @@ from ...ops import again, softmax_attention
 
 
 def prompt_attention(q: Tensor, kv: Tensor, prompt_kv: Tensor, heads: int, scale: float) -> Tensor:
-    """Softmax attention, as if the prompts' keys and values stood before every sample's own.
+    """Softmax attention over the keys and values of the prompts, then over those of each sample.
 
-    On a CPU gradients are written where they belong with one copy each, and where only the prompts
-    have one (the first block: its tokens depend on nothing tuned), those of their n columns alone
-    are computed in place of the whole backward pass.
+    On a CPU each gradient is written to its place with one copy. Where only the prompts have a
+    gradient (in the first block, whose tokens depend on nothing tuned) that of their n columns
+    alone is computed.
 
     Args:
-        q: [B, T, D]; kv: [B, T, 2 D], keys and then values; prompt_kv: [n, 2 D].
-        heads: H. scale: of q·k.
+        q: [B, T, D].
+        kv: [B, T, 2 D], keys and then values.
+        prompt_kv: [n, 2 D], of the prompts.
+        heads: H.
+        scale: factor of q·k.
 
     Returns:
         [B, T, D].
@@ -63,9 +66,9 @@ class _PromptAttention(torch.autograd.Function):
             dk, dv = ds.to(q).transpose(-2, -1) @ q, p.to(q).transpose(-2, -1) @ grad
             return None, None, _packed(dk.sum(0, True), dv.sum(0, True))[0], None, None
         dq, dk, dv = softmax_attention.backward(grad, q, k, v, out, lse, ctx.scale)
-        own = _packed(dk[:, :, n:], dv[:, :, n:])
+        dkv = _packed(dk[:, :, n:], dv[:, :, n:])
         prompts = _packed(dk[:, :, :n].sum(0, True), dv[:, :, :n].sum(0, True))[0]
-        return dq.transpose(1, 2).flatten(2), own, prompts, None, None
+        return dq.transpose(1, 2).flatten(2), dkv, prompts, None, None
 
 
 def _packed(k: Tensor, v: Tensor) -> Tensor:

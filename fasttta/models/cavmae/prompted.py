@@ -43,21 +43,21 @@ class Encoders(FusionModel, Protocol):
 
 
 class _Stream(NamedTuple):
-    """Tokens behind an encoder, as they are and under the fusion block's first LayerNorm."""
+    """Tokens after an encoder, as they are and after the fusion block's first LayerNorm."""
 
     tokens: Tensor  # [B, T, D]
     normed: Tensor  # [B, T, D]
 
 
 class PromptedCAVMAE(nn.Module):
-    """A CAV-MAE whose encoder blocks each see prompts of their own before the modality's tokens.
+    """A CAV-MAE in which each encoder block sees its prompts before the modality's tokens.
 
-    What a block makes of its prompts is dropped behind it, so they need no query, no attention
-    output and no MLP: only keys and values, which no sample changes and which are computed once a
-    layer for all streams. Exact: ViT-B, batch 4, fp32: the same features within 7e-7.
+    A block's output at its prompts is dropped, so prompts need no query, no attention output and no
+    MLP: only keys and values. No sample changes these, so each layer computes them once for all
+    streams. Exact: ViT-B, batch 4, fp32: the same features within 7e-7.
 
     Args:
-        model: whose weights are used (and shared).
+        model: a ``CAVMAE``; its weights are shared.
         prompts: ``"audio"`` and ``"video"``, [blocks, n, D] each; n may be 0.
 
     Source: BriMPR (Li and Feng, AAAI 2026) and its official code; deep visual prompts are those of
@@ -69,44 +69,46 @@ class PromptedCAVMAE(nn.Module):
         self.model = model
         self.prompts = nn.ParameterDict({name: nn.Parameter(x) for name, x in prompts.items()})
 
-    # ------------------------------------------------------------------ protocol
-
     @property
     def num_classes(self) -> int | None:
+        """C."""
         return self.model.num_classes
 
     @property
     def num_heads(self) -> int:
+        """Heads of every attention layer."""
         return self.model.num_heads
 
     @property
     def spans(self) -> tuple[int, ...]:
+        """Token counts (Ta, Tv) of the fused sequence."""
         return self.model.spans
 
     @property
     def input_names(self) -> tuple[str, ...]:
+        """Audio and video."""
         return self.model.input_names
 
     def check_inputs(self, *inputs: Tensor) -> None:
+        """As ``CAVMAE.check_inputs``."""
         self.model.check_inputs(*inputs)
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """As ``CAVMAE.set_compute_dtype``."""
         self.model.set_compute_dtype(dtype)
 
     def tunable(self, group: str) -> dict[str, Slot]:
-        """``"prompts"``: ``prompts.audio`` and ``prompts.video``; else what the CAV-MAE has."""
+        """``"prompts"``: ``prompts.audio`` and ``prompts.video``; else as ``CAVMAE.tunable``."""
         if group == "prompts":
             return {f"prompts.{name}": Slot(f"prompts.{name}") for name in self.input_names}
         slots = self.model.tunable(group)
         return {name: Slot(f"model.{slot.parameter}", slot.rows) for name, slot in slots.items()}
 
-    # ------------------------------------------------------------------ prediction
-
     def layers(self, *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Inputs -> tokens [B, Ta + Tv, D] and a modality's pooled features [B, blocks, D].
+        """Inputs -> tokens [B, Ta + Tv, D] and each modality's pooled features [B, blocks, D].
 
-        The feature behind block i is the mean over tokens of what the LayerNorm that block i + 1
-        begins with makes of them (behind the last: that of the fusion block).
+        The feature of block i is the mean over its output tokens after the LayerNorm that block
+        i + 1 begins with (of the last block: the LayerNorm that the fusion block begins with).
         """
         streams = [
             self._encode(name, self._embed(name, x), self._prompt_keys(name))
@@ -116,16 +118,18 @@ class PromptedCAVMAE(nn.Module):
         return tokens, tuple(pooled for _, pooled in streams if pooled is not None)  # all are there
 
     def encode(self, *inputs: Tensor) -> Tensor:
-        """Inputs -> tokens [B, Ta + Tv, D]; without prompts, what the CAV-MAE makes of them."""
+        """Inputs -> tokens [B, Ta + Tv, D]; with empty prompts as the CAV-MAE encodes them."""
         if not any(x.numel() for x in self.prompts.values()):
             return self.model.encode(*inputs)
         with span("encode"):
             return self.layers(*inputs)[0]
 
     def fuse(self, tokens: Tensor) -> Tensor:
+        """As ``CAVMAE.fuse``."""
         return self.model.fuse(tokens)
 
-    def fuse_attention(self, tokens: Tensor):
+    def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
+        """As ``CAVMAE.fuse_attention``."""
         return self.model.fuse_attention(tokens)
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -133,20 +137,19 @@ class PromptedCAVMAE(nn.Module):
         self.check_inputs(*inputs)
         return self.fuse(self.encode(*inputs))
 
-    # ------------------------------------------------------------------ streams
-
     def streams(self, *inputs: Tensor) -> Streams:
-        """What BriMPR's losses are made of.
+        """The features and logits that BriMPR's losses are made of.
 
         Every distinct token is encoded once, and projected to the fusion block's q, k, v once: the
         official code projects 2478 token rows a sample where 1062 are distinct (512 + 196 tokens,
-        half of them masked). LayerNorms behind a block serve its feature and the next block.
-        Masked streams are run when their loss is asked for, on a CPU about a sample at a time, with
-        their gradients taken at once: only whole streams are kept for the backward pass.
+        half of them masked). The LayerNorm after a block serves its feature and the next block.
+        Masked streams run when their loss is asked for, on a CPU about a sample at a time, and
+        their gradients are computed at once: only the graph of unmasked streams is kept.
 
         Args:
-            inputs: one a modality, then, or not, the ids [B, K] (int64) of the tokens that each
-                modality keeps when masked; without ids masked streams are the whole ones.
+            inputs: one for each modality. After them may stand, for each modality, the ids [B, K]
+                (int64) of the tokens that it keeps when it is masked; without ids nothing is
+                masked.
         """
         names = self.input_names
         inputs, keep = inputs[: len(names)], inputs[len(names) :]
@@ -154,36 +157,36 @@ class PromptedCAVMAE(nn.Module):
         keys = [self._prompt_keys(name) for name in names]
         encoded: list[_Stream] = []
         features, head = [], self.model.mlp_head
-        for name, x, own in zip(names, embedded, keys, strict=True):
+        for name, x, prompt_keys in zip(names, embedded, keys, strict=True):
             with span(f"streams {name}"):
-                stream, pooled = self._encode(name, x, own)
+                stream, pooled = self._encode(name, x, prompt_keys)
                 encoded.append(stream)
                 assert pooled is not None
                 features.append(pooled)
         qkv = self._fusion[0].attn.qkv
         with span("fuse"):
-            whole = [(x.tokens, qkv(x.normed)) for x in encoded]
+            unmasked = [(x.tokens, qkv(x.normed)) for x in encoded]
             with torch.no_grad():
-                joint = self._fused([(x.detach(), y.detach()) for x, y in whole])
+                joint = self._fused([(x.detach(), y.detach()) for x, y in unmasked])
                 logits = head(joint)
-        batch, size = len(joint), samples_at_once(whole[0][0])
+        batch, size = len(joint), samples_at_once(unmasked[0][0])
 
         def masked(i: int, loss: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
-            def part(rows: slice, own: list[Tensor], others: list[Tensor]):
+            def part(rows: slice, prompt_keys: list[Tensor], others: list[Tensor]):
                 streams = list(zip(others[::2], others[1::2], strict=True))
                 if keep:
                     ids = keep[i][rows].unsqueeze(-1).expand(-1, -1, embedded[i].shape[2])
                     kept = embedded[i][rows].gather(1, ids)
                     with span(f"streams {names[i]}"):
-                        stream, _ = self._encode(names[i], kept, own, pool=False)
+                        stream, _ = self._encode(names[i], kept, prompt_keys, pool=False)
                     streams.insert(i, (stream.tokens, qkv(stream.normed)))
                 with span("fuse"):
-                    found = head(self._fused(streams))
-                return loss(found, rows), (found,)
+                    logits = head(self._fused(streams))
+                return loss(logits, rows), (logits,)
 
-            others = [x for j, pair in enumerate(whole) if j != i or not keep for x in pair]
-            value, (found,) = chunked_loss(part, keys[i] if keep else (), others, batch, size)
-            return value, found
+            others = [x for j, pair in enumerate(unmasked) if j != i or not keep for x in pair]
+            value, (logits,) = chunked_loss(part, keys[i] if keep else (), others, batch, size)
+            return value, logits
 
         def alone(
             loss: Callable[[list[Tensor]], Tensor],
@@ -191,13 +194,13 @@ class PromptedCAVMAE(nn.Module):
             def part(rows: slice, none: list[Tensor], parts: list[Tensor]):
                 pairs = zip(names, parts[::2], parts[1::2], strict=True)
                 with span("fuse"):
-                    found = [
+                    features = [
                         (self._fused([(x, y)]) + self.model.pool(x, name[0])[0]) / 2
                         for name, x, y in pairs
                     ]
-                return loss(found), tuple(found)
+                return loss(features), tuple(features)
 
-            return chunked_loss(part, (), [x for pair in whole for x in pair], batch, batch)
+            return chunked_loss(part, (), [x for pair in unmasked for x in pair], batch, batch)
 
         return Streams(logits, joint, tuple(features), masked, alone)
 
@@ -249,9 +252,9 @@ class PromptedCAVMAE(nn.Module):
 
 
 def _rows(packed: Linear, x: Tensor, first: int, last: int) -> Tensor:
-    """The projections ``first`` to ``last`` (q 0, k 1, v 2) of a packed one.
+    """The projections ``first`` to ``last`` (q 0, k 1, v 2) of a packed layer.
 
-    q apart from k and v: then nothing that only rests in a packed product is kept for backward.
+    With q apart from k and v, the backward pass keeps no packed product of which it needs a part.
     """
     dim = packed.in_features
     dtype = packed.compute_dtype or packed.weight.dtype
@@ -273,7 +276,7 @@ def _attend(attn: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_with(attn: SelfAttention, normed: Tensor, prompt_keys: Tensor) -> Tensor:
-    """Attention of tokens [B, T, D] over themselves and prompts given as keys, values [n, 2 D]."""
+    """Attention of tokens [B, T, D] over themselves and over prompts' keys and values [n, 2 D]."""
     normed = normed.to(prompt_keys.dtype)  # once for both products
-    q, own = _rows(attn.qkv, normed, 0, 1), _rows(attn.qkv, normed, 1, 3)
-    return attn.proj(prompt_attention(q, own, prompt_keys, attn.heads, attn.scale))
+    q, kv = _rows(attn.qkv, normed, 0, 1), _rows(attn.qkv, normed, 1, 3)
+    return attn.proj(prompt_attention(q, kv, prompt_keys, attn.heads, attn.scale))

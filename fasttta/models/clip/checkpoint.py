@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from ...files import plain_name, read_file
-from ..state_dicts import check_ranks, floating, listed, named_tensors, unwrapped
+from ..state_dicts import check_ranks, count_blocks, floating, listed, named_tensors, unwrapped
 
-# integers in the published archives beside the weights, BatchNorm's counters, and the causal mask,
-# which some modules keep as a buffer or attribute
+# The published archives also hold integers, BatchNorm's counters, and the causal mask, which some
+# modules keep as a buffer.
 _NOT_WEIGHTS = re.compile(
     r"input_resolution|context_length|vocab_size|.*num_batches_tracked|(.*\.)?attn_mask"
 )
-# what decides sizes, and how many dimensions it has
+# tensors that decide sizes -> how many dimensions they have
 _TEXT = {
     "token_embedding.weight": 2, "positional_embedding": 2, "text_projection": 2,
     "ln_final.weight": 1, "logit_scale": 0, "transformer.resblocks.0.attn.in_proj_weight": 2,
@@ -62,13 +62,6 @@ def is_clip_checkpoint(path: str | os.PathLike) -> bool:
     return "token_embedding.weight" in names or any(name.startswith("visual.") for name in names)
 
 
-def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    found = {int(m[1]) for m in map(re.compile(rf"{prefix}\.(\d+)\.").match, state) if m}
-    if not found or found != set(range(len(found))):
-        raise ValueError(f"{prefix} are not numbered 0, 1, ...: found {sorted(found)}")
-    return len(found)
-
-
 def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of ``CLIP`` that shapes determine. Heads are never stored: OpenAI's have 64
     channels, of the last feature map in ResNets.
@@ -88,7 +81,7 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width = state["ln_final.weight"].shape[0]
     text = {
         "dim": width,
-        "depth": _blocks(state, r"transformer\.resblocks"),
+        "depth": count_blocks(state, "transformer.resblocks", least=1),
         "heads": max(1, width // 64),
         "hidden": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         "context_length": state["positional_embedding"].shape[0],
@@ -100,7 +93,7 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "resolution": patch.shape[-1] * _side(state["visual.positional_embedding"]),
             "patch": patch.shape[-1],
             "dim": patch.shape[0],
-            "depth": _blocks(state, r"visual\.transformer\.resblocks"),
+            "depth": count_blocks(state, "visual.transformer.resblocks", least=1),
             "heads": max(1, patch.shape[0] // 64),
             "hidden": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
             "patch_bias": "visual.conv1.bias" in state,
@@ -110,7 +103,7 @@ def infer_clip_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         vision = {
             "resolution": 32 * _side(state["visual.attnpool.positional_embedding"]),
             "width": width,
-            "layers": [_blocks(state, rf"visual\.layer{i}") for i in (1, 2, 3, 4)],
+            "layers": [count_blocks(state, f"visual.layer{i}", least=1) for i in (1, 2, 3, 4)],
             "heads": max(1, width * 32 // 64),
         }
     return {"embed_dim": state["text_projection"].shape[1], "vision": vision, "text": text}

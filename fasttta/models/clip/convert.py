@@ -1,4 +1,4 @@
-"""CLIP over the weights of other packages' modules, told by their structure."""
+"""Makes a CLIP over the weights of a module of transformers, open_clip or OpenAI."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def convert_open_clip(module: nn.Module) -> CLIP:
     state = {name.removeprefix("text."): x for name, x in _own_tensors(module).items()}
     state.pop("attn_mask", None)
     context = mask_length(text)
-    if context is not None:  # what its own text tower can take
+    if context is not None:  # the length that the module's text tower takes
         state["positional_embedding"] = state["positional_embedding"][:context]
     heads = {"text": _heads(text.transformer.resblocks[0])}
     activations = {_activation(text.transformer.resblocks[0])}
@@ -174,12 +174,14 @@ def _activation(block: Any) -> str:
     return "quick_gelu" if type(layer).__name__ == "QuickGELU" else type(layer).__name__
 
 
-def _one_activation(found: set[str]) -> str:
-    if len(found) != 1 or found - {"gelu", "quick_gelu"}:
+def _one_activation(activations: set[str]) -> str:
+    """The activation of both towers, by its name in ``ACTIVATIONS``."""
+    if len(activations) != 1 or activations - {"gelu", "quick_gelu"}:
         raise ValueError(
-            f"activations {', '.join(sorted(found))}: needed 'quick_gelu' or 'gelu' in both towers"
+            f"activations {', '.join(sorted(activations))}: needed 'quick_gelu' or 'gelu' in both "
+            "towers"
         )
-    return found.pop()
+    return activations.pop()
 
 
 def _first_of(end: int, ids: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ class CLIP(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            known = ", ".join(map(repr, ACTIVATIONS))
-            raise ValueError(f"activation={activation!r} is unknown; known: {known}")
+            names = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation={activation!r} is unknown; known: {names}")
         self.visual: ModifiedResNet | VisionTransformer
         if "layers" in vision:
             self.visual = ModifiedResNet(**vision, embed_dim=embed_dim)
@@ -80,8 +80,6 @@ class CLIP(nn.Module):
         self.class_features: Tensor | None = None  # [C, E], normalised
         # ids [C, L] -> end positions [C]; None: that of the largest id
         self.find_end: Callable[[Tensor], Tensor] | None = None
-
-    # ------------------------------------------------------------------ loading
 
     @classmethod
     def from_checkpoint(cls, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]) -> CLIP:
@@ -121,8 +119,6 @@ class CLIP(nn.Module):
         model.load_state_dict(state, assign=True, strict=False)
         return model.eval().requires_grad_(False)
 
-    # ------------------------------------------------------------------ the two towers
-
     @property
     def resolution(self) -> int:
         """R: images are [N, 3, R, R]."""
@@ -135,6 +131,7 @@ class CLIP(nn.Module):
 
     @property
     def context_length(self) -> int:
+        """L, the most tokens that the text tower takes."""
         return self.positional_embedding.shape[0]
 
     @property
@@ -193,7 +190,7 @@ class CLIP(nn.Module):
         return (pixels.to(master) - mean) / std
 
     def _pieces(self, function, pixels: Tensor, *rows: Tensor):
-        """A function of views, a piece at a time where no graph is kept."""
+        """A function of views [N, 3, R, R] and rows [N, ...], a piece at a time without a graph."""
         size = _VIEWS["cuda" if pixels.is_cuda else "cpu"]
         if isinstance(self.visual, VisionTransformer):
             size = max(size, _VALUES // self.visual.positional_embedding.numel())
@@ -224,8 +221,8 @@ class CLIP(nn.Module):
             ValueError, TypeError: as said in the message.
         """
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"token ids must be an int64 tensor [C, L], found {found}")
+            kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(f"token ids must be an int64 tensor [C, L], found {kind}")
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(f"token ids must be [C, L], found {list(ids.shape)}")
         ids = ids.detach().cpu()
@@ -253,8 +250,6 @@ class CLIP(nn.Module):
                 "tokens (SOT and prompt), which they must share; give a smaller prompt_length"
             )
         return Prompts(self, ids, ends, length)
-
-    # ------------------------------------------------------------------ classes
 
     def set_classes(self, ids: Tensor) -> CLIP:
         """Makes ``model(pixels)`` predict these classes: token ids [C, L] int64. Returns itself."""
@@ -293,8 +288,6 @@ class CLIP(nn.Module):
         features = features / features.norm(dim=-1, keepdim=True)
         return self.logit_scale.exp() * features @ text.to(features).T
 
-    # ------------------------------------------------------------------ for methods
-
     def check_maps(self) -> None:
         """Raises ValueError where the image tower has no attention maps: it is too short."""
         if isinstance(self.visual, ModifiedResNet):
@@ -332,7 +325,7 @@ class CLIP(nn.Module):
         return maps
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Multiply in this precision (None: in the weights' own), frozen weights converted once.
+        """Multiply in this precision (None: in that of the weights); frozen weights are converted.
         The residual stream, normalisations and projections to the joint space keep theirs."""
         for module in self.modules():
             if isinstance(module, (Linear, PackedAttention, PatchConv, Conv)):

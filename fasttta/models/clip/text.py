@@ -1,8 +1,8 @@
 """CLIP's text tower on a list of classes: only the tokens that matter, each computed once.
 
-The tower is causal, so nothing after a prompt's end token reaches its feature, and tokens that all
-prompts begin with have one hidden state for all classes. Both savings are exact: ImageNet's 1000
-prompts are 4,170 tokens instead of 77,000 (specs: 77 tokens, official code: 40).
+The tower is causal, so no token after a prompt's end token changes its feature, and the tokens that
+all prompts begin with have the same hidden states for all classes. Both savings are exact:
+ImageNet's 1000 prompts are 4,170 tokens instead of 77,000 (77 for each; the official code has 40).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Linearised(NamedTuple):
 
 
 class TextTower(Protocol):
-    """What ``Prompts`` asks of a model."""
+    """The parts of a model that ``Prompts`` uses."""
 
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
@@ -48,7 +48,7 @@ class TextTower(Protocol):
 
 @dataclass
 class Chunk:
-    """Consecutive classes (by length), their own tokens packed without padding.
+    """Some classes of similar length; their tokens after the shared ones, without padding.
 
     Attributes:
         classes: [c] class indices.
@@ -67,9 +67,9 @@ class Prompts:
     """Class prompts [SOT, prompt, rest, class, ..., EOT] as a function of the prompt's embeddings.
 
     Args:
-        model: a CLIP, or what else has a text tower like its.
+        model: a CLIP, or another model with a text tower of the same kind.
         ids: [C, L] int64.
-        ends: [C] where each row's end token is; what follows does not matter.
+        ends: [C] where each row's end token is; tokens after it do not matter.
         length: n, tokens after SOT that the prompt replaces, the same in all rows; 0: none.
     """
 
@@ -79,7 +79,7 @@ class Prompts:
         device = model.positional_embedding.device
         stops: list[int] = (ends + 1).tolist()
         rows: list[list[int]] = [row[:n] for row, n in zip(ids.tolist(), stops, strict=True)]
-        self.prefix = min(_common(rows), min(stops) - 1)  # every class keeps a token of its own
+        self.prefix = min(_common(rows), min(stops) - 1)  # a token is left for every class
         order = sorted(range(len(rows)), key=lambda i: stops[i])
         self.count = len(rows)
         with torch.inference_mode(False), torch.no_grad():
@@ -120,8 +120,6 @@ class Prompts:
         last = layout.starts[1:].long() - 1
         return Chunk(torch.tensor(classes, device=device), tokens, last, layout)
 
-    # ------------------------------------------------------------------ the tower
-
     def _start(self, prompt: Tensor) -> Tensor:
         """Prompts [B, n, D] -> embeddings [B, P, D] of the shared tokens."""
         n, fixed = self.length, self._embedded(self.ids).expand(len(prompt), -1, -1)
@@ -129,8 +127,8 @@ class Prompts:
         return x + self.model.positional_embedding[: self.prefix]
 
     def _whole(self, prompt: Tensor) -> Tensor:
-        """Features [B, c, E] of the only chunk, its tokens and the shared ones in one pass: the
-        weights are read once, and a GPU starts half as many kernels."""
+        """Features [B, c, E] where there is one chunk: its tokens and the shared ones go through in
+        one pass, which reads the weights once and starts half as many kernels on a GPU."""
         model, (chunk,), p = self.model, self.chunks, self.prefix
         *blocks, last = model.transformer.blocks
         x = torch.cat((self._start(prompt), chunk.tokens.expand(len(prompt), -1, -1)), 1)
@@ -142,8 +140,8 @@ class Prompts:
             x = x + block.mlp(block.ln_2(x))
         n = last.ln_1(x)
         pairs = [(y[:, :p], y[:, p:]) for y in last.attn.project(n, "kv")]
-        shared, own = zip(*pairs, strict=True)
-        return self._ends(chunk, x[:, p:], n[:, p:], own, shared)
+        shared, suffix = zip(*pairs, strict=True)
+        return self._ends(chunk, x[:, p:], n[:, p:], suffix, shared)
 
     def _prefix(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Prompts [B, n, D] -> keys and values [B, P, D] of the shared tokens by block."""
@@ -164,8 +162,8 @@ class Prompts:
         *blocks, last = self.model.transformer.blocks
         x = chunk.tokens.expand(len(cached[0][0]), -1, -1)
         for block, shared in zip(blocks, cached, strict=False):
-            q, *own = block.attn.project(block.ln_1(x))
-            x = x + self._attended(block, chunk, q, own, shared)
+            q, *kv = block.attn.project(block.ln_1(x))
+            x = x + self._attended(block, chunk, q, kv, shared)
             x = x + block.mlp(block.ln_2(x))
         n = last.ln_1(x)
         return self._ends(chunk, x, n, last.attn.project(n, "kv"), cached[-1])
@@ -175,29 +173,36 @@ class Prompts:
         block: ResidualAttentionBlock,
         chunk: Chunk,
         q: Tensor,
-        own: Sequence[Tensor],
+        kv: Sequence[Tensor],
         shared: Sequence[Tensor],
     ) -> Tensor:
-        """The attention of a chunk's tokens, or of their last ones, projected."""
-        attn, (k, v), (prefix_k, prefix_v) = block.attn, own, shared
+        """The attention output at q [B, n, D], a chunk's tokens or its end tokens, projected."""
+        attn, (k, v), (prefix_k, prefix_v) = block.attn, kv, shared
         out = shared_prefix_attention(
             q, k, v, prefix_k, prefix_v, *chunk.layout, attn.heads, attn.scale
         )
         return attn.out_proj(out)
 
     def _ends(
-        self, chunk: Chunk, x: Tensor, n: Tensor, own: Sequence[Tensor], shared: Sequence[Tensor]
+        self, chunk: Chunk, x: Tensor, n: Tensor, kv: Sequence[Tensor], shared: Sequence[Tensor]
     ) -> Tensor:
-        """The last block, only where a feature is read, of a chunk's tokens x and ln_1 of them with
-        their keys and values: [B, c, E]."""
+        """The last block at the end tokens alone, which are the only ones that are read.
+
+        Args:
+            x: [B, S, D], tokens of the chunk before the block.
+            n: [B, S, D], the same after ln_1.
+            kv: keys and values [B, S, D] of the chunk.
+            shared: keys and values [B, P, D] of the shared tokens.
+
+        Returns:
+            Features [B, c, E].
+        """
         model, last = self.model, self.model.transformer.blocks[-1]
         x = x.index_select(1, chunk.last)
         (q,) = last.attn.project(n.index_select(1, chunk.last), "q")
-        x = x + self._attended(last, chunk, q, own, shared)
+        x = x + self._attended(last, chunk, q, kv, shared)
         x = x + last.mlp(last.ln_2(x))
         return model.ln_final(x) @ model.text_projection
-
-    # ------------------------------------------------------------------ features
 
     def features(self, prompt: Tensor | None = None) -> Tensor:
         """Text features [B, C, E] of prompts [B, n, D] (None: the initial one, B = 1), not
@@ -258,7 +263,7 @@ class Prompts:
         return Linearised(features, lambda cotangent: self._pullback(prompt, cotangent))
 
     def _kept(self, prompt: Tensor) -> Linearised:
-        """With the graph: a third less work than computing it again, as long as it fits."""
+        """Keeps the graph: a third less work than to compute it again, where memory allows it."""
         with torch.enable_grad():
             leaf = prompt.detach().clone().requires_grad_()
             features = self.features(leaf)
@@ -298,8 +303,8 @@ class Prompts:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Of a few tokens [B, H, P, d]. On a CPU written out: for so few the flash kernel takes one and
-    a half times as long."""
+    """Causal attention of a few tokens [B, H, P, d]. On a CPU it is written out: for so few tokens
+    the flash kernel takes one and a half times as long."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     scores = q @ (k * scale).transpose(-1, -2)
@@ -308,7 +313,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _common(rows: list[list[int]]) -> int:
-    """Tokens that all rows begin with."""
+    """How many tokens all rows begin with."""
     first, last = min(rows), max(rows)
     return next(
         (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),

@@ -95,13 +95,14 @@ class RationalHead(nn.Module):
                 f"{_FIRST} among {len(state)}: {', '.join(list(state)[:4])}"
             )
         (prefix,) = prefixes
-        own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-        own = {n: x for n, x in own.items() if n.split(".")[0].endswith(_ENDINGS)}
-        own = floating(own, what, copy=isinstance(path_or_state_dict, Mapping))
-        if own[_FIRST].ndim != 2 or not own[_FIRST].numel():
-            raise ValueError(f"{what}: {prefix}{_FIRST} has shape {list(own[_FIRST].shape)}")
-        head = cls(own[_FIRST].shape[0], **options).to(own[_FIRST].dtype)
-        head.load_state_dict(own)
+        weights = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+        weights = {n: x for n, x in weights.items() if n.split(".")[0].endswith(_ENDINGS)}
+        weights = floating(weights, what, copy=isinstance(path_or_state_dict, Mapping))
+        first = weights[_FIRST]
+        if first.ndim != 2 or not first.numel():
+            raise ValueError(f"{what}: {prefix}{_FIRST} has shape {list(first.shape)}")
+        head = cls(first.shape[0], **options).to(first.dtype)
+        head.load_state_dict(weights)
         return head
 
     def load_state_dict(
@@ -224,7 +225,8 @@ class FeatureAdapter(nn.Module):
     """x + relu(W2 relu(W1 x)), the adapter that RAda is combined with (CLIP-Adapter's form).
 
     Args:
-        dim: D; reduction: of the width in between.
+        dim: D.
+        reduction: D divided by the width between the two layers.
     """
 
     def __init__(self, dim: int, reduction: int = 4) -> None:
