@@ -24,8 +24,7 @@ from ..engine.streaming import Lane, Reader, Stream, copied, groups, one_ahead
 from ..engine.turn import exclusive, surely
 from ..families import FusionFamily
 from ..methods.base import Method
-from ..models.specified.model import SpecifiedModel
-from ..protocols import FusionModel
+from ..protocols import FusionModel, ReturnsMore
 from .base import Stateful
 
 
@@ -202,7 +201,7 @@ class Adapted(Stateful):
         for name, (module, leaf) in self._holders.items():
             weight = self._state.leaves[name]
             if source:
-                value = self._step.method.unadapted(self._state.source[name])
+                value = self._step.model.source_value(self._state.source[name])
                 weight = nn.Parameter(value, requires_grad=False)
             module._parameters[leaf] = weight
         self._wired = source
@@ -219,7 +218,7 @@ class Adapted(Stateful):
     def _outputs(self) -> Iterator[Callable[..., Any]]:
         """While it lasts, models that return more than logits keep what they return."""
         working = self._hidden[1]
-        if not isinstance(working, SpecifiedModel):
+        if not isinstance(working, ReturnsMore):
             yield lambda logits, number: logits
             return
         if working.rich and isinstance(self._step, GraphStep):

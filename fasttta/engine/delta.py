@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..protocols import FusionModel
+from ..protocols import FusionModel, VisionLanguageModel
 from .record import tensor_bytes
 
 
@@ -22,10 +22,10 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:16]
 
 
-def model_digest(model: nn.Module | FusionModel) -> str:
-    """Names, shapes and a sample of the values of a whole model (every tensor gives up to 512
-    values, so that 660 MB need not be read)."""
-    whole = hashlib.sha256(getattr(model, "identity", str)().encode())
+def model_digest(model: FusionModel | VisionLanguageModel) -> str:
+    """Digest of the names, the shapes and up to 512 values of every tensor of a model, so that
+    660 MB need not be read."""
+    whole = hashlib.sha256(model.identity().encode())
     for name, x in sorted(model.state_dict().items()):
         flat = x.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 512)][:512].double().cpu()
@@ -33,7 +33,7 @@ def model_digest(model: nn.Module | FusionModel) -> str:
     return whole.hexdigest()[:16]
 
 
-def fingerprint(model: nn.Module | FusionModel, state: HasSource) -> dict[str, Any]:
+def fingerprint(model: FusionModel | VisionLanguageModel, state: HasSource) -> dict[str, Any]:
     """What a state was made for: the model, and all source values of what is tuned."""
     return {
         "model": model_digest(model),
@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module | FusionModel, state: HasSource) -> dict[str, A
 
 
 def check_fingerprint(
-    saved: Mapping[str, Any], model: nn.Module | FusionModel, state: HasSource
+    saved: Mapping[str, Any], model: FusionModel | VisionLanguageModel, state: HasSource
 ) -> None:
     """Raises ValueError if the state was saved for another model."""
     own = fingerprint(model, state)

@@ -24,7 +24,7 @@ def prepare(
             not finite.
     """
     names = model.input_names
-    required = getattr(model, "required_inputs", len(names))
+    required = model.required_inputs
     if not required <= len(inputs) <= len(names):
         needed = str(required) if required == len(names) else f"{required} to {len(names)}"
         raise TypeError(

@@ -27,8 +27,7 @@ def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
 
 def pieces(model: FusionModel, tokens: Tensor) -> Sequence[Tensor]:
     """Encoder outputs in the portions that the model is best fused in."""
-    split = getattr(model, "pieces", None)
-    return (tokens,) if split is None else split(tokens)
+    return model.pieces(tokens)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -46,7 +46,7 @@ FAULTS = [
     (
         "source-block-is-adapted",
         "fasttta/adapted/fusion.py",
-        "value = self._step.method.unadapted(self._state.source[name])",
+        "value = self._step.model.source_value(self._state.source[name])",
         "value = self._state.leaves[name].detach()",
         "engine/test_state.py::test_source_block[read]",
     ),

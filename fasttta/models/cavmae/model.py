@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...protocols import Slot
+from ...protocols import FusionDefaults, Slot
 from ...trace import span
 from ..blocks.layers import (
     Linear,
@@ -34,7 +34,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class CAVMAE(nn.Module):
+class CAVMAE(FusionDefaults, nn.Module):
     """Fine-tuned CAV-MAE: two frozen encoders and a fusion block that attends over both.
 
     Source: Gong et al., "Contrastive Audio-Visual Masked Autoencoder", ICLR 2023; parameter names
@@ -229,6 +229,10 @@ class CAVMAE(nn.Module):
             prompts: by modality, [blocks, n, D].
         """
         return PromptedCAVMAE(self, prompts)
+
+    def head_options(self) -> dict[str, Any]:
+        """Empty: its classifier is linear."""
+        return {}
 
     def rational(self, **options: Any) -> RationalCAVMAE:
         """A model over the same weights whose linear classifier a rational head weighs, as RAda

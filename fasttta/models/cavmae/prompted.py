@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops.softmax_attention import attend
-from ...protocols import FusionModel, Slot, Streams
+from ...protocols import FusionDefaults, FusionModel, Slot, Streams
 from ...trace import span
 from ..blocks.layers import (
     Linear,
@@ -49,7 +49,7 @@ class _Stream(NamedTuple):
     normed: Tensor  # [B, T, D]
 
 
-class PromptedCAVMAE(nn.Module):
+class PromptedCAVMAE(FusionDefaults, nn.Module):
     """A CAV-MAE in which each encoder block sees its prompts before the modality's tokens.
 
     A block's output at its prompts is dropped, so prompts need no query, no attention output and no
@@ -88,6 +88,10 @@ class PromptedCAVMAE(nn.Module):
     def input_names(self) -> tuple[str, ...]:
         """Audio and video."""
         return self.model.input_names
+
+    def source_value(self, start: Tensor) -> Tensor:
+        """Prompts [blocks, 0, D]: the source model has none."""
+        return start[:, :0]
 
     def check_inputs(self, *inputs: Tensor) -> None:
         """As ``CAVMAE.check_inputs``."""

@@ -258,6 +258,14 @@ class CLIP(nn.Module):
             self.class_features = text / text.norm(dim=-1, keepdim=True)
         return self
 
+    def identity(self) -> str:
+        """A saved state depends on the weights alone."""
+        return ""
+
+    def head_options(self) -> dict[str, Any]:
+        """Empty: its scores are cosine similarities."""
+        return {}
+
     def rational(self, **options: Any) -> RationalCLIP:
         """A model over the same weights and the classes set whose scores a rational head weighs, as
         RAda tunes it; options as ``fresh_head`` takes them.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...files import check_weights
-from ...protocols import FusionModel, Slot, VisionLanguageModel
+from ...protocols import FusionDefaults, FusionModel, Slot, VisionLanguageModel
 from .head import RationalHead
 
 # Values of [B, K, D] at a time where no graph is kept: of 1000 classes at width 512 32 images, and
@@ -39,7 +39,7 @@ def fresh_head(
     return head.to(like.device, dtype).requires_grad_(False)
 
 
-class RationalModel(nn.Module):
+class RationalModel(FusionDefaults, nn.Module):
     """Features of an encoder, scored against class features by a rational head.
 
     Subclasses say what ``encode`` takes. All of them are what ``fasttta.adapt`` takes for "rada".
@@ -86,6 +86,11 @@ class RationalModel(nn.Module):
     def encode(self, *inputs: Any, **named: Any) -> Tensor:
         """Inputs -> features [B, D]."""
         raise NotImplementedError
+
+    def head_options(self) -> dict[str, Any]:
+        """``heads``, ``temperature`` and ``scale_multiplier`` of its head."""
+        names = ("heads", "temperature", "scale_multiplier")
+        return {name: getattr(self.head, name) for name in names}
 
     def rational(self, **options: Any) -> RationalModel:
         """The model itself: it has a head, and ``options`` are those of a fresh one."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from ...protocols import Slot
+from ...protocols import FusionDefaults, Slot
 from ...trace import span
 from .attended import Attended, plain_multihead
 from .nested import described, rebuilt, tensors
@@ -37,7 +37,7 @@ class _Found:
     crosses: bool = False  # queries and keys are of different tokens
 
 
-class SpecifiedModel(nn.Module):
+class SpecifiedModel(FusionDefaults, nn.Module):
     """A user's module, cut and opened where a ModelSpec says. Its weights are the module's own.
 
     What is kept between ``encode`` and ``fuse`` is packed into one tensor [B, values].
