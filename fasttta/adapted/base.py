@@ -16,6 +16,7 @@ from ..engine import folder as saves
 from ..engine import record as records
 from ..engine.turn import Turn, exclusive
 from ..methods.base import Method
+from ..methods.options import option_names
 
 METADATA = "metadata"  # of a state_dict: the record as bytes
 M = TypeVar("M", bound=nn.Module)
@@ -139,7 +140,7 @@ class Stateful(nn.Module, abc.ABC):
         return {
             "method": self.method,
             **path,
-            "options": {n: getattr(self.options, n) for n in self.options.option_names()},
+            "options": {n: getattr(self.options, n) for n in option_names(cls)},
             "precision": self.precision,
             "seed": self.seed,
             "base": self._base(),

@@ -20,6 +20,7 @@ from ..engine.step import warn
 from ..families import Family, adapted_as, recognise
 from ..methods.base import Method
 from ..methods.episodic import Episodic
+from ..methods.options import option_names
 from ..models import RationalCLIP
 from ..models.specified.spec import ModelSpec
 from ..source_stats import SourceStats
@@ -215,11 +216,11 @@ def _method(
                 f"{cls.__name__}(...)"
             )
         return method, resources
-    unknown = [name for name in options if name not in cls.option_names()]
+    unknown = [name for name in options if name not in option_names(cls)]
     if unknown:
         raise TypeError(
             f"{cls.__name__} has no option {', '.join(unknown)}; known: "
-            f"{', '.join((*cls.option_names(), *cls.RESOURCES))}"
+            f"{', '.join((*option_names(cls), *cls.RESOURCES))}"
         )
     if preset is not None:
         cls.preset(preset)  # an error for an unknown one
@@ -342,7 +343,7 @@ def _recorded_method(
         raise ValueError(
             f"method: it was saved with {record['method']!r}, method={cls.__name__} is {cls.name!r}"
         )
-    missing = [name for name in cls.option_names() if name not in record["options"]]
+    missing = [name for name in option_names(cls) if name not in record["options"]]
     if missing and record["fasttta"] == __version__:  # another version may know fewer
         raise ValueError(f"options.{missing[0]} is missing")
     try:

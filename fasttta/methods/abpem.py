@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, Promptable
 from ..source_stats import SourceStats
-from .base import DefaultInt, Method, Objective, require, require_int, require_number
+from .base import Method, Objective
+from .options import AtLeast, DefaultInt, Finite, OneOf, require
 from .window import Queue, Ring, check_queue, dropped, joined
 
 
@@ -58,32 +59,17 @@ class ABPEM(Method):
     group: ClassVar[str | None] = "fusion_qkv"
     frozen_encoder: ClassVar[bool] = True
 
-    k: int = DefaultInt(8)
-    window: int = 4
-    entropy_weight: float = 1.0
-    balance_weight: float = 1.0
-    attention_weight: float = 1.0
-    balance: str = "mean"
-    heads: str = "mean"
-    pair: str = "key"
-    anchor: str = "self"
+    k: Annotated[int, AtLeast(1)] = DefaultInt(8)
+    window: Annotated[int, AtLeast(1)] = 4
+    entropy_weight: Annotated[float, Finite()] = 1.0
+    balance_weight: Annotated[float, Finite()] = 1.0
+    attention_weight: Annotated[float, Finite()] = 1.0
+    balance: Annotated[str, OneOf("mean", "softmax-sum")] = "mean"
+    heads: Annotated[str, OneOf("mean", "each")] = "mean"
+    pair: Annotated[str, OneOf("key", "query")] = "key"
+    anchor: Annotated[str, OneOf("self", "source")] = "self"
     lr: float = 1e-4
     score_at: str = field(default="after", kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_int("k", self.k, 1)
-        require_int("window", self.window, 1)
-        for name in ("entropy_weight", "balance_weight", "attention_weight"):
-            require_number(name, getattr(self, name))
-        for name, known in (
-            ("balance", ("mean", "softmax-sum")),
-            ("heads", ("mean", "each")),
-            ("pair", ("key", "query")),
-            ("anchor", ("self", "source")),
-        ):
-            value = getattr(self, name)
-            require(value in known, name, value, " or ".join(map(repr, known)))
 
     @property
     def updates(self) -> bool:

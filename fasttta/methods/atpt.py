@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from ..views import mix_views, region_map
-from .base import require, require_number
 from .episodic import joined
-from .prompt_tuning import PromptTuning, agreement, check_agreement
+from .options import AtLeast, Flag, OneOf, Positive, Share
+from .prompt_tuning import PromptTuning, agreement, settle_drop_self
 from .reliability import (
     ensemble_log_probabilities,
     entropy,
@@ -72,42 +72,27 @@ class ATPT(PromptTuning):
         },
     }  # fmt: skip
 
-    rollout: str = "code"
-    mask: str = "quantile"
-    high: float = 0.2
-    low: float = 0.8
-    mix_high: float = 0.8
-    mix_low: float = 0.2
-    base_view: str = "crop"
-    ensemble: str = "tv"
-    tv_map: str = "grid"
-    tv_temperature: float = 1.0
-    tv_loss: bool = False
-    cam_sharpen: float = 0.2
-    neighbours: int = field(default=20, kw_only=True)
-    similarity_temperature: float = field(default=0.01, kw_only=True)
+    rollout: Annotated[str, OneOf("code", "paper", "gar")] = "code"
+    mask: Annotated[str, OneOf("quantile", "top")] = "quantile"
+    high: Annotated[float, Share()] = 0.2
+    low: Annotated[float, Share()] = 0.8
+    mix_high: Annotated[float, Share()] = 0.8
+    mix_low: Annotated[float, Share()] = 0.2
+    base_view: Annotated[str, OneOf("crop", "flip")] = "crop"
+    ensemble: Annotated[str, OneOf("tv", "similarity", "mean")] = "tv"
+    tv_map: Annotated[str, OneOf("grid", "pixel")] = "grid"
+    tv_temperature: Annotated[float, Positive()] = 1.0
+    tv_loss: Flag = False
+    cam_sharpen: Annotated[float, Share()] = 0.2
+    neighbours: Annotated[int, AtLeast(1)] = field(default=20, kw_only=True)
+    similarity_temperature: Annotated[float, Positive()] = field(default=0.01, kw_only=True)
     drop_self: tuple[bool, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("rollout", ("code", "paper", "gar")),
-            ("mask", ("quantile", "top")),
-            ("base_view", ("crop", "flip")),
-            ("ensemble", ("tv", "similarity", "mean")),
-            ("tv_map", ("grid", "pixel")),
-        ):
-            value = getattr(self, name)
-            require(value in known, name, value, " or ".join(map(repr, known)))
-        for name in ("high", "low", "mix_high", "mix_low", "cam_sharpen"):
-            value = getattr(self, name)
-            require_number(name, value)
-            require(0 <= value <= 1, name, value, "a number from 0 to 1")
         if self.high + self.low > 1 + 1e-9:
             raise ValueError(f"high={self.high}, low={self.low}: needed high + low of at most 1")
-        require_number("tv_temperature", self.tv_temperature, positive=True)
-        require(isinstance(self.tv_loss, bool), "tv_loss", self.tv_loss, "True or False")
-        check_agreement(self, self.similarity_temperature, "similarity_temperature")
+        settle_drop_self(self)
 
     def check_model(self, model: Any) -> None:
         super().check_model(model)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..protocols import FusionModel, Slot
 from .contract import check_class, check_layout
+from .options import AtLeast, Finite, OneOf, Positive, check_option, check_options, declared
 from .window import joined, pieces
 
 
@@ -30,42 +30,9 @@ class Objective:
     passes: int = 1  # of the fusion, the last of which holds the current batch
 
 
-class DefaultInt(int):
-    """An option's default that gives way where it does not fit the model, as an int that a caller
-    writes does not."""
-
-
 def sample_weight(valid: Tensor) -> Tensor | None:
     """Weights [B] of a batch's samples in a mean; None: all alike."""
     return valid if valid.ndim else None
-
-
-def require(condition: bool, name: str, value: Any, needed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r:.80}: needed {needed}")
-
-
-_MOST = 10**6  # of any count: more than a machine can do
-_STEPS = 10_000
-_RATE = 1e6  # of a learning rate: tuned tensors stay finite
-_LARGEST = 2.0**63  # of any number: sums and products of a few stay finite in float32
-
-
-def require_int(name: str, value: Any, least: int, most: int = _MOST) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool)
-    require(good and value >= least, name, value, f"an integer of at least {least}")
-    require(value <= most, name, value, f"an integer of at most {most}")
-
-
-def require_number(
-    name: str, value: Any, *, positive: bool = False, most: float = _LARGEST
-) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # compared, not converted: math.isfinite raises OverflowError for a large integer
-    finite = good and -math.inf < value < math.inf
-    require(finite and (value > 0 or not positive), name, value,
-            "a finite number" + (" above 0" if positive else ""))  # fmt: skip
-    require(abs(value) <= most, name, value, f"a number of at most {most:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +67,8 @@ class Method:
     #: everything before ``fuse`` is frozen: encoded once a batch, without autograd
     frozen_encoder: ClassVar[bool]
 
-    steps: int = 1
-    score_at: str | None = "before"
+    steps: Annotated[int, AtLeast(1, most=10_000)] = 1
+    score_at: Annotated[str | None, OneOf("before", "after")] = "before"
 
     if TYPE_CHECKING:  # a field of every subclass, which places it
 
@@ -119,11 +86,10 @@ class Method:
         check_class(cls, Method, abstract)
 
     def __post_init__(self) -> None:
-        require_int("steps", self.steps, 1, _STEPS)
-        require(self.score_at in ("before", "after"), "score_at", self.score_at,
-                '"before" or "after"')  # fmt: skip
-        if self.group is not None or hasattr(self, "lr"):
-            require_number("lr", self.lr, positive=self.group is not None, most=_RATE)
+        check_options(self)
+        if "lr" not in declared(type(self)) and (self.group is not None or hasattr(self, "lr")):
+            # above a million the tuned tensors would not stay finite
+            check_option("lr", self.lr, Finite(1e6) if self.group is None else Positive(1e6))
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -132,10 +98,6 @@ class Method:
             known = ", ".join(map(repr, cls.PRESETS)) or "none"
             raise ValueError(f"{cls.__name__} has no preset {name!r}; known: {known}")
         return cls(**cls.PRESETS[name])
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        return [f.name for f in fields(cls)]
 
     @property
     def updates(self) -> bool:
@@ -176,10 +138,6 @@ class Method:
         """The model as this method runs it, where it needs more than the source model has (tensors
         that are new and tuned); frozen weights stay shared."""
         return model
-
-    def unadapted(self, value: Tensor) -> Tensor:
-        """What stands for a tuned tensor's start in the source model."""
-        return value
 
     def draw(
         self, model: FusionModel, inputs: tuple[Tensor, ...], generator: torch.Generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ..ops.checks import dense
 from ..protocols import FusionModel, Promptable, Streams
 from ..source_stats import SourceStats
 from . import realignment
-from .base import Method, Objective, require, require_int, require_number, sample_weight
+from .base import Method, Objective, sample_weight
+from .options import AtLeast, Finite, Positive, Range, check_option, require
 
 _INIT = 1e-4  # prompts start in U(-1e-4, 1e-4)
 
@@ -65,13 +66,13 @@ class BriMPR(Method):
     frozen_encoder: ClassVar[bool] = False
 
     prompts: tuple[int, int] = (10, 10)
-    mask_ratio: float = 0.5
-    temperature: float = 0.07
-    teacher_scale: float = 0.2
-    teacher_offset: float = 5.0
-    alignment_weight: float = 1.0
-    recombination_weight: float = 1.0
-    contrast_weight: float = 1.0
+    mask_ratio: Annotated[float, Range(at_least=0, below=1)] = 0.5
+    temperature: Annotated[float, Positive()] = 0.07
+    teacher_scale: Annotated[float, Range(above=-1)] = 0.2
+    teacher_offset: Annotated[float, Finite()] = 5.0
+    alignment_weight: Annotated[float, Finite()] = 1.0
+    recombination_weight: Annotated[float, Finite()] = 1.0
+    contrast_weight: Annotated[float, Finite()] = 1.0
     lr: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -80,15 +81,7 @@ class BriMPR(Method):
         require(pair, "prompts", self.prompts, "two integers (audio, video)")
         object.__setattr__(self, "prompts", tuple(self.prompts))
         for count in self.prompts:
-            require_int("prompts", count, 1, 10_000)
-        require_number("mask_ratio", self.mask_ratio)
-        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "at least 0 and below 1")
-        require_number("temperature", self.temperature, positive=True)
-        for name in ("teacher_scale", "teacher_offset"):
-            require_number(name, getattr(self, name))
-        require(self.teacher_scale > -1, "teacher_scale", self.teacher_scale, "more than -1")
-        for name in ("alignment_weight", "recombination_weight", "contrast_weight"):
-            require_number(name, getattr(self, name))
+            check_option("prompts", count, AtLeast(1, most=10_000), int)
 
     @property
     def updates(self) -> bool:
@@ -150,9 +143,6 @@ class BriMPR(Method):
             )
             prompts[name] = ((2 * drawn - 1) * _INIT).to(weight)
         return model.prompted(prompts)
-
-    def unadapted(self, value: Tensor) -> Tensor:
-        return value[:, :0]  # the source model has no prompts
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         self.check_model(model)

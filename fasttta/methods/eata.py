@@ -6,16 +6,17 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from .. import functional as F
-from .base import Method, Objective, require, require_number
+from .base import Method, Objective
 from .contract import check_layout
 from .fisher import fitted, read_official
+from .options import AtLeast, Positive
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,11 @@ class EATA(Method):
     frozen_encoder: ClassVar[bool] = False
     carries_state: ClassVar[bool] = True
 
-    e_margin: float | None = None
-    d_margin: float = 0.1
-    fisher_weight: float = 1.0
+    # no entropy of C classes is above ln C; exp(margin) weighs the gradients
+    e_margin: Annotated[float, Positive(most=20)] | None = None
+    d_margin: Annotated[float, Positive()] = 0.1
+    fisher_weight: Annotated[float, AtLeast(0)] = 1.0
     lr: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.e_margin is not None:
-            # no entropy of C classes is above ln C; exp(margin) weighs the gradients
-            require_number("e_margin", self.e_margin, positive=True, most=20)
-        require_number("d_margin", self.d_margin, positive=True)
-        require_number("fisher_weight", self.fisher_weight)
-        require(self.fisher_weight >= 0, "fisher_weight", self.fisher_weight, "at least 0")
 
     def constants(self, model, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         fisher = resources.get("fisher")

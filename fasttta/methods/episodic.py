@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..protocols import VisionLanguageModel
 from ..views import Views
-from .base import Method, require_int
+from .base import Method
 from .contract import check_episodes
+from .options import AtLeast, check_option
 from .prompt_text import prompt_words
 
 
@@ -77,7 +78,7 @@ class Episodic(Method, abstract=True):
         super().__post_init__()
         words = prompt_words(self.prompt)
         if self.prompt_length is not None:
-            require_int("prompt_length", self.prompt_length, 1)
+            check_option("prompt_length", self.prompt_length, AtLeast(1), int)
         elif self.group and not words:
             raise ValueError(
                 f"prompt={self.prompt!r}: {self.name!r} tunes the words before the class name, and "

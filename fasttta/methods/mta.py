@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import require, require_int, require_number
 from .episodic import Episode, Episodic, joined, unit
+from .options import AtLeast, Finite, Flag, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,16 @@ class MTA(Episodic):
     name: ClassVar[str] = "mta"
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
-    views: int = 64
+    views: Annotated[int, AtLeast(1)] = 64
     prompt: str = "a photo of a"
     prompt_length: int | None = None
-    nearest: float = 0.3
-    affinity: float = 4.0
-    temperature: float = 0.2
-    iterations: int = 5
-    tolerance: float = 1e-6
-    augment: bool = field(default=False, kw_only=True)
+    nearest: Annotated[float, Share(positive=True)] = 0.3
+    affinity: Annotated[float, Finite()] = 4.0
+    temperature: Annotated[float, Positive()] = 0.2
+    iterations: Annotated[int, AtLeast(1)] = 5
+    tolerance: Annotated[float, Positive()] = 1e-6
+    augment: Flag = field(default=False, kw_only=True)
     lr: float = field(default=0.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_int("views", self.views, 1)
-        require_int("iterations", self.iterations, 1)
-        require_number("affinity", self.affinity)
-        for name in ("nearest", "temperature", "tolerance"):
-            require_number(name, getattr(self, name), positive=True)
-        require(self.nearest <= 1, "nearest", self.nearest, "a share of at most 1")
 
     @property
     def view_count(self) -> int:

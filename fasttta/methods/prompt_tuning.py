@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..protocols import VisionLanguageModel
 from ..views import Views
-from .base import require, require_int, require_number
 from .episodic import Episode, Episodic, joined, unit
+from .options import AtLeast, Finite, Flag, Positive, Share
 from .reliability import ensemble_logits, entropy, marginal_entropy, similarity_weights
 
 
@@ -30,22 +30,13 @@ class PromptTuning(Episodic, abstract=True):
 
     group: ClassVar[str | None] = "prompt"
 
-    views: int = 64
-    select: float = 0.1
+    views: Annotated[int, AtLeast(1)] = 64
+    select: Annotated[float, Share(positive=True)] = 0.1
     lr: float = 5e-3
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, AtLeast(0)] = 0.01
     prompt: str = "a photo of a"
     prompt_length: int | None = None
-    augment: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_int("views", self.views, 1)
-        require_number("select", self.select, positive=True)
-        require(self.select <= 1, "select", self.select, "a share of at most 1")
-        require_number("weight_decay", self.weight_decay)
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        require(isinstance(self.augment, bool), "augment", self.augment, "True or False")
+    augment: Flag = field(default=True, kw_only=True)
 
     @property
     def view_count(self) -> int:
@@ -194,11 +185,7 @@ class CTPT(PromptTuning):
     name: ClassVar[str] = "c-tpt"
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
-    dispersion_weight: float = 50.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("dispersion_weight", self.dispersion_weight)
+    dispersion_weight: Annotated[float, Finite()] = 50.0
 
     def losses(self, logits, text, weights):
         value = marginal_entropy(logits)
@@ -228,13 +215,13 @@ class RTPT(PromptTuning):
     name: ClassVar[str] = "r-tpt"
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
-    neighbours: int = 20
-    temperature: float = 0.01
+    neighbours: Annotated[int, AtLeast(1)] = 20
+    temperature: Annotated[float, Positive()] = 0.01
     drop_self: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_agreement(self, self.temperature, "temperature")
+        settle_drop_self(self)
 
     def losses(self, logits, text, weights):
         value = entropy(logits).mean(1)
@@ -244,9 +231,8 @@ class RTPT(PromptTuning):
         return agreement(self, logits, features, self.temperature)
 
 
-def check_agreement(method: Any, temperature: float, name: str) -> None:
-    require_int("neighbours", method.neighbours, 1)
-    require_number(name, temperature, positive=True)
+def settle_drop_self(method: Any) -> None:
+    """Makes the option ``drop_self`` of RTPT or ATPT a tuple of bools."""
     if method.drop_self is not None:
         object.__setattr__(method, "drop_self", tuple(bool(x) for x in method.drop_self))
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..protocols import FusionModel, Slot
-from .base import Method, Objective, require, require_int, require_number, sample_weight
+from ..protocols import FusionModel, RationalModel, Slot, VisionLanguageModel
+from .base import Method, Objective, sample_weight
+from .options import AtLeast, Flag, OneOf, Positive, Share
 from .prompt_text import split_prompt
 
 _BY_LOSS = {
@@ -65,51 +66,37 @@ class RAda(Method):
     frozen_encoder: ClassVar[bool] = True
     carries_state: ClassVar[bool] = True
 
-    loss: str | None = None
-    select: float = 0.1
-    tune: str = "all"
-    weight_decay: float = 0.01
-    lr: float | None = None
-    heads: int = field(default=8, kw_only=True)
-    temperature: float = field(default=1.0, kw_only=True)
-    scale_multiplier: float = field(default=1.0, kw_only=True)
-    views: int = field(default=64, kw_only=True)
-    augment: bool = field(default=True, kw_only=True)
+    loss: Annotated[str, OneOf("views", "entropy")] | None = None
+    select: Annotated[float, Share(positive=True)] = 0.1
+    tune: Annotated[str, OneOf("all", "out")] = "all"
+    weight_decay: Annotated[float, AtLeast(0)] = 0.01
+    lr: Annotated[float, Positive(most=1e6)] | None = None
+    heads: Annotated[int, AtLeast(1)] = field(default=8, kw_only=True)
+    temperature: Annotated[float, Positive()] = field(default=1.0, kw_only=True)
+    scale_multiplier: Annotated[float, Positive()] = field(default=1.0, kw_only=True)
+    views: Annotated[int, AtLeast(1)] = field(default=64, kw_only=True)
+    augment: Flag = field(default=True, kw_only=True)
     prompt: str = field(default="a photo of a", kw_only=True)
-    score_at: str | None = field(default=None, kw_only=True)
+    score_at: Annotated[str, OneOf("before", "after")] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        require(self.loss in (None, *_BY_LOSS), "loss", self.loss, '"views" or "entropy"')
-        given = {"lr": self.lr, "score_at": self.score_at}
-        for name, value in _BY_LOSS[self.loss or "views"].items():
-            if given[name] is None:
-                object.__setattr__(self, name, value)
         super().__post_init__()
-        if self.loss is None:  # not settled yet
-            for name, value in given.items():
-                object.__setattr__(self, name, value)
-        require(self.tune in ("all", "out"), "tune", self.tune, '"all" or "out"')
-        for name in ("select", "temperature", "scale_multiplier"):
-            require_number(name, getattr(self, name), positive=True)
-        require(self.select <= 1, "select", self.select, "at most 1")
-        require_number("weight_decay", self.weight_decay)
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        for name in ("heads", "views"):
-            require_int(name, getattr(self, name), 1)
-        require(isinstance(self.augment, bool), "augment", self.augment, "True or False")
+        if self.loss is not None:
+            for name, value in _BY_LOSS[self.loss].items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
         split_prompt(self.prompt)
 
     def fitted(self, model: Any) -> Method:
-        of_streams = "entropy" if getattr(model, "spans", ()) else "views"
-        own: dict[str, Any] = {"loss": self.loss or of_streams}
-        head = getattr(model, "head", None)
-        for name in ("heads", "temperature", "scale_multiplier"):
-            if not hasattr(head, name):
-                break
-            asked, own[name] = getattr(self, name), getattr(head, name)
-            if asked not in (own[name], type(self).__dataclass_fields__[name].default):
-                raise ValueError(f"{name}={asked!r}: the model's own head has {own[name]!r}")
-        return replace(self, **own)
+        streams = not isinstance(model, VisionLanguageModel) and bool(model.spans)
+        settled: dict[str, Any] = {"loss": self.loss or ("entropy" if streams else "views")}
+        if isinstance(model, RationalModel):
+            settled |= model.head_options()
+        for name in settled.keys() - {"loss"}:
+            asked = getattr(self, name)
+            if asked not in (settled[name], type(self).__dataclass_fields__[name].default):
+                raise ValueError(f"{name}={asked!r}: the model's own head has {settled[name]!r}")
+        return replace(self, **settled)
 
     @property
     def episodic(self) -> bool:
@@ -126,7 +113,7 @@ class RAda(Method):
         return self.augment
 
     def check_model(self, model: FusionModel) -> None:
-        if not hasattr(model, "rational"):
+        if not isinstance(model, RationalModel):
             raise ValueError(
                 "RAda needs class vectors to put its head on: a fasttta.models.FeatureClassifier, "
                 f"a CLIP with classes or a CAV-MAE; found {type(model).__name__}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import Method, Objective, require_number
+from .base import Method, Objective
+from .options import Finite, Positive
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,10 @@ class SAR(Method):
     frozen_encoder: ClassVar[bool] = False
     carries_state: ClassVar[bool] = True
 
-    rho: float = 0.05
-    e_margin: float | None = None
-    reset_below: float = 0.2
+    rho: Annotated[float, Positive()] = 0.05
+    e_margin: Annotated[float, Positive()] | None = None
+    reset_below: Annotated[float, Finite()] = 0.2
     lr: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("rho", self.rho, positive=True)
-        if self.e_margin is not None:
-            require_number("e_margin", self.e_margin, positive=True)
-        require_number("reset_below", self.reset_below)
 
     def _mean_entropy(self, logits: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         """Mean entropy of the samples below the margin and ``among`` these, and their mask."""

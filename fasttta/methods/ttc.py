@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..ops.checks import dense
-from .base import require, require_int, require_number
 from .episodic import Episode, Episodic, zero_shot
+from .options import Finite, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,13 @@ class TTC(Episodic):
     name: ClassVar[str] = "ttc"
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
-    eps: float = 4 / 255
-    threshold: float = 0.2
-    beta: float = 2.0
+    eps: Annotated[float, Range(above=0, at_most=1)] = 4 / 255
+    threshold: Annotated[float, Positive()] = 0.2
+    beta: Annotated[float, Finite()] = 2.0
     prompt: str = "This is a photo of a"
     prompt_length: int | None = None
-    lr: float = field(default=1 / 255, kw_only=True)
+    lr: Annotated[float, Positive(most=1e6)] = field(default=1 / 255, kw_only=True)
     steps: int = field(default=2, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("eps", "lr", "threshold"):
-            require_number(name, getattr(self, name), positive=True)
-        require_number("beta", self.beta)
-        require_int("steps", self.steps, 1)
-        require(self.eps <= 1, "eps", self.eps, "at most 1: pixels are in [0, 1]")
 
     def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode:
         x = torch.cat([each.base[:1] for each in views])  # [B, 3, R, R]

@@ -12,6 +12,7 @@ import fasttta
 from fasttta import functional as F
 from fasttta import methods
 from fasttta.engine.streaming import one_ahead
+from fasttta.methods.options import option_names
 
 
 def test_names_and_auto(tiny_model):
@@ -31,7 +32,7 @@ def test_signatures():
     default = methods.ABPEM()
     assert (default.k, default.window, default.balance, default.lr) == (8, 4, "mean", 1e-4)
     for cls in map(methods.by_name, methods.names()):
-        assert {"steps", "score_at", "lr"} <= set(cls.option_names())
+        assert {"steps", "score_at", "lr"} <= set(option_names(cls))
     assert methods.Tent().score_at == "before"
     assert methods.READ().score_at == methods.ABPEM().score_at == "after"
     presets = {

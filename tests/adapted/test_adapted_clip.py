@@ -23,6 +23,7 @@ from clips import (
 import fasttta
 from fasttta import methods
 from fasttta.data import Views
+from fasttta.methods.options import option_names
 
 
 @pytest.fixture(params=METHODS)
@@ -41,7 +42,7 @@ def test_names():
     assert set(methods.names()) == {*METHODS, *methods.names("fusion")}
     for name in METHODS:
         assert methods.by_name(name).name == name
-        assert {"steps", "score_at", "lr"} <= set(methods.by_name(name).option_names())
+        assert {"steps", "score_at", "lr"} <= set(option_names(methods.by_name(name)))
     a = methods.ATPT(32, 0.2, 1e-3, 0.02, "a pet photo of a", 5, "paper", "top")
     assert (a.views, a.select, a.lr, a.rollout, a.mask, a.tuned_length) == (
         32, 0.2, 1e-3, "paper", "top", 5,

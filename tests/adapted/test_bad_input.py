@@ -177,7 +177,7 @@ def test_method_options(options, match):
     [
         ("eata", {"e_margin": 0.0}, "e_margin=0.0: needed a finite number above 0"),
         ("eata", {"d_margin": -1.0}, "d_margin=-1.0"),
-        ("eata", {"fisher_weight": -1.0}, "fisher_weight=-1.0: needed at least 0"),
+        ("eata", {"fisher_weight": -1.0}, "fisher_weight=-1.0: needed a finite number of at least"),
         ("sar", {"rho": 0.0}, "rho=0.0"),
         ("sar", {"e_margin": "2"}, "e_margin='2'"),
         ("sar", {"reset_below": None}, "reset_below=None"),

@@ -17,6 +17,7 @@ from fasttta.demo import study
 from fasttta.demo.digits import load_model, stream
 from fasttta.demo.study import ablate, gap, gradients
 from fasttta.demo.study.spread import rank_correlation, shown, spread
+from fasttta.methods.options import option_names
 
 SAMPLES = 128
 
@@ -87,7 +88,7 @@ def test_variants_change_one_thing():
     default = fasttta.methods.ABPEM(**demo.SETTINGS["abpem"])
     for variant in ablate.VARIANTS:
         assert len(variant.options) <= 1 or variant.label == "attention term alone"
-        changed = {n for n in default.option_names()
+        changed = {n for n in option_names(default)
                    if getattr(variant.method, n) != getattr(default, n)}  # fmt: skip
         assert changed <= set(variant.options)
     labels = [(v.group, v.label) for v in ablate.VARIANTS]

@@ -255,7 +255,7 @@ def test_presets_and_options():
         ({"prompts": 10}, "prompts=10: needed two integers"),
         ({"prompts": (10, 0)}, "prompts=0"),
         ({"prompts": (1, 2, 3)}, "two integers"),
-        ({"mask_ratio": 1.0}, "mask_ratio=1.0: needed at least 0 and below 1"),
+        ({"mask_ratio": 1.0}, "mask_ratio=1.0: needed a finite number of at least 0 and below 1"),
         ({"mask_ratio": float("nan")}, "mask_ratio=nan"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"teacher_scale": -1.0}, "teacher_scale=-1.0"),

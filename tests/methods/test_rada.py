@@ -323,7 +323,7 @@ def test_bad_calls(tiny_model):
     for options, match in (
         ({"loss": "none"}, "loss='none'"),
         ({"select": 0.0}, "select=0.0"),
-        ({"select": 1.5}, "select=1.5: needed at most 1"),
+        ({"select": 1.5}, "select=1.5: needed a share above 0 and at most 1"),
         ({"tune": "mask"}, "tune='mask'"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
     ):
