@@ -54,7 +54,6 @@ class Adapted(Stateful):
         verify_model: str = "first",
     ) -> None:
         super().__init__()
-        method.check_model(known.model)
         method = method.fitted(known.model)
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
@@ -132,7 +131,7 @@ class Adapted(Stateful):
         self._refuse(options, "trace", "keep")
         prepared, drawn = self._prepare(inputs), None
         if keep is not None:
-            drawn = self._step.method.injected(self._step.model, prepared, keep)
+            drawn = self._step.draw(prepared, keep)
         if self._in_source:
             return self._unadapted(prepared, trace)
         self._warn_single(prepared)
@@ -243,7 +242,6 @@ class Adapted(Stateful):
             if changed is not None and verified:
                 self._watch.accept()
             method = self._step.method.fitted(self._known.model)  # to classes that are known now
-            method.check_model(self._known.model)
             self.options = self._step.method = method
             self._verified = verified
         return prepared
@@ -461,9 +459,8 @@ class Adapted(Stateful):
             values = self._guard.check_values(record["guard"]["values"])
         step = self._step
         return restored(
-            self._state, tensors, values, step.method, self._known.model, step.model,
-            step.precision,
-        )  # fmt: skip
+            self._state, tensors, values, step.method, self._known.model, step.precision
+        )
 
     @exclusive
     def unwrap(self, merge: bool = False) -> nn.Module:

@@ -63,7 +63,7 @@ class AdaptedCLIP(Adapted):
         with torch.inference_mode(False), torch.no_grad():
             working, _ = working_copy(known.model, set(), precision)
             if isinstance(method, Episodic):
-                method.check_model(working)
+                method.fitted(working)
             ids = token_ids(
                 classes, getattr(method, "prompt", "a photo of a"), known.model.context_length,
                 resources.get("tokenizer"),

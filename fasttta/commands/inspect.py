@@ -210,7 +210,6 @@ def _inputs(fusion: CAVMAE) -> dict[str, str]:
 
 def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     try:
-        method.check_model(fusion)
         method = method.fitted(fusion)
         fusion = method.extend(fusion, 0)
         slots = method.tuned(fusion)

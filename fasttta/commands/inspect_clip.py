@@ -81,7 +81,7 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
         if isinstance(method, methods.RAda):
             return _rational(clip, method)
         if isinstance(method, Episodic):
-            method.check_model(clip)
+            method.fitted(clip)
     except ValueError as error:
         return {"impossible": f"with its default options: {error}"}
     if not isinstance(method, Episodic) or method.group is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.window import joined, pieces
+from ..methods.base import joined
 from ..protocols import FusionModel
 
 
@@ -28,7 +28,7 @@ class Ahead:
     def predict(self, tokens: Tensor) -> Tensor:
         """Logits [B, C] of tokens, from passes that are kept."""
         self._kept = []
-        for part in pieces(self._model, tokens):
+        for part in self._model.pieces(tokens):
             with torch.enable_grad():
                 output = self._model.fuse_attention(part)
             self._kept.append((part, self._versions(part), output))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Objective
+from ..methods.queue import WindowedMethod
 from .precision import environment
 from .step import Step, StepResult
 
@@ -105,7 +106,8 @@ class GraphStep(Step):
     @property
     def _window(self) -> int:
         """Places of the window, 0 for methods without one."""
-        return self.method.window_batches if self.method.window_batches > 1 else 0
+        method = self.method
+        return method.window if isinstance(method, WindowedMethod) and method.window > 1 else 0
 
     def _body(self, plan: Plan) -> StepResult:
         """One step on static buffers; what is captured."""
@@ -125,7 +127,7 @@ class GraphStep(Step):
                 with torch.no_grad():
                     objective: Objective = self._objective(features, valid, state)
                 finite = self._finite(objective, valid)
-                self.state.method = self.method.after_update(objective.state, finite, state)
+                self.state.method = self._state_after(objective, finite)
                 result = self._result(objective, objective.logits, valid, 0, {}, False)
             with torch.no_grad():
                 method = self.state.method

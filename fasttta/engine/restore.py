@@ -23,13 +23,12 @@ def restored(
     guard: Mapping[str, tuple[float, ...]],
     method: Method,
     model: FusionModel,
-    running: FusionModel,
     precision: Precision,
 ) -> Snapshot:
     """The snapshot that ``State.tensors`` wrote. The state is not changed.
 
     Args:
-        model: as it was recognised, without what the method adds to it; running: with that.
+        model: as it was recognised, without what the method adds to it.
 
     Raises:
         ValueError: a tensor is missing, of another model or method, or holds what no state can.
@@ -56,7 +55,7 @@ def restored(
     device, master = leaf.device, precision.master
     # what a method says nothing of may be of any type
     described = (
-        type(method).check_state is not Method.check_state
+        type(method).check_saved is not Method.check_saved
         or type(method).blank_state is not Method.blank_state
     )
     for name, x in groups["constant"].items():
@@ -65,8 +64,7 @@ def restored(
     for name, x in groups["method"].items():
         if described and x.is_floating_point() and x.dtype != master:
             raise ValueError(f"method.{name} is {_describe(x)}, needed {master}")
-    method.check_constants(model, groups["constant"])
-    method.check_state(running, groups["method"])
+    method.check_saved(model, groups["constant"], groups["method"])
     with torch.inference_mode(False), torch.no_grad():
 
         def own(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..methods.base import Method, Objective
-from ..methods.contract import check_objective
-from ..protocols import FusionModel
+from ..methods.base import Method, Objective, TwoPassMethod, check_objective
+from ..methods.queue import WindowedMethod
+from ..protocols import FusionModel, ReturnsMore
 from ..trace import span
 from .ahead import Ahead
 from .inputs import prepare
@@ -88,10 +88,13 @@ class Step:
     ) -> None:
         self.model, self.method, self.state = model, method, state
         self.precision, self.device, self.host_checks = precision, device, host_checks
-        revisits = method.window_batches > 1 and method.score_at == "after"
+        revisits = (
+            isinstance(method, WindowedMethod) and method.window > 1 and method.score_at == "after"
+        )
         # where the window is fused batch by batch
         ahead = revisits and device.type == "cpu"
         self.first_passes = 1
+        self._recorder = model if isinstance(model, ReturnsMore) else None
         self.ahead = Ahead(model, list(state.leaves.values())) if ahead else None
 
     # ------------------------------------------------------------------ inputs
@@ -103,7 +106,11 @@ class Step:
     def encode(self, inputs: tuple[Tensor, ...]) -> Any:
         """What the method's steps on one batch share."""
         with environment(self.device, self.precision, grad=False):
-            return self.method.features(self.model, inputs)
+            return self._features(inputs)
+
+    def _features(self, inputs: tuple[Tensor, ...]) -> Any:
+        """What ``Method.objective`` gets as ``features``."""
+        return self.model.encode(*inputs) if self.method.frozen_encoder else inputs
 
     def _valid(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """0-d float on the device: 1 if every input value is finite."""
@@ -119,9 +126,14 @@ class Step:
     def predict(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Logits [B, C] with the current weights; changes nothing."""
         with span("predict"), environment(self.device, self.precision, grad=False):
-            return self.method.logits(self.model, self.method.features(self.model, inputs))
+            return self.method.logits(self.model, self._features(inputs))
 
     # ------------------------------------------------------------------ adaptation
+
+    def draw(self, inputs: tuple[Tensor, ...], keep: Any = None) -> tuple[Tensor, ...]:
+        """What the method draws at random for a batch, or ``keep`` in its place."""
+        with torch.inference_mode(False):
+            return self.method.draw(self.model, inputs, self.state.generator, keep)
 
     def __call__(
         self,
@@ -135,8 +147,7 @@ class Step:
         what the method draws at random), between the state's ``begin`` and ``commit``: one that
         fails leaves the tensors as they are then."""
         if drawn is None:
-            with torch.inference_mode(False):
-                drawn = self.method.draw(self.model, inputs, self.state.generator)
+            drawn = self.draw(inputs)
         result = self._eager((*inputs, *drawn), features, trace)
         self.state.method = _apart(self.state.method, inputs)
         return result
@@ -150,11 +161,15 @@ class Step:
                 with torch.no_grad():
                     objective = self._objective(features, valid, self.state.method)
                 finite = self._finite(objective, valid)
-                self.state.method = self.method.after_update(
-                    objective.state, finite, self.state.method
-                )
+                self.state.method = self._state_after(objective, finite)
                 return self._result(objective, objective.logits, valid, 0, {}, trace)
             return self._adapt(features, valid, trace)
+
+    def _state_after(self, objective: Objective, finite: Tensor) -> Mapping[str, Tensor]:
+        """The state of the method for the next batch."""
+        if isinstance(self.method, WindowedMethod):
+            return self.method.after_update(objective.state, finite, self.state.method)
+        return objective.state
 
     def _logits(self, features: Any) -> Tensor:
         return self.method.score(self.model, features)
@@ -170,7 +185,7 @@ class Step:
                 constants=self.state.constants,
                 valid=valid,
             )
-        check_objective(self.method, objective, Objective)
+        check_objective(self.method, objective)
         return objective
 
     def _finite(self, objective: Objective, valid: Tensor) -> Tensor:
@@ -191,9 +206,13 @@ class Step:
             carried = {}
         for _ in range(method.steps):
             objective = self._objective(features, valid, carried)
-            grads = self._gradients(objective, leaves)
-            if method.rho:
-                objective, grads = self._second_pass(features, objective, grads, leaves, carried)
+            if first is None and self._recorder is not None and self._recorder.outputs:
+                self.first_passes = len(self._recorder.outputs)
+            grads, recover = self._gradients(objective, leaves), None
+            if isinstance(method, TwoPassMethod):
+                objective, recover, grads = self._second_pass(
+                    method, features, objective, grads, leaves, carried
+                )
             finite = self._finite(objective, valid)
             for grad in grads:
                 # Adam keeps the square: where that overflows, the tensor never moves again
@@ -201,14 +220,12 @@ class Step:
             all_finite = all_finite * finite
             with span("update"):
                 self._update(leaves, grads, finite, objective.apply)
-                if objective.recover is not None:
-                    state.recover(objective.recover)
-                    now = objective.recover
-                    recovered = now if recovered is None else recovered | now
-            if method.carries_state:
+                if recover is not None:
+                    state.recover(recover)
+                    recovered = recover if recovered is None else recovered | recover
+            if not isinstance(method, WindowedMethod):  # whose window has the batch once
                 carried = {name: x.detach() for name, x in objective.state.items()}
             if first is None:
-                self.first_passes = objective.passes
                 first, used = objective, objective.n_used * finite * objective.apply
                 named = dict(zip(state.leaves, grads, strict=True))
         assert first is not None  # steps is at least 1
@@ -218,7 +235,7 @@ class Step:
                 with span("predict"):
                     predict = self.ahead.predict if self.ahead else self._logits
                     after = predict(features)
-            after_state = method.after_update(objective.state, all_finite, state.method)
+            after_state = self._state_after(objective, all_finite)
             state.method = {name: x.detach() for name, x in after_state.items()}
             if method.episodic:
                 state.method = {}
@@ -247,27 +264,28 @@ class Step:
 
     def _second_pass(
         self,
+        method: TwoPassMethod,
         features: Any,
         first: Objective,
         grads: tuple[Tensor, ...],
         leaves: Sequence[Tensor],
         state: Mapping[str, Tensor],
-    ) -> tuple[Objective, tuple[Tensor, ...]]:
-        """Objective and gradient at weights perturbed along the first gradient (SAM: Foret et
-        al., ICLR 2021, equation 2); the weights are put back."""
+    ) -> tuple[Objective, Tensor, tuple[Tensor, ...]]:
+        """Objective, whether to recover (0-d bool), and gradients at weights perturbed along the
+        first gradients (SAM: Foret et al., ICLR 2021, equation 2). Puts the weights back."""
         norm = torch.stack([grad.norm() for grad in grads]).norm()
         kept = [leaf.detach().clone() for leaf in leaves]
         with torch.no_grad():
             for leaf, grad in zip(leaves, grads, strict=True):
-                leaf.add_(grad * (self.method.rho / (norm + 1e-12)))
+                leaf.add_(grad * (method.rho / (norm + 1e-12)))
         with span("objective"):
-            second = self.method.perturbed_objective(self.model, features, first, state=state)
+            second, recover = method.second_objective(self.model, features, first, state=state)
         grads = self._gradients(second, leaves)
         second.losses["total"] = first.losses["total"]
         with torch.no_grad():
             for leaf, value in zip(leaves, kept, strict=True):
                 leaf.copy_(value)
-        return second, grads
+        return second, recover, grads
 
     def _update(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, Promptable
 from ..source_stats import SourceStats
-from .base import Method, Objective
+from .base import Objective, balance_warning, joined, weighted_mean
 from .options import AtLeast, DefaultInt, Finite, OneOf, require
-from .window import Queue, Ring, check_queue, dropped, joined
+from .queue import WindowedMethod, check_queue
 
 
 @dataclass(frozen=True)
-class ABPEM(Method):
+class ABPEM(WindowedMethod):
     """Tune the fusion block's q, k, v so that cross-modal attention scores are distributed like
     self-attention ones, and the k most probable classes are sharpened.
 
@@ -76,21 +76,11 @@ class ABPEM(Method):
         return any((self.entropy_weight, self.balance_weight, self.attention_weight))
 
     @property
-    def window_batches(self) -> int:
-        return self.window
+    def single_sample(self) -> str:
+        return balance_warning(self, self.window) if self.balance_weight != 0 else ""
 
-    @property
-    def balanced(self) -> bool:
-        return self.balance_weight != 0
-
-    def fitted(self, model: FusionModel) -> Method:
-        classes = model.num_classes  # None: not known before the first batch
-        if not isinstance(self.k, DefaultInt) or classes is None:
-            return self
-        return replace(self, k=min(int(self.k), classes))
-
-    def check_model(self, model: FusionModel) -> None:
-        super().check_model(model)
+    def fitted(self, model: FusionModel) -> Self:
+        super().fitted(model)
         if len(model.spans) < 2 and self.attention_weight != 0:
             raise ValueError(
                 "ABPEM compares attention between modalities, and this model has one "
@@ -98,10 +88,12 @@ class ABPEM(Method):
                 "a method without attention (read, tent)"
             )
         classes = model.num_classes
+        if classes is None:  # not known before the first batch
+            return self
         if isinstance(self.k, DefaultInt):
-            return
-        require(classes is None or self.k <= classes, "k", self.k,
-                f"at most the model's {classes} classes")  # fmt: skip
+            return replace(self, k=min(int(self.k), classes))
+        require(self.k <= classes, "k", self.k, f"at most the model's {classes} classes")
+        return self
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
         source_stats = resources.get("source_stats")
@@ -115,8 +107,8 @@ class ABPEM(Method):
                 "batches: source_stats=fasttta.collect_stats(model, loader)"
             )
         if not isinstance(source_stats, SourceStats):
-            found = type(source_stats).__name__
-            raise TypeError(f"source_stats must be fasttta.SourceStats, found {found}")
+            kind = type(source_stats).__name__
+            raise TypeError(f"source_stats must be fasttta.SourceStats, found {kind}")
         std, mean = source_stats.self_scores(self.heads)
         shape = (model.num_heads, len(model.spans))[0 if self.heads == "each" else 1 :]
         if mean.shape != shape:
@@ -126,7 +118,9 @@ class ABPEM(Method):
             )
         return {"anchor_mean": mean, "anchor_std": std}
 
-    def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
+    def check_saved(
+        self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> None:
         needed = set() if self.anchor == "self" else {"anchor_mean", "anchor_std"}
         if constants.keys() != needed:
             odd = sorted(constants.keys() ^ needed)[0]
@@ -136,16 +130,14 @@ class ABPEM(Method):
             each = self.heads == "each"
             stats = SourceStats(scores_per_head=pair) if each else SourceStats(scores=pair)
             self.constants(model, {"source_stats": stats})
-
-    def check_state(self, model: FusionModel, state: Mapping[str, Tensor]) -> None:
-        tokens = None
+        sample = None
         if isinstance(model, Promptable):  # of others the width is known after the first batch
-            tokens = sum(model.spans), model.feature_shapes()["joint"][1]
-        check_queue(state, self.window, tokens)
+            sample = sum(model.spans), model.feature_shapes()["joint"][1]
+        check_queue(state, self.window, sample)
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         valid = valid * torch.isfinite(features).all()
-        window = (Ring if "ring" in state else Queue)(model, features, valid, self.window, state)
+        window = self.batches(model, features, valid, state)
         anchor = None
         if self.anchor == "source":
             anchor = F.Moments(constants["anchor_mean"], constants["anchor_std"])
@@ -164,8 +156,7 @@ class ABPEM(Method):
         total, entropy, balance = F.adaptation_head(
             logits, self.k, self.entropy_weight, self.balance_weight, self.balance, weight=weight
         )
-        used = weight.to(gap.dtype)
-        attention = torch.where(used > 0, gap * used, 0).sum() / used.sum()
+        attention = weighted_mean(gap, weight.to(gap.dtype))
         if self.attention_weight != 0:
             total = total + self.attention_weight * attention
         # without this a batch that does not count would give the loss of the past ones alone
@@ -181,7 +172,6 @@ class ABPEM(Method):
             n_used=weight.sum(),
             stats={"score_mean": mean, "score_std": std, "attention_gap": gap},
             state=window.after(valid),
-            passes=len(passes),
             trace={
                 "tokens": features,
                 "window_logits": logits,
@@ -189,7 +179,3 @@ class ABPEM(Method):
                 "k": lambda: joined(k),
             },
         )  # fmt: skip
-
-    def after_update(self, state, finite, before) -> dict[str, Tensor]:
-        # finite tokens may overflow later on the way: such a batch must not spoil later windows
-        return dropped(state, finite, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 
@@ -94,9 +94,10 @@ class ATPT(PromptTuning):
             raise ValueError(f"high={self.high}, low={self.low}: needed high + low of at most 1")
         settle_drop_self(self)
 
-    def check_model(self, model: Any) -> None:
-        super().check_model(model)
+    def fitted(self, model: Any) -> Self:
+        super().fitted(model)
         model.check_maps()
+        return self
 
     def pixels(self, model, text, views):
         regions = [each.region for each in views]

@@ -10,82 +10,169 @@ import torch
 from torch import Tensor
 
 from ..protocols import FusionModel, Slot
-from .contract import check_class, check_layout
+from .class_check import check_class, check_decorated
 from .options import AtLeast, Finite, OneOf, Positive, check_option, check_options, declared
-from .window import joined, pieces
+from .saved_state import check_layout
 
 
 @dataclass
 class Objective:
-    """What one evaluation of a method's objective hands to the step."""
+    """What ``Method.objective`` returns: the losses of one batch and its prediction.
 
-    losses: dict[str, Tensor]  # 0-d, unweighted, and "total"
-    logits: Tensor  # [B, C] of the current batch
-    n_used: Tensor | int  # samples that entered the loss
+    Attributes:
+        losses: 0-d tensors, unweighted, and ``"total"``, the one that is minimised.
+        logits: [B, C], the prediction of the current batch.
+        n_used: number of samples that entered the loss, 0-d tensor or int.
+        stats: tensors that ``StepResult.stats`` shows, of any shape.
+        state: the method's state for the next batch, once the step has succeeded.
+        trace: intermediates for ``step(..., trace=True)``, or functions that compute them.
+        apply: 0-d; 0: this update is left out.
+    """
+
+    losses: dict[str, Tensor]
+    logits: Tensor
+    n_used: Tensor | int
     stats: dict[str, Tensor] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)  # method state once the step succeeds
+    state: dict[str, Tensor] = field(default_factory=dict)
     trace: Mapping[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
-    apply: Tensor | float = 1.0  # 0: the method leaves this update out
-    recover: Tensor | None = None  # 0-d bool, true: back to the start after this update
-    passes: int = 1  # of the fusion, the last of which holds the current batch
+    apply: Tensor | float = 1.0
+
+
+def check_objective(method: Method, result: Any) -> None:
+    """Checks what a method's ``objective`` returned, before anything is updated by it. It reads no
+    values, so that nothing waits for a GPU.
+
+    Raises:
+        TypeError, ValueError: a part is missing or of the wrong kind; names the part.
+    """
+    where = f"{type(method).__name__}.objective"
+    if not isinstance(result, Objective):
+        raise TypeError(
+            f"{where} returned {type(result).__name__}; needed fasttta.methods.Objective("
+            'losses={"total": loss}, logits=logits, n_used=len(logits))'
+        )
+    if method.updates and "total" not in result.losses:
+        names = ", ".join(map(repr, result.losses)) or "none"
+        raise ValueError(
+            f'{where} returned the losses {names}; needed "total", the one that is minimised'
+        )
+    for name, loss in result.losses.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"{where} returned {type(loss).__name__} as loss {name!r}; needed a tensor"
+            )
+        if loss.ndim:
+            raise ValueError(
+                f"{where} returned a loss {name!r} of shape {list(loss.shape)}; needed one number, "
+                "a 0-d tensor: take its mean"
+            )
+    if not isinstance(result.logits, Tensor):
+        raise TypeError(
+            f"{where} returned {type(result.logits).__name__} as logits; needed a tensor [B, C]"
+        )
+    if result.logits.ndim != 2:
+        raise ValueError(
+            f"{where} returned logits of shape {list(result.logits.shape)}; needed [B, C]"
+        )
+    if not isinstance(result.n_used, (Tensor, int)):
+        raise TypeError(
+            f"{where} returned n_used={result.n_used!r:.40}; needed the number of samples that "
+            "entered the loss"
+        )
+    for part in ("stats", "state"):
+        for name, value in getattr(result, part).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{where} returned {type(value).__name__} as {part}[{name!r}]; needed a tensor"
+                )
 
 
 def sample_weight(valid: Tensor) -> Tensor | None:
-    """Weights [B] of a batch's samples in a mean; None: all alike."""
+    """The weights [B] of a batch's samples in a mean, from ``valid`` of ``Method.objective``;
+    None: all samples count alike."""
     return valid if valid.ndim else None
+
+
+def samples_used(valid: Tensor, logits: Tensor) -> Tensor | int:
+    """How many of the samples of logits [B, C] count."""
+    return valid.sum() if valid.ndim else len(logits)
+
+
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of values [B] over samples; 0-d.
+
+    Args:
+        weight: [B], 0 for samples that do not count, whose values may be anything, NaN included;
+            None: all samples count alike.
+    """
+    if weight is None:
+        return values.sum() / len(values)
+    return torch.where(weight > 0, values * weight, 0).sum() / weight.sum()
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """torch.cat along the batch, without a copy of a single part."""
+    parts = tuple(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Options that every method has, and what a subclass must say.
+    """A method: its options, what it tunes, and its objective. README.md has complete examples.
 
-    A subclass is a dataclass, ``@dataclass(frozen=True)``: its fields are the method's options. It
-    has ``name``, the name that records and errors give it; ``group``, what of the model is tuned
-    (``"norm"``, ``"encoder_norm"``, ``"fusion_qkv"``; None: nothing); ``frozen_encoder``, whether
-    everything before the fusion is encoded once a batch, without gradient (then ``group`` must not
-    lie in the encoders); ``lr``, an option, if it tunes; and ``objective``, which returns
-    ``Objective(losses={"total": loss}, logits=logits, n_used=len(logits))``. Its ``state=`` is the
-    ``state`` of the next batch, is saved, and starts as an empty dict.
+    A subclass is a frozen dataclass whose fields are its options. It must define ``name``,
+    ``group``, ``frozen_encoder``, ``objective`` and, if it tunes something, the option ``lr``.
 
     Args:
         steps: updates on each batch.
-        score_at: which prediction is ``StepResult.logits``: ``"before"`` the update or
+        score_at: which prediction is ``StepResult.logits``: ``"before"`` the update, or
             ``"after"`` it, from a second forward pass. The default is the published protocol.
     """
 
+    #: the name that ``adapt``, ``save`` and errors use
     name: ClassVar[str]
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    #: kinds of models that it adapts
-    families: ClassVar[tuple[str, ...]] = ("fusion",)
-    #: keywords of ``adapt`` besides the options: tensors that the method needs
-    RESOURCES: ClassVar[tuple[str, ...]] = ()
-    #: with several steps on a batch, each takes the method state that the one before it left
-    carries_state: ClassVar[bool] = False
-    #: what of the model is tuned ("norm", "encoder_norm", "fusion_qkv", "prompts"; None:
-    #: nothing)
+    #: what is tuned, a name that ``model.tunable`` knows: ``"norm"``, ``"encoder_norm"``,
+    #: ``"fusion_qkv"``, ``"prompts"``, ``"head"``; None: nothing
     group: ClassVar[str | None]
-    #: everything before ``fuse`` is frozen: encoded once a batch, without autograd
+    #: whether everything before ``model.fuse`` is frozen. True: ``objective`` gets the encoder's
+    #: output, computed once a batch without gradient. False: it gets the inputs
     frozen_encoder: ClassVar[bool]
+    #: the kinds of models that it adapts: ``"fusion"``, ``"vision-language"``, ``"features"``
+    families: ClassVar[tuple[str, ...]] = ("fusion",)
+    #: published settings: name -> options
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    #: keywords of ``adapt`` that are no options: tensors that ``constants`` takes
+    RESOURCES: ClassVar[tuple[str, ...]] = ()
 
     steps: Annotated[int, AtLeast(1, most=10_000)] = 1
     score_at: Annotated[str | None, OneOf("before", "after")] = "before"
 
-    if TYPE_CHECKING:  # a field of every subclass, which places it
+    if TYPE_CHECKING:  # a field of every subclass, which decides its position
 
         @property
         def lr(self) -> float | None: ...
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
-        """Refuses a method with a missing part when its class is made; ``class Base(Method,
-        abstract=True)`` is a base of methods and may lack any.
+        """Checks the class when it is made. ``class Base(Method, abstract=True)`` is a base of
+        methods, which may lack parts.
 
         Raises:
-            TypeError: a part is missing, or is of the wrong kind.
+            TypeError: a part is missing or of the wrong kind.
         """
         super().__init_subclass__(**kwargs)
         check_class(cls, Method, abstract)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses a class with options that lacks ``@dataclass(frozen=True)``."""
+        check_decorated(cls)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        """Checks the options; a subclass that checks more calls this first.
+
+        Raises:
+            ValueError: an option has a value that is not allowed.
+        """
         check_options(self)
         if "lr" not in declared(type(self)) and (self.group is not None or hasattr(self, "lr")):
             # above a million the tuned tensors would not stay finite
@@ -93,133 +180,15 @@ class Method:
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The method with published settings; the class docstring gives their source."""
+        """The method with published settings, whose source the docstring of the class names.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
         if name not in cls.PRESETS:
-            known = ", ".join(map(repr, cls.PRESETS)) or "none"
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; known: {known}")
+            names = ", ".join(map(repr, cls.PRESETS)) or "none"
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; known: {names}")
         return cls(**cls.PRESETS[name])
-
-    @property
-    def updates(self) -> bool:
-        """Whether a step changes anything."""
-        return self.group is not None
-
-    @property
-    def episodic(self) -> bool:
-        """Whether every step begins at the start again, whatever the one before it learnt."""
-        return False
-
-    @property
-    def window_batches(self) -> int:
-        """Batches in the loss, the current one included."""
-        return 1
-
-    @property
-    def balanced(self) -> bool:
-        """Whether the loss has a class-balance term, which a single sample degenerates."""
-        return False
-
-    @property
-    def single_sample(self) -> str | None:
-        """What to warn of when a batch is one sample; None: nothing."""
-        if not self.balanced:
-            return None
-        advice = "" if getattr(self, "window", 2) > 1 else ", or a window of past batches"
-        return (
-            f"{type(self).__name__} on a single sample: the balance term is the entropy of that "
-            f"one prediction and works against the entropy term. Give larger batches{advice}"
-        )
-
-    def fitted(self, model: FusionModel) -> Method:
-        """The method with the options that follow from the model's kind."""
-        return self
-
-    def extend(self, model: FusionModel, seed: int) -> FusionModel:
-        """The model as this method runs it, where it needs more than the source model has (tensors
-        that are new and tuned); frozen weights stay shared."""
-        return model
-
-    def draw(
-        self, model: FusionModel, inputs: tuple[Tensor, ...], generator: torch.Generator
-    ) -> tuple[Tensor, ...]:
-        """What a step draws at random for a batch; its objective finds it behind the inputs."""
-        return ()
-
-    def injected(
-        self, model: FusionModel, inputs: tuple[Tensor, ...], keep: Any
-    ) -> tuple[Tensor, ...]:
-        """What a caller gives in place of ``draw``, checked.
-
-        Raises:
-            TypeError, ValueError: it cannot be used.
-        """
-        raise TypeError(f"keep: {type(self).__name__} masks no tokens; known to brimpr")
-
-    def tuned(self, model: FusionModel) -> dict[str, Slot]:
-        """Names of the tuned tensors and where they lie in the model."""
-        return {} if self.group is None else model.tunable(self.group)
-
-    def check_model(self, model: FusionModel) -> None:
-        """Raises ValueError if the options do not fit the model."""
-        if self.updates and model.num_classes == 1:
-            raise ValueError(
-                f"{type(self).__name__} learns from entropies of predictions, and of one class, "
-                "logits [B, 1], they are 0 whatever the weights: needed at least 2 classes. "
-                "(Scores of a regression have no class distribution; two logits, (0, x), make one "
-                "of a binary score x.)"
-            )
-
-    def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Tensors fixed at the start, from what ``RESOURCES`` names; saved with the state."""
-        return {}
-
-    def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
-        """Whether tensors from a file (floating point, finite) are what ``constants`` makes for
-        this model. Methods with ``RESOURCES`` say more.
-
-        Raises:
-            ValueError: they are not.
-        """
-        if not self.RESOURCES:
-            check_layout("constant", constants, self.constants(model, {}))
-
-    def check_state(self, model: FusionModel, state: Mapping[str, Tensor]) -> None:
-        """Whether a method state from a file (finite) is one that ``objective`` can go on with:
-        by default, none yet, or what ``blank_state`` describes.
-
-        Raises:
-            ValueError: it is not.
-        """
-        blank = self.blank_state(torch.zeros(0), model.num_classes or 0)
-        if blank and state:
-            known = model.num_classes is not None
-            check_layout("method", state, blank, shapes=known)
-
-    def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """Adam (0.9, 0.999), no weight decay: what all published runs of this benchmark use."""
-        parameters = list(parameters)
-        cuda = parameters[0].is_cuda
-        assert self.lr is not None  # settled by ``fitted``
-        return torch.optim.Adam(parameters, lr=self.lr, fused=True, capturable=cuda)
-
-    def features(self, model: FusionModel, inputs: tuple[Tensor, ...]) -> Any:
-        """What the steps on one batch share: encoder outputs where these are frozen."""
-        return model.encode(*inputs) if self.frozen_encoder else inputs
-
-    def blank_state(self, features: Tensor, num_classes: int) -> dict[str, Tensor]:
-        """The state before any batch as tensors of their final shape, for captured steps (a window
-        excepted, for which the step has places of its own)."""
-        return {}
-
-    def logits(self, model: FusionModel, features: Any) -> Tensor:
-        """Prediction [B, C] with the current weights."""
-        if not self.frozen_encoder:
-            return model.fuse(model.encode(*features))
-        return joined([model.fuse(part) for part in pieces(model, features)])
-
-    def score(self, model: FusionModel, features: Any) -> Tensor:
-        """What a step that scores after its update predicts; for most methods the logits."""
-        return self.logits(model, features)
 
     def objective(
         self,
@@ -230,36 +199,177 @@ class Method:
         constants: Mapping[str, Tensor],
         valid: Tensor,
     ) -> Objective:
-        """Losses of one batch, differentiable with respect to what is tuned.
+        """The losses of one batch, differentiable with respect to the tuned tensors, and its
+        prediction. Called ``steps`` times a batch, with a gradient if the method ``updates``.
 
         Args:
-            features: what ``features`` returned for this batch.
-            state: the method's state before this batch; never written to.
-            constants: what ``constants`` returned.
-            valid: 0-d float, 0 if the batch holds non-finite values (then the step skips the
-                update on the device and this batch must not spoil later ones); or [B], 0 also for
-                rows that only fill a batch up to the size that a step was captured with.
+            features: output of ``model.encode``, [B, T, D], if ``frozen_encoder``; else the inputs
+                of the batch, a tuple, and what ``draw`` returned behind them.
+            state: the ``Objective.state`` of the batch before; empty at the start. Of several steps
+                on a batch each gets the state that the one before it returned. Never write to it.
+            constants: what ``constants`` returned, on the device of the model.
+            valid: 0-d float, 0 if the batch has non-finite values: the step then skips the update
+                on the device, and this batch must not spoil the state. Or [B], 0 also for rows that
+                only fill the batch up to the size of a captured step.
         """
         raise TypeError(f"{type(self).__name__} defines no objective")
 
-    def after_update(
-        self, state: dict[str, Tensor], finite: Tensor, before: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The method's state for the next batch.
+    def tuned(self, model: FusionModel) -> dict[str, Slot]:
+        """The tuned tensors, by name. Called once, by ``adapt``; by default those of ``group``."""
+        return {} if self.group is None else model.tunable(self.group)
+
+    def fitted(self, model: FusionModel) -> Method:
+        """The method with the options that follow from the model. Called by ``adapt``, and again
+        once the first batch has shown the number of classes. A subclass calls this, too.
+
+        Raises:
+            ValueError: the method or its options do not fit the model.
+        """
+        if self.updates and model.num_classes == 1:
+            raise ValueError(
+                f"{type(self).__name__} learns from entropies of predictions, and of one class, "
+                "logits [B, 1], they are 0 whatever the weights: needed at least 2 classes. "
+                "(Scores of a regression have no class distribution; two logits, (0, x), make one "
+                "of a binary score x.)"
+            )
+        return self
+
+    def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Floating point tensors that stay as they are and are saved with the state. Called once,
+        by ``adapt``.
 
         Args:
-            state: what the last objective returned as its ``state``.
-            finite: 0-d float, 0 if the loss or a gradient overflowed, so that the update was
-                skipped; then this batch must not spoil later ones.
-            before: the state before this batch.
+            resources: what the caller gave for ``RESOURCES``; names that were not given are absent.
+
+        Raises:
+            TypeError, ValueError: a resource is missing, or of another model.
         """
-        return state
+        return {}
 
-    #: length of the perturbation of a two-pass (sharpness-aware) update; 0: a plain gradient step
-    rho = 0.0
+    def blank_state(self, features: Tensor, num_classes: int) -> dict[str, Tensor]:
+        """The state before any batch, as tensors of the shapes that ``Objective.state`` will have.
+        Needed by captured steps (``engine="graph"``) and to check saved states.
 
-    def perturbed_objective(
+        Args:
+            features: an empty tensor of the device and type that the state shall have.
+        """
+        return {}
+
+    def check_saved(
+        self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> None:
+        """Checks constants and state (finite tensors) from a file. Called by ``load``. By default
+        the state must be empty or have the names and shapes of ``blank_state``, and the constants
+        those that ``constants`` returns without resources.
+
+        Raises:
+            ValueError: the method cannot go on with them; names the tensor.
+        """
+        if not self.RESOURCES:
+            check_layout("constant", constants, self.constants(model, {}))
+        blank = self.blank_state(torch.zeros(0), model.num_classes or 0)
+        if blank and state:
+            check_layout("method", state, blank, shapes=model.num_classes is not None)
+
+    def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser of the tuned tensors. Called once, by ``adapt``. By default Adam with betas
+        (0.9, 0.999) and no weight decay, as in all published runs of this benchmark."""
+        parameters = list(parameters)
+        cuda = parameters[0].is_cuda
+        assert self.lr is not None  # settled by ``fitted``
+        return torch.optim.Adam(parameters, lr=self.lr, fused=True, capturable=cuda)
+
+    def logits(self, model: FusionModel, features: Any) -> Tensor:
+        """The prediction [B, C] with the current weights. Called by ``objective`` and by
+        ``predict``; ``features`` as ``objective`` gets them."""
+        if not self.frozen_encoder:
+            return model.fuse(model.encode(*features))
+        return joined(model.fuse(part) for part in model.pieces(features))
+
+    @property
+    def updates(self) -> bool:
+        """Whether a step changes the tuned tensors; False: ``objective`` runs without gradient."""
+        return self.group is not None
+
+    @property
+    def single_sample(self) -> str:
+        """What to warn of when the first batch is a single sample; empty: nothing."""
+        return ""
+
+    def extend(self, model: FusionModel, seed: int) -> FusionModel:
+        """The model that steps run, if that has more tensors than the source model, such as
+        prompts; frozen weights stay shared. Called once, by ``adapt``."""
+        return model
+
+    def draw(
+        self,
+        model: FusionModel,
+        inputs: tuple[Tensor, ...],
+        generator: torch.Generator,
+        keep: Any = None,
+    ) -> tuple[Tensor, ...]:
+        """What a step draws at random for a batch; ``objective`` finds it behind the inputs. Called
+        once a batch.
+
+        Args:
+            generator: to draw from; its state is part of the state of the adapted model.
+            keep: what ``step(..., keep=)`` gives in place of a draw; None: nothing.
+
+        Raises:
+            TypeError, ValueError: ``keep`` cannot be used.
+        """
+        if keep is not None:
+            raise TypeError(f"keep: {type(self).__name__} masks no tokens; known to brimpr")
+        return ()
+
+    @property
+    def episodic(self) -> bool:
+        """Whether every step starts from the same tensors, whatever the steps before it learnt."""
+        return False
+
+    def score(self, model: FusionModel, features: Any) -> Tensor:
+        """The prediction [B, C] of a step after its update; by default ``logits``."""
+        return self.logits(model, features)
+
+
+@dataclass(frozen=True)
+class TwoPassMethod(Method, abstract=True):
+    """A method with sharpness-aware updates: the gradient at the weights perturbs them by ``rho``
+    along it, and the gradient of a second objective there updates them.
+
+    Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equation 2.
+    """
+
+    #: length of the perturbation, a positive option of every subclass
+    if TYPE_CHECKING:
+
+        @property
+        def rho(self) -> float: ...
+
+    def second_objective(
         self, model: FusionModel, features: Any, first: Objective, *, state: Mapping[str, Tensor]
-    ) -> Objective:
-        """Second pass of a two-pass update, at the perturbed weights; it replaces the first."""
-        raise TypeError(f"{type(self).__name__} has no second pass")
+    ) -> tuple[Objective, Tensor]:
+        """The objective at the perturbed weights.
+
+        Args:
+            first: what ``objective`` returned at the weights themselves.
+            features, state: as ``objective`` got them.
+
+        Returns:
+            The ``Objective`` that replaces the first one, and a 0-d bool tensor; True: after this
+            update tuned tensors and optimiser go back to the start.
+        """
+        raise NotImplementedError
+
+
+def balance_warning(method: Method, window: int = 1) -> str:
+    """The warning of methods with a class-balance term about a batch of a single sample.
+
+    Args:
+        window: batches in the loss.
+    """
+    advice = "" if window > 1 else ", or a window of past batches"
+    return (
+        f"{type(method).__name__} on a single sample: the balance term is the entropy of that one "
+        f"prediction and works against the entropy term. Give larger batches{advice}"
+    )

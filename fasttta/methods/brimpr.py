@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..ops.checks import dense
-from ..protocols import FusionModel, Promptable, Streams
+from ..protocols import FusionModel, Promptable
 from ..source_stats import SourceStats
-from . import realignment
-from .base import Method, Objective, sample_weight
+from . import brimpr_losses
+from .base import Method, Objective, sample_weight, samples_used
 from .options import AtLeast, Finite, Positive, Range, check_option, require
 
 _INIT = 1e-4  # prompts start in U(-1e-4, 1e-4)
@@ -94,9 +94,7 @@ class BriMPR(Method):
             "with; only its mean is aligned. Give larger batches"
         )
 
-    # ------------------------------------------------------------------ the model
-
-    def check_model(self, model: FusionModel) -> None:
+    def fitted(self, model: FusionModel) -> Self:
         if not isinstance(model, Promptable):
             raise ValueError(
                 f"BriMPR puts prompts into the encoders' blocks, which are not known of "
@@ -107,10 +105,6 @@ class BriMPR(Method):
         for name, tokens in zip(model.input_names, model.spans, strict=True):
             require(self._kept(tokens) > 0, "mask_ratio", self.mask_ratio,
                     f"less, so that one of {tokens} {name} tokens is kept")  # fmt: skip
-
-    def fitted(self, model: FusionModel) -> Method:
-        if not isinstance(model, Promptable):
-            return self
         start = model.start_prompts()
         if not start:
             return self
@@ -127,7 +121,7 @@ class BriMPR(Method):
         return self  # fresh ones hold nothing that drawing others would lose
 
     def extend(self, model: FusionModel, seed: int) -> FusionModel:
-        assert isinstance(model, Promptable)  # check_model
+        assert isinstance(model, Promptable)  # fitted
         # another sequence than the one that masks are drawn from
         generator = torch.Generator().manual_seed((seed + 0x5EED) % 2**63)
         weight = next(model.parameters())
@@ -145,8 +139,7 @@ class BriMPR(Method):
         return model.prompted(prompts)
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
-        self.check_model(model)
-        assert isinstance(model, Promptable)
+        assert isinstance(model, Promptable)  # fitted
         source_stats = resources.get("source_stats")
         if source_stats is None:
             raise ValueError(
@@ -155,12 +148,14 @@ class BriMPR(Method):
                 "fasttta.SourceStats.from_official(path)"
             )
         if not isinstance(source_stats, SourceStats):
-            found = type(source_stats).__name__
-            raise TypeError(f"source_stats must be fasttta.SourceStats, found {found}")
+            kind = type(source_stats).__name__
+            raise TypeError(f"source_stats must be fasttta.SourceStats, found {kind}")
         return source_stats.features(model.feature_shapes())
 
-    def check_constants(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
-        assert isinstance(model, Promptable)  # check_model
+    def check_saved(
+        self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> None:
+        assert isinstance(model, Promptable)  # fitted
         shapes = model.feature_shapes()
         needed = {f"{name}.{part}" for name in shapes for part in ("std", "mean")}
         if constants.keys() != needed:
@@ -172,15 +167,19 @@ class BriMPR(Method):
         )
         stats.features(shapes)
 
-    # ------------------------------------------------------------------ masks
-
     def _kept(self, tokens: int) -> int:
         return int(tokens * (1 - self.mask_ratio))
 
     def draw(
-        self, model: FusionModel, inputs: tuple[Tensor, ...], generator: torch.Generator
+        self,
+        model: FusionModel,
+        inputs: tuple[Tensor, ...],
+        generator: torch.Generator,
+        keep: Any = None,
     ) -> tuple[Tensor, ...]:
-        """Ids [B, K] of the tokens each modality keeps, in random order."""
+        """Ids [B, K] of the tokens that each modality keeps, in random order, or ``keep``."""
+        if keep is not None:
+            return self._checked(model, inputs, keep)
         if not self.mask_ratio:
             return ()
         drawn, device = [], inputs[0].device
@@ -195,9 +194,10 @@ class BriMPR(Method):
             drawn.append(ids.to(device, non_blocking=True))
         return tuple(drawn)
 
-    def injected(
+    def _checked(
         self, model: FusionModel, inputs: tuple[Tensor, ...], keep: Any
     ) -> tuple[Tensor, ...]:
+        """Token ids that a caller gives, as ``draw`` returns them."""
         names, batch = model.input_names, len(inputs[0])
         if not isinstance(keep, (tuple, list)) or len(keep) != len(names):
             raise TypeError(f"keep must be token ids of each modality ({', '.join(names)})")
@@ -207,8 +207,8 @@ class BriMPR(Method):
             if not isinstance(ids, Tensor) or ids.dtype not in (
                 torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
             ):  # fmt: skip
-                found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-                raise TypeError(f"keep of {name} must be an integer tensor [B, K], found {found}")
+                kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise TypeError(f"keep of {name} must be an integer tensor [B, K], found {kind}")
             if ids.ndim != 2 or len(ids) != batch or not 1 <= ids.shape[1] <= tokens:
                 raise ValueError(
                     f"keep of {name} has shape {list(ids.shape)}, needed [{batch}, K] with K from "
@@ -227,39 +227,37 @@ class BriMPR(Method):
                 checked.append(ids.to(inputs[0].device, copy=True))
         return tuple(checked)
 
-    # ------------------------------------------------------------------ the step
-
     def logits(self, model: FusionModel, features: tuple[Tensor, ...]) -> Tensor:
         return model.fuse(model.encode(*features[: len(model.input_names)]))
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         names, weight, grad = model.input_names, sample_weight(valid), torch.is_grad_enabled()
-        streams: Streams = model.streams(*features)
+        streams = model.streams(*features)
 
         def moved(name: str, of: Tensor) -> Tensor:
             source = constants[f"{name}.std"], constants[f"{name}.mean"]
-            return realignment.discrepancy(of, *source, weight).mean()
+            return brimpr_losses.discrepancy(of, *source, weight).mean()
 
         with torch.set_grad_enabled(grad and self.alignment_weight != 0):
             distances = [moved(n, x) for n, x in zip(names, streams.features, strict=True)]
             alignment = torch.stack(distances).sum()
         joint = moved("joint", streams.joint.unsqueeze(1))
         temperature = 1 + self.teacher_scale / (1 + torch.exp(self.teacher_offset - joint))
-        target, terms, masked = realignment.teacher(streams.logits, temperature), [], []
+        target, terms, masked = brimpr_losses.teacher(streams.logits, temperature), [], []
 
         def recombined(share: Tensor) -> Callable[[Tensor, slice], Tensor]:
-            return lambda logits, rows: realignment.recombination(
+            return lambda logits, rows: brimpr_losses.recombination(
                 target, logits, share, weight, rows
             )
 
         with torch.set_grad_enabled(grad and self.recombination_weight != 0):
-            for i, share in enumerate(realignment.shares(distances)):
+            for i, share in enumerate(brimpr_losses.shares(distances)):
                 term, logits = streams.masked(i, recombined(share))
                 terms.append(term)
                 masked.append(logits)
         with torch.set_grad_enabled(grad and self.contrast_weight != 0):
             contrast, alone = streams.alone(
-                lambda found: realignment.contrast(found, self.temperature, weight)
+                lambda alone: brimpr_losses.contrast(alone, self.temperature, weight)
             )
         losses = {
             "alignment": alignment,
@@ -273,7 +271,7 @@ class BriMPR(Method):
         return Objective(
             losses=losses,
             logits=streams.logits,
-            n_used=streams.logits.shape[0] if weight is None else weight.sum(),
+            n_used=samples_used(valid, streams.logits),
             stats={f"discrepancy.{name}": x for name, x in by_name}
             | {"discrepancy.joint": joint, "teacher_temperature": temperature},
             trace={f"features.{n}": x for n, x in zip(names, streams.features, strict=True)}

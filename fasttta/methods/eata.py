@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import functional as F
 from .base import Method, Objective
-from .contract import check_layout
 from .fisher import fitted, read_official
 from .options import AtLeast, Positive
+from .saved_state import check_layout
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class EATA(Method):
     RESOURCES: ClassVar[tuple[str, ...]] = ("fisher",)
     group: ClassVar[str | None] = "norm"
     frozen_encoder: ClassVar[bool] = False
-    carries_state: ClassVar[bool] = True
 
     # no entropy of C classes is above ln C; exp(margin) weighs the gradients
     e_margin: Annotated[float, Positive(most=20)] | None = None
@@ -73,9 +72,14 @@ class EATA(Method):
             constants |= {f"fisher.{name}": weights, f"source.{name}": values[name]}
         return constants
 
-    def check_constants(self, model, constants: Mapping[str, Tensor]) -> None:
-        if not constants:
-            return
+    def check_saved(
+        self, model, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> None:
+        if constants:
+            self._check_fisher(model, constants)
+        super().check_saved(model, constants, state)
+
+    def _check_fisher(self, model, constants: Mapping[str, Tensor]) -> None:
         fisher = {
             name.removeprefix("fisher."): x
             for name, x in constants.items()
@@ -84,8 +88,8 @@ class EATA(Method):
         made = self.constants(model, {"fisher": fisher})
         check_layout("constant", constants, made)
         for name, x in constants.items():
-            own = made[name].to("cpu", x.dtype)
-            if name.startswith("source.") and not torch.equal(x.cpu(), own):
+            value = made[name].to("cpu", x.dtype)
+            if name.startswith("source.") and not torch.equal(x.cpu(), value):
                 raise ValueError(f"constant.{name} is not what this model's source values are")
 
     @staticmethod

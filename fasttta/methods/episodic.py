@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..protocols import VisionLanguageModel
 from ..views import Views
 from .base import Method
-from .contract import check_episodes
+from .class_check import check_episodes
 from .options import AtLeast, check_option
 from .prompt_text import prompt_words
 
@@ -105,12 +105,13 @@ class Episodic(Method, abstract=True):
     def tuned(self, model: Any) -> dict:
         return {}
 
-    def check_model(self, model: Any) -> None:
+    def fitted(self, model: Any) -> Self:
         if not isinstance(model, VisionLanguageModel):
             raise ValueError(
                 f"{self.name!r} adapts vision-language models such as fasttta.models.CLIP, found "
                 f"{type(model).__name__}"
             )
+        return self
 
     def run(
         self,

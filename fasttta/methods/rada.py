@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel, RationalModel, Slot, VisionLanguageModel
-from .base import Method, Objective, sample_weight
+from .base import Method, Objective, sample_weight, samples_used, weighted_mean
 from .options import AtLeast, Flag, OneOf, Positive, Share
 from .prompt_text import split_prompt
 
@@ -64,7 +64,6 @@ class RAda(Method):
     families: ClassVar[tuple[str, ...]] = ("features", "fusion", "vision-language")
     group: ClassVar[str | None] = "head"
     frozen_encoder: ClassVar[bool] = True
-    carries_state: ClassVar[bool] = True
 
     loss: Annotated[str, OneOf("views", "entropy")] | None = None
     select: Annotated[float, Share(positive=True)] = 0.1
@@ -87,11 +86,15 @@ class RAda(Method):
                     object.__setattr__(self, name, value)
         split_prompt(self.prompt)
 
-    def fitted(self, model: Any) -> Method:
+    def fitted(self, model: Any) -> Self:
         streams = not isinstance(model, VisionLanguageModel) and bool(model.spans)
+        if not isinstance(model, RationalModel):
+            raise ValueError(
+                "RAda needs class vectors to put its head on: a fasttta.models.FeatureClassifier, "
+                f"a CLIP with classes or a CAV-MAE; found {type(model).__name__}"
+            )
         settled: dict[str, Any] = {"loss": self.loss or ("entropy" if streams else "views")}
-        if isinstance(model, RationalModel):
-            settled |= model.head_options()
+        settled |= model.head_options()
         for name in settled.keys() - {"loss"}:
             asked = getattr(self, name)
             if asked not in (settled[name], type(self).__dataclass_fields__[name].default):
@@ -111,13 +114,6 @@ class RAda(Method):
     def augmented(self) -> bool:
         """Whether views are made with AugMix."""
         return self.augment
-
-    def check_model(self, model: FusionModel) -> None:
-        if not isinstance(model, RationalModel):
-            raise ValueError(
-                "RAda needs class vectors to put its head on: a fasttta.models.FeatureClassifier, "
-                f"a CLIP with classes or a CAV-MAE; found {type(model).__name__}"
-            )
 
     def extend(self, model: Any, seed: int) -> FusionModel:
         return model.rational(
@@ -144,12 +140,12 @@ class RAda(Method):
         if self.episodic:
             return self._views(model, features, state, weight)
         logits = model.fuse(features)
-        entropy = F.entropy(logits)
-        used: Tensor | int = len(logits) if weight is None else weight.sum()
-        if weight is not None:
-            entropy = torch.where(weight > 0, entropy, 0)
-        entropy = entropy.sum() / used
-        return Objective(losses={"entropy": entropy, "total": entropy}, logits=logits, n_used=used)
+        entropy = weighted_mean(F.entropy(logits), weight)
+        return Objective(
+            losses={"entropy": entropy, "total": entropy},
+            logits=logits,
+            n_used=samples_used(valid, logits),
+        )
 
     def _views(
         self, model: Any, views: Tensor, state: Mapping[str, Tensor], weight: Tensor | None

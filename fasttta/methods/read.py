@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .. import functional as F
-from .base import Method, Objective, sample_weight
+from .base import Method, Objective, balance_warning, sample_weight, samples_used
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,13 @@ class READ(Method):
     score_at: str = field(default="after", kw_only=True)
 
     @property
-    def balanced(self) -> bool:
-        return True
+    def single_sample(self) -> str:
+        return balance_warning(self)
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = self.logits(model, features)
-        weight = sample_weight(valid)
         total, entropy, balance = F.adaptation_head(
-            logits, 1, balance="softmax-sum", eps=0.0, weight=weight
+            logits, 1, balance="softmax-sum", eps=0.0, weight=sample_weight(valid)
         )
         losses = {"entropy": entropy, "balance": balance, "total": total}
-        used = logits.shape[0] if weight is None else weight.sum()
-        return Objective(losses=losses, logits=logits, n_used=used)
+        return Objective(losses=losses, logits=logits, n_used=samples_used(valid, logits))

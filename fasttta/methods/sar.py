@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from .base import Method, Objective
+from .base import Objective, TwoPassMethod
 from .options import Finite, Positive
 
 
 @dataclass(frozen=True)
-class SAR(Method):
+class SAR(TwoPassMethod):
     """Minimise the entropy of reliable samples at weights perturbed towards higher loss.
 
     Two passes a step: the gradient at the weights perturbs them by ``rho`` along it, the gradient
@@ -48,7 +48,6 @@ class SAR(Method):
     }
     group: ClassVar[str | None] = "encoder_norm"
     frozen_encoder: ClassVar[bool] = False
-    carries_state: ClassVar[bool] = True
 
     rho: Annotated[float, Positive()] = 0.05
     e_margin: Annotated[float, Positive()] | None = None
@@ -75,7 +74,7 @@ class SAR(Method):
             stats={"used": used},
         )
 
-    def perturbed_objective(self, model, features, first: Objective, *, state) -> Objective:
+    def second_objective(self, model, features, first: Objective, *, state):
         logits = self.logits(model, features)
         loss, used = self._mean_entropy(logits, first.stats["used"])
         average = state.get("average", -torch.ones_like(loss.detach()))  # below 0: none yet
@@ -83,7 +82,7 @@ class SAR(Method):
         moved = torch.where(average < 0, new, 0.9 * average + 0.1 * new)
         average = torch.where(used.any() & torch.isfinite(new), moved, average)
         recover = (average >= 0) & (average < self.reset_below)
-        return Objective(
+        second = Objective(
             losses={**first.losses, "sharp": loss, "total": loss},
             logits=first.logits,
             n_used=used.sum(),
@@ -93,5 +92,5 @@ class SAR(Method):
                 "recovered": recover,
             },
             state={"average": torch.where(recover, -1, average)},
-            recover=recover,
         )
+        return second, recover

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from .. import functional as F
-from .base import Method, Objective, sample_weight
+from .base import Method, Objective, sample_weight, samples_used, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,9 @@ class Tent(Method):
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         logits = self.logits(model, features)
-        weight, entropy = sample_weight(valid), F.entropy(logits)
-        used: Tensor | int = len(logits)
-        if weight is not None:
-            used = weight.sum()
-            entropy = torch.where(weight > 0, entropy * weight, 0)
-        entropy = entropy.sum() / used
-        return Objective(losses={"entropy": entropy, "total": entropy}, logits=logits, n_used=used)
+        entropy = weighted_mean(F.entropy(logits), sample_weight(valid))
+        return Objective(
+            losses={"entropy": entropy, "total": entropy},
+            logits=logits,
+            n_used=samples_used(valid, logits),
+        )

@@ -12,7 +12,7 @@ from cases import METHODS, differing, snapshot, state_equal, tiny_stats
 from plain_brimpr import some_ids, stats_for, with_prompts
 
 import fasttta
-from fasttta.methods import realignment
+from fasttta.methods import brimpr_losses
 
 NAMES = ("audio", "video")
 
@@ -178,13 +178,13 @@ def test_samples_that_do_not_count(count):
     some = weight > 0
     pairs = (
         (
-            realignment.discrepancy(features, std, mean, weight),
-            realignment.discrepancy(features[some], std, mean),
+            brimpr_losses.discrepancy(features, std, mean, weight),
+            brimpr_losses.discrepancy(features[some], std, mean),
             [features],
         ),
         (
-            realignment.contrast(others, 0.2, weight),
-            realignment.contrast([x[some] for x in others], 0.2),
+            brimpr_losses.contrast(others, 0.2, weight),
+            brimpr_losses.contrast([x[some] for x in others], 0.2),
             others,
         ),
         (
@@ -204,9 +204,9 @@ def test_samples_that_do_not_count(count):
 
 def recombined(logits, temperature, masked, shares, weight=None):
     """The term of a whole batch, in two portions."""
-    target, n = realignment.teacher(logits, temperature), len(logits)
+    target, n = brimpr_losses.teacher(logits, temperature), len(logits)
     return sum(
-        realignment.recombination(target, x[rows], share, weight, rows)
+        brimpr_losses.recombination(target, x[rows], share, weight, rows)
         for x, share in zip(masked, shares, strict=True)
         for rows in (slice(0, 2), slice(2, n))
     )
@@ -219,10 +219,10 @@ def test_three_modalities():
         nnf.cross_entropy(nnf.normalize(a) @ nnf.normalize(b).T / 0.3, torch.arange(5))
         for a, b in itertools.permutations(alone, 2)
     ]
-    assert torch.allclose(realignment.contrast(alone, 0.3), torch.stack(terms).mean())
-    shares = realignment.shares([torch.tensor(x) for x in (1.0, 2.0, 5.0)])
+    assert torch.allclose(brimpr_losses.contrast(alone, 0.3), torch.stack(terms).mean())
+    shares = brimpr_losses.shares([torch.tensor(x) for x in (1.0, 2.0, 5.0)])
     assert torch.allclose(torch.stack(shares), torch.tensor([7.0, 6.0, 3.0]) / 16)
-    two = realignment.shares([torch.tensor(1.0), torch.tensor(3.0)])
+    two = brimpr_losses.shares([torch.tensor(1.0), torch.tensor(3.0)])
     assert torch.allclose(torch.stack(two), torch.tensor([0.75, 0.25]))
     logits, masked = torch.randn(5, 4, generator=generator), [torch.zeros(5, 4)] * 3
     found = recombined(logits, torch.tensor(1.0), masked, shares)

@@ -1,22 +1,67 @@
-"""The encoder outputs of the current and the last batches, as an objective reads them."""
+"""The queue of recent batches' encoder outputs, and methods whose loss is over all of them.
+
+The method state holds ``queue.0`` (the oldest) and so on, [B, ...], and of each batch ``valid.0``
+and so on: 1 if it counts, else 0. A captured step keeps the same batches in a ring of fixed places.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..protocols import FusionModel
+from .base import Method, joined
+
+
+@dataclass(frozen=True)
+class WindowedMethod(Method, abstract=True):
+    """A method whose loss is over the last ``window`` batches, the current one included, an option
+    of every subclass. Its objective makes a ``batches`` object and returns its ``after`` as the
+    ``Objective.state``."""
+
+    if TYPE_CHECKING:  # a field of every subclass, which decides its position
+
+        @property
+        def window(self) -> int: ...
+
+    def batches(
+        self, model: FusionModel, tokens: Tensor, valid: Tensor, state: Mapping[str, Tensor]
+    ) -> Queue | Ring:
+        """The batches in the loss.
+
+        Args:
+            tokens, valid, state: as ``objective`` gets them.
+        """
+        of = Ring if "ring" in state else Queue
+        return of(model, tokens, valid, self.window, state)
+
+    def after_update(
+        self, state: dict[str, Tensor], finite: Tensor, before: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The state for the next batch. Finite tokens may overflow later on the way to the loss:
+        such a batch must not spoil later windows.
+
+        Args:
+            state: what the last objective returned as its ``state``.
+            finite: 0-d float, 0 if the loss or a gradient overflowed, so that the update was
+                skipped.
+            before: the state before this batch.
+        """
+        return without_newest(state, finite, before)
 
 
 def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
-    """The tokens [B, ...] of a batch that counts; else those of a past batch, or zeros: what a
-    weight of 0 multiplies must be finite, and something that a model can take.
+    """Tokens [B, ...] of a batch if it counts; else those of a past batch, or zeros: what a weight
+    of 0 multiplies must be finite, and something that a model can take.
 
     Args:
         counts: 0-d, or [B] where rows only fill a captured batch. Those rows repeat a sample, so
-            that they are finite whenever the batch is: the batch is kept or replaced as a whole.
+            they are finite whenever the batch is: the batch is kept or replaced as a whole.
+        past: tokens of the past batches.
     """
     counts = counts.amax()
     if counts.device.type == "cpu" and counts:
@@ -25,27 +70,18 @@ def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
     return torch.where(counts > 0, tokens, fill)
 
 
-def pieces(model: FusionModel, tokens: Tensor) -> Sequence[Tensor]:
-    """Encoder outputs in the portions that the model is best fused in."""
-    return model.pieces(tokens)
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat, without a copy of a single part."""
-    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
-
-
 class Queue:
-    """A list of past batches, which may differ in size, oldest first; the current one is last.
+    """The past batches, which may differ in size, oldest first, and the current one last.
 
-    On a CPU each is fused on its own (no copy, smaller buffers, and the pass over the newest past
-    batch is the last step's prediction), on a GPU all together.
+    On a CPU each batch is fused on its own (no copy, smaller buffers, and the pass over the newest
+    past batch is the prediction of the last step), on a GPU all of them at once.
 
     Attributes:
-        portions: what to fuse, [b, ...] each.
-        order: in which, as indices: the newest past batch first, as where its pass is already
-            there, so that gradients add up in one order and to the same bits.
-        weight: [n], 1 where a sample counts.
+        portions: what to fuse, tokens [b, ...] each.
+        order: indices of the portions in the order in which they are fused. The newest past batch
+            comes first, also where its pass is kept from the last step, so that gradients add up
+            in one order, to the same bits.
+        weight: [n], 1 for samples that count, else 0.
     """
 
     def __init__(
@@ -69,18 +105,21 @@ class Queue:
             return
         numbers, self.portions = [], []
         for batch in self.tokens:
-            parts = pieces(model, batch)
+            parts = model.pieces(batch)
             numbers.append(range(len(self.portions), len(self.portions) + len(parts)))
             self.portions += parts
         self.order = [i for n in (*numbers[-2:-1], *numbers[:-2], numbers[-1]) for i in n]
 
     def current(self, logits: Tensor) -> Tensor:
-        """Rows of the current batch among those of the window, [n, C] -> [B, C]."""
+        """Logits of all samples [n, C] -> those of the current batch [B, C]."""
         return logits[-len(self.tokens[-1]) :]
 
     def after(self, kept: Tensor) -> dict[str, Tensor]:
-        """The state for the next batch, to be completed by ``dropped``; ``kept``: whether the
-        current one counts then."""
+        """The state for the next batch, to be completed by ``without_newest``.
+
+        Args:
+            kept: whether the current batch counts then.
+        """
         counts = [*self.counts[:-1], kept]
         first = max(0, len(counts) - (self.size - 1))
         return {f"queue.{i}": t for i, t in enumerate(self.tokens[first:])} | {
@@ -89,11 +128,11 @@ class Queue:
 
 
 class Ring:
-    """Fixed places for the whole window, as captured steps need them; nothing is copied or
+    """The same batches in fixed places, as captured steps need them; nothing is copied or
     concatenated. The step has written the current batch to its place.
 
-    The state holds ``ring`` [places, B, ...], ``counts`` [places, B] (0 for places that are still
-    empty) and ``place`` [1], the index of the current batch's.
+    The state holds ``ring`` [places, B, ...], ``counts`` [places, B] (0 for empty places) and
+    ``place`` [1], the index of the place of the current batch. Attributes as of ``Queue``.
     """
 
     def __init__(
@@ -109,18 +148,22 @@ class Ring:
         self.weight = state["counts"].flatten(0, 1)
 
     def current(self, logits: Tensor) -> Tensor:
+        """Logits of all samples [n, C] -> those of the current batch [B, C]."""
         return logits.unflatten(0, self.shape).index_select(0, self.place)[0]
 
     def after(self, kept: Tensor) -> dict[str, Tensor]:
+        """As of ``Queue``; the step itself writes the ring."""
         return {"kept": kept}
 
 
-def dropped(
+def without_newest(
     state: dict[str, Tensor], counts: Tensor, before: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state that ``after`` returned, without the newest batch where 0-d ``counts`` is 0. That
-    batch keeps its place; its weight becomes 0, and in a queue tokens of the state before stand
-    in for its own (in a ring the step replaces them)."""
+    """The state that ``after`` returned, without the newest batch if ``counts`` (0-d) is 0.
+
+    That batch keeps its place and gets the weight 0. In a queue, tokens of the state before replace
+    its own; in a ring the step replaces them.
+    """
     if "kept" in state:
         return {"kept": state["kept"] * counts}
     newest = sum(name.startswith("queue.") for name in state) - 1
@@ -135,15 +178,15 @@ def dropped(
 def check_queue(
     state: Mapping[str, Tensor], window: int, sample: tuple[int, ...] | None = None
 ) -> None:
-    """Whether a saved state (finite) is a window's: ``queue.0`` to the newest, ``valid.0`` to the
-    newest, and ``place`` where steps were captured.
+    """Checks a saved state of finite tensors: ``queue.0`` to the newest, ``valid.0`` to the newest,
+    and ``place`` if steps were captured.
 
     Args:
-        window: batches, the current one included.
-        sample: shape of a sample's tokens; None: not known.
+        window: number of batches, the current one included.
+        sample: shape of the tokens of one sample; None: not known.
 
     Raises:
-        ValueError: it is not; names the tensor.
+        ValueError: it is no state of a queue; names the tensor.
     """
     count = sum(name.startswith("queue.") for name in state)
     if count > window - 1:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from .base import weighted_mean
+
 EPS = 1e-6  # what F.pairwise_distance adds to every component of a difference
 
 
@@ -42,25 +44,18 @@ def discrepancy(
     return torch.where(n > 1, _distance(std, spread), 0) + _distance(mean, average)
 
 
-def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean over samples [B] that count."""
-    if weight is None:
-        return values.mean()
-    return torch.where(weight > 0, values, 0).sum() / weight.sum()
-
-
 def shares(discrepancies: Sequence[Tensor]) -> list[Tensor]:
-    """Weights of the masked terms: the less a modality has moved from source data, the more the
-    prediction without half of it must hold. They add up to 1; of two modalities each has the
-    share of the other."""
+    """Weights (0-d each) of the terms of ``recombination``, from the modalities' discrepancies (0-d
+    each): the less a modality has moved away from source data, the more its term counts. They add
+    up to 1. Of two modalities each gets the relative discrepancy of the other."""
     total = torch.stack(list(discrepancies)).detach().sum()
     others = len(discrepancies) - 1
     return [(1 - d.detach() / total) / others for d in discrepancies]
 
 
 def teacher(logits: Tensor, temperature: Tensor) -> Tensor:
-    """What predictions with a modality masked are held to, [B, C]: the prediction of all modalities
-    whole, softened; no gradient flows there."""
+    """Probabilities [B, C] that predictions with a masked modality are pulled towards: the
+    prediction from all tokens, softened by a temperature (0-d). Without gradient."""
     return (logits.detach() / temperature).softmax(dim=-1)
 
 
@@ -97,8 +92,8 @@ def contrast(
     for a, b in itertools.permutations(unit, 2):
         scores = a @ b.T / temperature  # [B, B]
         if weight is not None:  # a sample that does not count meets itself only
-            own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+            same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
             both = (weight.unsqueeze(1) * weight) > 0
-            scores = torch.where(both, scores, torch.where(own, 0.0, -torch.inf))
-        terms.append(_mean(-scores.log_softmax(dim=-1).diagonal(), weight))
+            scores = torch.where(both, scores, torch.where(same, 0.0, -torch.inf))
+        terms.append(weighted_mean(-scores.log_softmax(dim=-1).diagonal(), weight))
     return torch.stack(terms).mean()

@@ -1,13 +1,10 @@
-"""What the class of a method must have, and what its saved tensors must look like."""
+"""Whether the class of a method is complete, asked when the class is made."""
 
 from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 _PARTS = {
     "name": 'the name that adapt and save know it by, for example name = "mine"',
@@ -26,9 +23,8 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
     Raises:
         TypeError: a part is missing, or is of the wrong kind; says what to write.
     """
-    if (
-        abstract
-    ):  # kept for the copy of the class that dataclass(slots=True) makes, without keywords
+    if abstract:
+        # dataclass(slots=True) makes a copy of the class, without the keyword
         cls._abstract = True  # type: ignore[attr-defined]
     if _is_base(cls):
         return
@@ -110,74 +106,19 @@ def _of_steps(cls: Any) -> bool:
     return any(family != "vision-language" for family in cls.families) or cls.group is not None
 
 
-def check_objective(method: Any, result: Any, kind: type[Any]) -> None:
-    """Checks what a method's ``objective`` returned, before anything is updated by it. Reads no
-    values, so that a GPU need not be waited for.
-
-    Args:
-        kind: the class that it must be of, ``Objective``.
+def check_decorated(cls: type) -> None:
+    """Checks that the options that a class declares are fields of a dataclass.
 
     Raises:
-        TypeError, ValueError: a part is missing, or is of the wrong kind; names the part.
+        TypeError: the class lacks ``@dataclass``.
     """
-    where = f"{type(method).__name__}.objective"
-    if not isinstance(result, kind):
+    if "__dataclass_fields__" in vars(cls):
+        return
+    options = [
+        name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)
+    ]
+    if options:
         raise TypeError(
-            f"{where} returned {type(result).__name__}; needed fasttta.methods.Objective("
-            'losses={"total": loss}, logits=logits, n_used=len(logits))'
+            f"{cls.__name__} declares the options {', '.join(options)} and is no dataclass; needed "
+            f"@dataclass(frozen=True) above class {cls.__name__}"
         )
-    if method.updates and "total" not in result.losses:
-        names = ", ".join(map(repr, result.losses)) or "none"
-        raise ValueError(
-            f'{where} returned the losses {names}; needed "total", the one that is minimised'
-        )
-    for name, loss in result.losses.items():
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"{where} returned {type(loss).__name__} as loss {name!r}; needed a tensor"
-            )
-        if loss.ndim:
-            raise ValueError(
-                f"{where} returned a loss {name!r} of shape {list(loss.shape)}; needed one number, "
-                "a 0-d tensor: take its mean"
-            )
-    if not isinstance(result.logits, Tensor):
-        raise TypeError(
-            f"{where} returned {type(result.logits).__name__} as logits; needed a tensor [B, C]"
-        )
-    if result.logits.ndim != 2:
-        raise ValueError(
-            f"{where} returned logits of shape {list(result.logits.shape)}; needed [B, C]"
-        )
-    if not isinstance(result.n_used, (Tensor, int)):
-        raise TypeError(
-            f"{where} returned n_used={result.n_used!r:.40}; needed the number of samples that "
-            "entered the loss"
-        )
-    for part in ("stats", "state"):
-        for name, value in getattr(result, part).items():
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{where} returned {type(value).__name__} as {part}[{name!r}]; needed a tensor"
-                )
-
-
-def check_layout(
-    kind: str, tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], shapes: bool = True
-) -> None:
-    """Whether tensors have the names, and the shapes, of others.
-
-    Raises:
-        ValueError: they do not; names the first of them.
-    """
-    odd = sorted(tensors.keys() ^ needed.keys())
-    if odd:
-        state = "is missing" if odd[0] in needed else "is of another method or model"
-        raise ValueError(f"{kind}.{odd[0]} {state}")
-    for name, x in tensors.items():
-        if x.is_floating_point() != needed[name].is_floating_point():
-            raise ValueError(f"{kind}.{name} is {x.dtype}, needed {needed[name].dtype}")
-        if (shapes and x.shape != needed[name].shape) or x.ndim != needed[name].ndim:
-            raise ValueError(
-                f"{kind}.{name} has shape {list(x.shape)}, needed {list(needed[name].shape)}"
-            )
