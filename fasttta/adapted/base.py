@@ -11,10 +11,10 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import methods
 from ..engine import folder as saves
 from ..engine import record as records
 from ..engine.turn import Turn, exclusive
+from ..methods import registry
 from ..methods.base import Method
 from ..methods.options import option_names
 
@@ -136,7 +136,7 @@ class Stateful(nn.Module, abc.ABC):
 
     def _record(self) -> dict[str, Any]:
         cls, guard = type(self.options), self._guard_record()
-        path = {} if methods.is_built_in(cls) else {"class": methods.path_of(cls)}
+        path = {} if registry.is_registered(cls) else {"class": registry.path_of(cls)}
         return {
             "method": self.method,
             **path,

@@ -18,6 +18,7 @@ from ..engine.precision import resolve
 from ..engine.shift import Guard, ShiftDetector
 from ..engine.step import warn
 from ..families import Family, adapted_as, recognise
+from ..methods import registry
 from ..methods.base import Method
 from ..methods.episodic import Episodic
 from ..methods.options import option_names
@@ -308,7 +309,7 @@ def load(
         model: the model that the state was saved for.
         folder: where it was saved.
         spec, engine: as in ``adapt``.
-        method: the class of the method, where that is not one of ``fasttta.methods``.
+        method: the class of the method, if that is not registered under its name.
 
     Raises:
         FileNotFoundError: nothing was saved there.
@@ -329,13 +330,16 @@ def load(
 def _recorded_method(
     record: Mapping[str, Any], folder: str | os.PathLike[str], cls: type[Method] | None
 ) -> Method:
-    """The method of a record, of a class that is passed or built in."""
-    if cls is None and "class" in record:
-        short = record["class"].rpartition(".")[2]
+    """The method of a record, of a class that is passed or registered."""
+    path = record.get("class")
+    if cls is None and path is not None:
+        cls = registry.registered_at(record["method"], path)
+    if cls is None and path is not None:
+        short = path.rpartition(".")[2]
         raise ValueError(
-            f"class: the method is {record['class']}, which load does not import; pass the class: "
-            f"fasttta.load(model, {os.fspath(folder)!r}, method={record['class']}) "
-            f"after importing {short}"
+            f"class: the method is {path}, which load does not import; pass the class: "
+            f"fasttta.load(model, {os.fspath(folder)!r}, method={path}) after importing {short}, "
+            "or register it"
         )
     if cls is None:
         cls = methods.by_name(record["method"])

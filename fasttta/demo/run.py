@@ -121,7 +121,7 @@ def run(
     """
     chosen = list(methods)
     _check(chosen, seeds)
-    objects = {name: by_name(name)(**SETTINGS[name]) for name in chosen}
+    objects = {name: by_name(name)(**SETTINGS.get(name, {})) for name in chosen}
     unknown = [name for name in streams if name not in CORRUPTIONS]
     if unknown or not streams:
         raise ValueError(
@@ -173,9 +173,9 @@ def run(
 
 def _check(methods: Sequence[str], seeds: Sequence[int]) -> None:
     """Raises ValueError for a method that cannot run here, and where there is nothing to run."""
-    runs = ", ".join(map(repr, SETTINGS))
+    runs = ", ".join(map(repr, names("fusion")))
     for name in methods:
-        if name in SETTINGS:
+        if name in names("fusion"):
             continue
         if name not in names():
             raise ValueError(f"method={name!r} is unknown; known: {runs}")

@@ -103,7 +103,7 @@ def document(data: dict[str, Any]) -> Document:
         ),
         Heading("Accuracy"),
         _table(data, methods),
-        Facts({m: ABOUT[m] for m in methods}),
+        Facts({m: ABOUT.get(m, "a registered method") for m in methods}),
         _chart(data, methods),
     ]
     if data["examples"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...adapted.entry import adapt
 from ...data.attack import pgd
 from ...evaluate import machine, measure_stream, over_seeds
-from ...methods import by_name
+from ...methods import Episodic, by_name, names
 from .examples import example
 from .scenes import load_clip, test_scenes
 from .words import DIGITS, PROMPT, tokenize
@@ -39,6 +39,11 @@ def class_ids() -> Tensor:
     return tokenize([f"{PROMPT} {name}." for name in DIGITS])
 
 
+def episodes() -> list[str]:
+    """Names of the methods that treat every image as an episode."""
+    return [name for name in names("vision-language") if issubclass(by_name(name), Episodic)]
+
+
 def run(
     methods: Sequence[str] = METHODS,
     *,
@@ -53,7 +58,7 @@ def run(
     """Attacks the demo's CLIP and adapts it, image by image, with several methods.
 
     Args:
-        methods: names out of ``SETTINGS``.
+        methods: names out of ``SETTINGS``, or of registered methods for images.
         samples: test images, each clean and attacked.
         eps: radius of the attack in levels of 255; steps: of the attack.
         labels: what the attack moves away from: ``"true"``, or ``"pseudo"``, the prediction.
@@ -71,10 +76,11 @@ def run(
     Raises:
         ValueError: an unknown name or a value out of range.
     """
-    unknown = [name for name in methods if name not in SETTINGS]
+    runs = [*SETTINGS, *(name for name in episodes() if name not in SETTINGS)]
+    unknown = [name for name in methods if name not in runs]
     if unknown or not methods:
         raise ValueError(
-            f"methods: {', '.join(unknown) or 'none'} unknown; known: {', '.join(SETTINGS)}"
+            f"methods: {', '.join(unknown) or 'none'} unknown; known: {', '.join(runs)}"
         )
     if labels not in ("true", "pseudo"):
         raise ValueError(f'labels={labels!r}: needed "true" or "pseudo"')
@@ -88,7 +94,7 @@ def run(
     done, total = 0, len(seeds) * (1 + 2 * len(methods))
     broken: list[float] = []
     shown: list[dict[str, Any]] = []
-    objects = {name: by_name(name)(**SETTINGS[name]) for name in methods}
+    objects = {name: by_name(name)(**SETTINGS.get(name, {})) for name in methods}
     for seed in seeds:
         scenes = test_scenes(samples, seed)
         progress(done, total, "attack")
