@@ -29,7 +29,7 @@ from .markup import LIGHT, markup, style_sheet
 
 STYLES = 7  # s0 the baseline, s1 to s6
 WIDTH, HEIGHT = 360, 232  # points
-LANE = 5  # points between the marks of a row, so that equal values do not hide each other
+LANE = 6  # points between the marks of a row, so that equal values do not hide each other
 LEVELS = 10  # steps of darkness in a map
 PANEL = 8  # height of a map's row in points
 FONT = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
@@ -105,13 +105,30 @@ def svg(chart: Chart) -> str:
     Args:
         chart: to be drawn. What a mark stands for is told to those who point at it.
     """
-    return _svg(chart, {"role": "img", "aria-label": chart.title})
+    with _settings(repr(chart)):
+        figure = Figure(figsize=(WIDTH / 72, _height(chart) / 72))
+        canvas = _Canvas(figure, WIDTH, _height(chart))
+        _draw(chart, canvas)
+        return markup(figure, canvas.titles, {"role": "img", "aria-label": chart.title})
 
 
-def svg_file(chart: Chart) -> bytes:
-    """An SVG file that stands alone: with a background, and colours for the light and the dark."""
-    attributes = {"xmlns": "http://www.w3.org/2000/svg"}
-    return (_svg(chart, attributes, f"text{{font-family:{FONT}}}{style_sheet()}") + "\n").encode()
+def svg_file(chart: Chart, legend: Sequence[tuple[str, int]] = ()) -> bytes:
+    """An SVG file that stands alone: with a background, and colours for the light and the dark.
+
+    Args:
+        legend: (name, style) of what the chart's colours mean, written below it.
+    """
+    foot = 26 if legend else 4
+    height = _height(chart) + foot
+    with _settings(repr(chart)):
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        rows = figure.add_gridspec(2, 1, height_ratios=(_height(chart), foot), hspace=0)
+        canvas = _Canvas(figure.add_subfigure(rows[0]), WIDTH, _height(chart))
+        _draw(chart, canvas)
+        _legend(figure, [_key(style, xdata=(), ydata=(), label=name) for name, style in legend])
+        sheet = f"text{{font-family:{FONT}}}{style_sheet()}"
+        attributes = {"xmlns": "http://www.w3.org/2000/svg"}
+        return (markup(figure, canvas.titles, attributes, sheet) + "\n").encode()
 
 
 def key(style: int) -> str:
@@ -151,19 +168,10 @@ def png(charts: Sequence[Chart], title: str, legend: Sequence[tuple[str, int]]) 
                 Patch(color=LIGHT["s2"], alpha=share, lw=0, label=f"{100 * share * heat.full:g} %")
                 for share in (0.2, 0.6, 1.0)
             ]
-        if handles:
-            figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False)
+        _legend(figure, handles)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
         return file.getvalue()
-
-
-def _svg(chart: Chart, attributes: dict[str, str], style: str = "") -> str:
-    with _settings(repr(chart)):
-        figure = Figure(figsize=(WIDTH / 72, _height(chart) / 72))
-        canvas = _Canvas(figure, WIDTH, _height(chart))
-        _draw(chart, canvas)
-        return markup(figure, canvas.titles, attributes, style)
 
 
 def _height(chart: Chart) -> float:
@@ -201,6 +209,15 @@ def _marks(style: int) -> dict[str, Any]:
 
 def _key(style: int, **options: Any) -> Line2D:
     return Line2D(markevery=[1], **_stroke(style), **_marks(style), **options)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """What the colours of a figure mean, in one row at its foot."""
+    if handles:
+        figure.legend(
+            handles=handles, loc="lower center", ncols=len(handles), frameon=False,
+            columnspacing=1.2, handletextpad=0.5,
+        )  # fmt: skip
 
 
 def _stroke(style: int) -> dict[str, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from xml.etree import ElementTree
 
 import pytest
-from places import README
 
 import fasttta
 from fasttta import cli
-from fasttta.demo import digits
+from fasttta.demo import digits, picture
 from fasttta.demo import run as demo
+from fasttta.evaluate import drawing
 from fasttta.evaluate.table import mean_spread
 
 
@@ -193,7 +194,7 @@ def test_progress_bar(capsys, monkeypatch):
 
 def test_readme_shows_todays_demo():
     """Its figures are measured; at least its rows, columns and protocol are what the code does."""
-    text = README.read_text()
+    text = picture.README.read_text()
     shown = text.split("<!-- demo-table -->")[1].split("<!-- /demo-table -->")[0]
     rows = [line.split()[0] for line in shown.splitlines() if "→" in line and "%" not in line]
     assert [row for row in rows if row not in ("mean", "a")] == list(demo.STREAMS)
@@ -202,3 +203,25 @@ def test_readme_shows_todays_demo():
     for name in demo.METHODS[1:]:
         if options := demo.SETTINGS[name]:
             assert f"{name} lr {options['lr']:g}" in " ".join(shown.split())
+
+
+def test_the_picture_is_that_of_the_table():
+    """Whatever version of matplotlib drew it: its marks and its labels are today's."""
+
+    def contents(svg: bytes) -> list[tuple[str, str]]:
+        root = ElementTree.fromstring(svg)
+        parts = [(e.tag.rpartition("}")[2], " ".join(e.itertext())) for e in root.iter()]
+        return [(tag, text) for tag, text in parts if tag in ("title", "text")]
+
+    chart, legend = picture.chart(picture.README.read_text())
+    assert [row.label for row in chart.rows] == [*demo.STREAMS, "mean"]
+    assert [name for name, _ in legend] == list(demo.METHODS)
+    white = {mark.name: mark.value for mark in chart.rows[demo.STREAMS.index("white")].marks}
+    text = " ".join(picture.README.read_text().split())
+    before, after = re.search(r"white [\d.]+ ([\d.]+) → [\d.]+ [\d.]+ → ([\d.]+)", text).groups()
+    assert (white["tent"], white["read"]) == (float(before), float(after))  # as they are scored
+    shown = contents(picture.PICTURE.read_bytes())
+    assert len(shown) > len(demo.STREAMS) * len(demo.METHODS)
+    assert shown == contents(drawing.svg_file(chart, legend)), (
+        "fasttta/demo/demo.svg is stale; type: python -m fasttta.demo.picture"
+    )

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from places import README
+from places import ROOT
 
 import fasttta
 from fasttta import cli
@@ -180,7 +180,7 @@ def test_gradients_change_nothing(model, batch):
 
 def test_readme_shows_todays_variants():
     """Its figures are measured; at least its rows are variants, its streams those of ablate."""
-    text = README.read_text()
+    text = (ROOT / "fasttta/demo/study/README.md").read_text()
     shown_rows = text.split("<!-- study -->")[1].split("<!-- /study -->")[0].strip().splitlines()
     labels = [line.split("|")[1].strip() for line in shown_rows[2:]]
     assert set(labels) <= {"source", *(v.label for v in ablate.VARIANTS)}

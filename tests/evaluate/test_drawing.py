@@ -85,7 +85,7 @@ def test_a_file_stands_alone():
     content = drawing.svg_file(CURVE)
     root = ET.fromstring(content)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert (root.attrib["width"], root.attrib["height"]) == ("360", "232")
+    assert (root.attrib["width"], root.attrib["height"]) == ("360", "236")
     text = content.decode()
     assert "prefers-color-scheme:dark" in text
     for name, colour in (*markup.LIGHT.items(), *markup.DARK.items()):

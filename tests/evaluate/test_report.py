@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from places import ROOT
 
 import fasttta
 from fasttta import cli
@@ -392,3 +393,13 @@ def test_attention_gap_is_the_bootstrapping_loss():
     assert all(value > 0 for value in gap.values())
     with pytest.raises(ValueError, match="no batch"):
         attention_gap(model, [])
+
+
+def test_readmes_example_runs(capsys, monkeypatch, tmp_path):
+    text = (ROOT / "fasttta/evaluate/README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("classes=309", "classes=10")
+    monkeypatch.chdir(tmp_path)
+    names = {"model": demo.load_model(), "batches": demo.stream("white", samples=64)}
+    exec(code, names | {"names": list(demo.CLASSES)})
+    assert capsys.readouterr().out.startswith("accuracy, %")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html", "charts"}
