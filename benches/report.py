@@ -1,24 +1,41 @@
-"""The stored results of the benches, one JSON file a device, and the tables of them.
+"""The stored results of the benches, one JSON file a device, their tables and their pictures.
 
 python benches/report.py                              print the tables
-python benches/report.py --check benches/README.md    fail if the file's tables are stale
+python benches/report.py --check benches/README.md    fail if tables or pictures are stale
 python benches/report.py --write benches/README.md    bring them up to date
 
-A file has the tables between ``<!-- benches -->`` and ``<!-- /benches -->``.
+A file has the tables between ``<!-- benches -->`` and ``<!-- /benches -->``. The picture of a
+device lies beside its results (``chart.py``) and needs the extra ``report``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+
+
+def _module(name: str) -> ModuleType:
+    """A module of this folder, which need not be on sys.path."""
+    spec = importlib.util.spec_from_file_location(f"fasttta_benches_{name}", HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_chart = _module("chart")
+RESULTS = HERE / "results"
 BEGIN, END = "<!-- benches -->", "<!-- /benches -->"
 
 
@@ -180,6 +197,8 @@ def tables(results: dict[str, Any]) -> str:
     head = ("case", "reference", *_OTHERS, "ours", "speed-up", "of the ceiling",
             "extra memory", "launches", "samples/s")  # fmt: skip
     parts = [_head(results)]
+    if _chart.chart(results) is not None:
+        parts.append(f"![Speed-ups of the main benches](results/{slug(results['machine'])}.svg)")
     for name, cases in benches.items():
         rows = [_pivot(x) for x in cases.values() if "default" in x]
         title = name.removeprefix("bench_").replace("_", " ")
@@ -200,6 +219,25 @@ def render(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def pictures(folder: Path) -> dict[Path, bytes]:
+    """The picture of every results file in the folder, by the path that it belongs at."""
+    charts = {path: _chart.chart(read(path)) for path in sorted(folder.glob("*.json"))}
+    if not any(charts.values()):
+        return {}
+    from fasttta.evaluate.drawing import svg_file
+
+    return {path.with_suffix(".svg"): svg_file(chart) for path, chart in charts.items() if chart}
+
+
+def _stale(folder: Path) -> list[Path]:
+    """Pictures that are missing or show other numbers than the results."""
+    return [
+        path
+        for path, wanted in pictures(folder).items()
+        if not path.exists() or _chart.texts(path.read_bytes()) != _chart.texts(wanted)
+    ]
+
+
 def inserted(text: str, rendered: str) -> str:
     """The text with the tables between its markers.
 
@@ -215,7 +253,7 @@ def inserted(text: str, rendered: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="tables of the stored bench results")
+    parser = argparse.ArgumentParser(description="tables and pictures of the stored bench results")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", type=Path, metavar="README", help="fail if its tables are stale")
     action.add_argument("--write", type=Path, metavar="README", help="bring its tables up to date")
@@ -233,13 +271,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.write:
         readme.write_text(wanted)
-    elif text != wanted:
-        print(
-            f"{readme}: its tables are stale; type: python benches/report.py --write {readme}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+        for path, content in pictures(options.results).items():
+            path.write_bytes(content)
+        return 0
+    stale = [readme] if text != wanted else []
+    for path in (*stale, *_stale(options.results)):
+        print(f"{path} is stale; type: python benches/report.py --write {readme}", file=sys.stderr)
+        stale = [path]
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

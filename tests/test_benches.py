@@ -104,6 +104,38 @@ def test_cpu_rows_name_threads_and_throughput(report, tmp_path):
         assert "memory" not in rendered  # nothing to show
 
 
+def test_picture_of_a_results_file(report, tmp_path, capsys):
+    """It is written with the tables, and noticed where a ratio has changed since."""
+    page = tmp_path / "page.md"
+    page.write_text("<!-- benches --><!-- /benches -->")
+    options = ["--results", str(tmp_path), "--check", str(page)]
+    report.upsert(tmp_path, MACHINE, [entry("bench_brimpr[fp32]", params={}, min_ratio=1.25)])
+    assert report.main([*options[:2], "--write", str(page)]) == 0
+    assert "![Speed-ups of the main benches](results/nvidia-h200.svg)" in page.read_text()
+    shown = load("chart").texts((tmp_path / "nvidia-h200.svg").read_bytes())
+    assert {"NVIDIA H200", "BriMPR", "1.25x", "BriMPR, speed-up: 1.25"} <= set(shown)
+    assert report.main(options) == 0
+    text = (tmp_path / "nvidia-h200.svg").read_text()
+    for stale in (text.replace("1.25x", "1.35x"), None):
+        (tmp_path / "nvidia-h200.svg").unlink()
+        if stale is not None:
+            (tmp_path / "nvidia-h200.svg").write_text(stale)
+        assert report.main(options) == 1
+        assert "nvidia-h200.svg is stale" in capsys.readouterr().err
+
+
+def test_the_picture_shows_benches_that_there_are():
+    """A bench that bears another name from now on is not left out unseen."""
+    benches = {
+        entry["id"]
+        for path in (BENCHES / "results").glob("cpu-*.json")
+        for entry in json.loads(path.read_text())["benches"]
+    }
+    labels = [name for group in load("chart").LABELS.values() for name in group]
+    assert len(labels) > 10
+    assert set(labels) <= benches
+
+
 @pytest.mark.parametrize(
     ("gpu", "cpu", "name"),
     [

@@ -75,6 +75,7 @@ class Dots:
     Args:
         log: logarithmic x axis.
         reference: x of a vertical line, for example the value that rows are compared with.
+        unit: where it is set, each mark's number is written beside it, followed by the unit.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Dots:
     rows: Sequence[Row]
     log: bool = False
     reference: float | None = None
+    unit: str = ""
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def _step(chart: Dots) -> float:
 
 def _dots(chart: Dots, canvas: _Canvas) -> None:
     longest = max((len(row.label) for row in chart.rows if row.marks), default=0)
-    left, right, top = min(190, 14 + 5.9 * longest), canvas.width - 12, 28
+    left, right, top = min(190, 14 + 5.9 * longest), canvas.width - (40 if chart.unit else 12), 28
     step = _step(chart)
     bottom = top + step * len(chart.rows)
     axes = canvas.axes(left, top, right, bottom)
@@ -314,6 +314,11 @@ def _dots(chart: Dots, canvas: _Canvas) -> None:
                 axes.plot(
                     ends, [y, y], color=_colour(mark.style), lw=1.6, alpha=0.55,
                     solid_capstyle="butt",
+                )  # fmt: skip
+            if chart.unit:
+                axes.annotate(
+                    f"{mark.value:.3g}{chart.unit}", (mark.value, y), (7, -3.5),
+                    textcoords="offset points", color=LIGHT["muted"], annotation_clip=False,
                 )  # fmt: skip
             title = f"{row.label}, {mark.name}: {number(mark.value)}{spread}"
             axes.plot(
