@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops import backends, native, schema
+from .ops import native, registry
 
 _PACKAGES = ("torch", "numpy", "safetensors", "nvtx", "ninja")
 # what each is for, by the name that pip knows it under
@@ -92,13 +92,14 @@ def _operations() -> dict[str, dict[str, str]]:
     """For every operation what serves it on a CPU and on a GPU, from the dispatcher itself, and
     which backends can be asked for, or why not."""
     operations = {}
-    for name in schema.SCHEMAS:
-        if name.endswith("_backward"):
-            continue  # comes with its forward
+    registry.operations()  # their files, whichever are imported
+    for name, operator in registry.OPERATORS.items():
+        if operator.default is None or name.endswith("_backward"):
+            continue  # parts of other operations, and what comes with its forward
         operations[name] = {
-            "cpu": "cpp" if backends.has_kernel(name, "CPU") else "composite",
-            "cuda": "triton" if backends.has_kernel(name, "CUDA") else "composite",
-            **{backend: backends.refusal(name, backend) or "live" for backend in backends.BACKENDS},
+            "cpu": "cpp" if registry.has_kernel(name, "CPU") else "composite",
+            "cuda": "triton" if registry.has_kernel(name, "CUDA") else "composite",
+            **{backend: registry.refusal(name, backend) or "live" for backend in registry.BACKENDS},
         }
     return operations
 

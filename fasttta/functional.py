@@ -9,18 +9,18 @@ Every function runs on any device and in float64, and takes ``backend``:
 
 A named backend runs exactly that, as differentiable as the default, or is a ValueError that says
 why it cannot. Half-precision inputs are computed, and statistics and losses returned, in float32;
-gradients have the input's type. Second derivatives are those of the reference.
+gradients have the input's type. The reference has second derivatives; with every other backend
+``create_graph=True`` is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from .ops import checks, reference
-from .ops.backends import call
+from .ops import checks, registry
 from .ops.shared_prefix_attention import layout as layout_of
 
 __all__ = [
@@ -39,6 +39,15 @@ __all__ = [
     "shared_prefix_attention",
     "total_variation",
 ]
+
+
+_OPERATIONS = registry.operations()
+
+
+def _call(name: str, backend: str | None, *args: Any) -> Any:
+    if backend is None:
+        return _OPERATIONS[name].compute(*args)
+    return registry.named(name, backend, *args)
 
 
 class Moments(NamedTuple):
@@ -78,7 +87,7 @@ def score_moments(
     var = c² (q̄ᵀC_K q̄ + k̄ᵀC_Q k̄ + <C_Q, C_K>) for heads="each" is ours.
     """
     args = q, k, *checks.scores(q, k, spans, scale, heads)
-    return Moments(*call("score_moments", backend, *args))
+    return Moments(*_call("score_moments", backend, *args))
 
 
 def gaussian_kl(
@@ -93,38 +102,24 @@ def gaussian_kl(
         ("mean_p", "std_p", "mean_q", "std_q"), (mean_p, std_p, mean_q, std_q), strict=True
     ):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating point tensor, found {found}")
-    moments = map(reference.wide, (mean_p, std_p, mean_q, std_q))
-    return call("gaussian_kl", backend, *moments)
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating point tensor, found {kind}")
+    moments = map(registry.wide, (mean_p, std_p, mean_q, std_q))
+    return _call("gaussian_kl", backend, *moments)
 
 
 @overload
 def attention_bootstrap(
-    q: Tensor,
-    k: Tensor,
-    spans: Sequence[int],
-    scale: float | None = None,
-    heads: str = "mean",
-    pair: str = "key",
-    *,
-    anchor: Moments | None = None,
-    return_moments: Literal[False] = False,
-    backend: str | None = None,
-) -> Tensor: ...
+    q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None = None, heads: str = "mean",
+    pair: str = "key", *, anchor: Moments | None = None,
+    return_moments: Literal[False] = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
 @overload
 def attention_bootstrap(
-    q: Tensor,
-    k: Tensor,
-    spans: Sequence[int],
-    scale: float | None = None,
-    heads: str = "mean",
-    pair: str = "key",
-    *,
-    anchor: Moments | None = None,
-    return_moments: Literal[True],
-    backend: str | None = None,
-) -> tuple[Tensor, Moments]: ...
+    q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None = None, heads: str = "mean",
+    pair: str = "key", *, anchor: Moments | None = None,
+    return_moments: Literal[True], backend: str | None = None,
+) -> tuple[Tensor, Moments]: ...  # fmt: skip
 def attention_bootstrap(
     q: Tensor,
     k: Tensor,
@@ -163,8 +158,8 @@ def attention_bootstrap(
         for name, x in zip(("mean", "std"), anchor, strict=True):
             if x.shape != shape:
                 raise ValueError(f"anchor.{name} must be {list(shape)}, found {list(x.shape)}")
-        anchors = tuple(reference.wide(x).to(reference.wide(q[:0])) for x in anchor)
-    loss, mean, std = call(
+        anchors = tuple(registry.wide(x).to(registry.wide(q[:0])) for x in anchor)
+    loss, mean, std = _call(
         "attention_bootstrap", backend, q, k, spans, scale, per_head, pair == "query", *anchors
     )
     return (loss, Moments(mean.detach(), std.detach())) if return_moments else loss
@@ -176,7 +171,7 @@ def entropy(logits: Tensor, *, backend: str | None = None) -> Tensor:
     Source: TENT (Wang et al., ICLR 2021). Logits of -inf (masked classes) count as probability 0.
     """
     checks.logits_shape(logits)
-    return call("entropy", backend, logits)
+    return _call("entropy", backend, logits)
 
 
 def principal_entropy(
@@ -197,7 +192,7 @@ def principal_entropy(
     """
     checks.logits_shape(logits)
     checks.k_and_eps(logits, k, eps)
-    return call("principal_entropy", backend, logits, int(k), float(eps))
+    return _call("principal_entropy", backend, logits, int(k), float(eps))
 
 
 def balance_entropy(
@@ -220,7 +215,7 @@ def balance_entropy(
     checks.logits_shape(logits, rows=1)
     checks.one_of("form", form, checks.FORMS)
     checks.sample_weight(logits, weight)
-    return call("balance_entropy", backend, logits, form == "softmax-sum", weight)
+    return _call("balance_entropy", backend, logits, form == "softmax-sum", weight)
 
 
 def marginal_entropy(
@@ -268,7 +263,7 @@ def adaptation_head(
     checks.sample_weight(logits, weight)
     weights = float(entropy_weight), float(balance_weight)
     options = balance == "softmax-sum", float(eps), weight
-    return call("adaptation_head", backend, logits, int(k), *weights, *options)
+    return _call("adaptation_head", backend, logits, int(k), *weights, *options)
 
 
 def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
@@ -281,7 +276,7 @@ def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
     Source: A-TPT, TV of attention maps.
     """
     checks.map_shape(maps)
-    return call("total_variation", backend, maps)
+    return _call("total_variation", backend, maps)
 
 
 def reliability_weights(
@@ -300,7 +295,7 @@ def reliability_weights(
     """
     checks.floating("tv", tv, 1, "[maps]")
     temperature = checks.temperature_of(temperature)
-    return call("reliability_weights", backend, tv, temperature)
+    return _call("reliability_weights", backend, tv, temperature)
 
 
 def reliability_ensemble(
@@ -328,7 +323,7 @@ def reliability_ensemble(
         )
     checks.same(ValueError, "device", maps, logits, "maps and logits")
     temperature = checks.temperature_of(temperature)
-    return call("reliability_ensemble", backend, maps, logits, temperature)
+    return _call("reliability_ensemble", backend, maps, logits, temperature)
 
 
 def flat_attention(
@@ -355,7 +350,7 @@ def flat_attention(
     if scale is None and isinstance(k, Tensor) and k.ndim == 4:
         scale = max(1, k.shape[-1]) ** -0.5
     scale = checks.flat(q, k, v, 1.0 if scale is None else scale)
-    return call("flat_attention", backend, q, k, v, scale)
+    return _call("flat_attention", backend, q, k, v, scale)
 
 
 def shared_prefix_attention(
@@ -372,19 +367,17 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Causal attention of sequences that all begin with the same tokens.
 
-    The sequences' own tokens lie packed, one sequence after the other; what they begin with is
-    there once, as keys and values. Every token sees these, and its own sequence up to itself.
+    The sequences' tokens are packed, one sequence after the other; the tokens that all begin with
+    are there once, as keys and values. Every token sees these, and its sequence up to itself.
 
-    The kernels are made for short sequences: they fill none up to the longest, and hold no mask nor
-    copies of the prefix. A thread of a CPU has the scores of one head of the longest sequence, two
-    of them in the backward pass. PyTorch calls, which serve where no kernel does, fill sequences
-    up. Where they lie is made on the host from ``lengths`` with every call.
+    The kernels are made for short sequences: they pad none to the longest, and hold no mask and no
+    copies of the prefix. PyTorch's calls, which serve where no kernel does, pad. Every call lays
+    the sequences out from ``lengths``, on the host.
 
     Args:
-        q: [B, S, H d], packed tokens' queries, or [B, C, H d], those of every sequence's last token
-            alone.
+        q: [B, S, H d], queries of all packed tokens, or [B, C, H d], of every sequence's last one.
         k, v: [B, S, H d].
-        prefix_k, prefix_v: [B, P, H d], of the P tokens that all begin with; P may be 0.
+        prefix_k, prefix_v: [B, P, H d], of the P tokens that all begin with; 0 are allowed.
         lengths: tokens of each of the C sequences, S in all.
         heads: H.
         scale: factor of q·k, d ** -0.5 unless given.
@@ -399,7 +392,7 @@ def shared_prefix_attention(
     scale = checks.shared_prefix(q, k, v, prefix_k, prefix_v, lengths, heads, scale)
     layout = layout_of(lengths, k.device)
     tensors = q, k, v, prefix_k, prefix_v
-    return call("shared_prefix_attention", backend, *tensors, *layout, heads, scale)
+    return _call("shared_prefix_attention", backend, *tensors, *layout, heads, scale)
 
 
 def __dir__() -> list[str]:

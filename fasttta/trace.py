@@ -1,4 +1,9 @@
-"""NVTX ranges for Nsight, and nothing at all when no profiler can listen."""
+"""NVTX ranges for Nsight, and nothing at all when no profiler can listen.
+
+``with trace.span("encode"): ...`` opens a range. Once it is known that no profiler can listen,
+``span`` is ``contextlib.nullcontext`` itself; so call it as ``trace.span``, and do not import it by
+name.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,11 @@ from collections.abc import Callable
 
 import torch
 
+_Range = Callable[[str], contextlib.AbstractContextManager]
 
-@functools.cache
-def _open() -> Callable[[str], contextlib.AbstractContextManager] | None:
-    """What opens a range: the nvtx package, else torch's binding, else None."""
+
+def opener() -> _Range | None:
+    """Finds what opens a range: the nvtx package, else torch's binding, else nothing: None."""
     try:
         import nvtx
 
@@ -22,9 +28,19 @@ def _open() -> Callable[[str], contextlib.AbstractContextManager] | None:
         return torch.cuda.nvtx.range if torch.cuda.is_available() else None
 
 
-def span(name: str) -> contextlib.AbstractContextManager:
-    """A named range around a block: ``with span("encode"): ...``."""
-    if torch.compiler.is_compiling():  # which warns of the cache of _open
+def _first(name: str) -> contextlib.AbstractContextManager:
+    """Decides what later calls are, and calls that."""
+    global span
+    if torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    opener = _open()
-    return contextlib.nullcontext() if opener is None else opener(name)
+    if span is _first:
+        ranges = opener()
+        span = contextlib.nullcontext if ranges is None else functools.partial(_range, ranges)
+    return span(name)
+
+
+def _range(open_range: _Range, name: str) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else open_range(name)
+
+
+span: _Range = _first

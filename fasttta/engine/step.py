@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import trace as ranges
 from ..methods.base import Method, Objective, TwoPassMethod, check_objective
 from ..methods.queue import WindowedMethod
 from ..protocols import FusionModel, ReturnsMore
-from ..trace import span
 from .ahead import Ahead
 from .inputs import prepare
 from .precision import Precision, environment
@@ -125,7 +125,7 @@ class Step:
 
     def predict(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Logits [B, C] with the current weights; changes nothing."""
-        with span("predict"), environment(self.device, self.precision, grad=False):
+        with ranges.span("predict"), environment(self.device, self.precision, grad=False):
             return self.method.logits(self.model, self._features(inputs))
 
     # ------------------------------------------------------------------ adaptation
@@ -177,7 +177,7 @@ class Step:
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
         # what an Ahead does not keep is the model's
         model = cast(FusionModel, self.ahead) if self.ahead else self.model
-        with span("objective"):
+        with ranges.span("objective"):
             objective = self.method.objective(
                 model,
                 features,
@@ -218,7 +218,7 @@ class Step:
                 # Adam keeps the square: where that overflows, the tensor never moves again
                 finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()
             all_finite = all_finite * finite
-            with span("update"):
+            with ranges.span("update"):
                 self._update(leaves, grads, finite, objective.apply)
                 if recover is not None:
                     state.recover(recover)
@@ -232,7 +232,7 @@ class Step:
         with torch.no_grad():
             after = None
             if method.score_at == "after":
-                with span("predict"):
+                with ranges.span("predict"):
                     predict = self.ahead.predict if self.ahead else self._logits
                     after = predict(features)
             after_state = self._state_after(objective, all_finite)
@@ -245,7 +245,7 @@ class Step:
             return self._result(first, logits, valid, used, named, trace)
 
     def _gradients(self, objective: Objective, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with span("backward"):
+        with ranges.span("backward"):
             total = objective.losses["total"]
             grads = (
                 torch.autograd.grad(total, leaves, allow_unused=True)
@@ -278,7 +278,7 @@ class Step:
         with torch.no_grad():
             for leaf, grad in zip(leaves, grads, strict=True):
                 leaf.add_(grad * (method.rho / (norm + 1e-12)))
-        with span("objective"):
+        with ranges.span("objective"):
             second, recover = method.second_objective(self.model, features, first, state=state)
         grads = self._gradients(second, leaves)
         second.losses["total"] = first.losses["total"]

@@ -1,5 +1,5 @@
-"""Operations: one name each, registered with PyTorch's dispatcher.
+"""Operations: one file each, bearing its name, declared with PyTorch's dispatcher.
 
-``schema`` defines them, ``reference`` states them in plain PyTorch, ``composite`` is the default
-implementation on every device, ``autograd`` makes them differentiable.
+A file says, in this order: schemas, fakes, the reference in plain PyTorch, autograd, and which
+arguments suit the kernels. ``registry`` is how one is declared, ``native`` builds the C++ kernels.
 """

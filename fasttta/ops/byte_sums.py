@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import native, schema
+from . import native
+from .registry import define, ops
 
 _WORDS = 1024
 _BYTES = 8 * _WORDS
@@ -31,12 +32,12 @@ _HALF = 0xFFFFFFFF
 _ROWS = 64  # chunks that numpy takes together: 512 kB stay in the second cache
 _GROUP = 2**26  # bytes that a GPU takes together, so that it is launched for few times
 
-schema.LIBRARY.define("byte_sums(Tensor data, Tensor keys) -> Tensor")
-torch.library.register_fake(
-    "fasttta::byte_sums",
-    lambda data, keys: keys.new_empty((-(-data.numel() // _BYTES), 2)),
-    lib=schema.LIBRARY,
-)
+
+def _fake(data, keys):
+    return keys.new_empty((-(-data.numel() // _BYTES), 2))
+
+
+define("byte_sums(Tensor data, Tensor keys) -> Tensor", _fake, cpp=True)
 
 
 @functools.lru_cache(maxsize=16)
@@ -62,8 +63,8 @@ def byte_sums(tensors: Sequence[Tensor]) -> bytes:
         for device, together in groupby(pieces, key=lambda x: x.device):
             if device.type != "cpu":
                 rows = [_sums(group) for group in _groups(together)]
-            elif native.load():
-                rows = [torch.ops.fasttta.byte_sums(x, _keys(device)) for x in together]
+            elif native.loaded or native.load():
+                rows = [ops.byte_sums(x, _keys(device)) for x in together]
             else:
                 rows = [torch.from_numpy(_numpy_sums(x.numpy())) for x in together]
             sums.append(torch.cat(rows).cpu())

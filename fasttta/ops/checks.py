@@ -1,4 +1,4 @@
-"""What functions ask of callers' arguments; errors name the argument, and what was needed."""
+"""Checks of callers' arguments. Errors name the argument, what was found and what was needed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _LAYOUTS = {
     "jagged": "a nested tensor",
 }
 _PAD = "torch.nested.to_padded_tensor(x, 0), or give equal lengths"
-# subclasses that hold plain values and only remember what they are of
+# subclasses of plain values, which only remember what these belong to
 _MARKED = ("torchvision.tv_tensors",)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def dense(name: str, x: Tensor) -> Tensor:
-    """A tensor with its values, without a class of the caller's that states and results would keep.
+    """A tensor's values as a plain dense ``torch.Tensor``, so that states keep no caller's class.
 
     ``nn.Parameter``, torchvision's ``tv_tensors`` and subclasses that change no operation become
     ``torch.Tensor`` over the same memory.
 
     Raises:
-        TypeError: it is sparse, nested, quantised, complex, of a subclass with operations of its
-            own, fake or inside a transform of ``torch.func``; says which and what to call.
+        TypeError: it is sparse, nested, quantised, complex, of a subclass with other operations,
+            fake or inside a transform of ``torch.func``; says which and what to call.
     """
     kind = type(x)
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -52,8 +52,8 @@ def dense(name: str, x: Tensor) -> Tensor:
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             advice = "call .full_tensor()" if kind.__name__ == "DTensor" else "give its values"
             raise _refusal(name, f"a {kind.__name__} ({kind.__module__})", advice)
-        own = _function_of(kind) is not _function_of(Tensor)
-        if own and not kind.__module__.startswith(_MARKED):
+        other = _function_of(kind) is not _function_of(Tensor)
+        if other and not kind.__module__.startswith(_MARKED):
             raise _refusal(
                 name, f"a {kind.__name__} ({kind.__module__}), whose operations are its own",
                 "call .as_subclass(torch.Tensor)",
@@ -84,7 +84,7 @@ def class_labels(labels: Any, samples: int | None, classes: int) -> Tensor:
     """Labels as plain int64 [n], on the device that they are on.
 
     Args:
-        samples: n; None: not known.
+        samples: n; None: any number.
         classes: labels are 0 to this number less one.
 
     Raises:
@@ -116,10 +116,10 @@ def class_labels(labels: Any, samples: int | None, classes: int) -> Tensor:
 
 
 def class_count(classes: Any) -> int:
-    """A number of classes.
+    """Checks a number of classes and returns it.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is no positive integer.
     """
     if isinstance(classes, bool) or not isinstance(classes, int):
         raise TypeError(f"classes must be their number, found {classes!r:.80}")
@@ -128,18 +128,34 @@ def class_count(classes: Any) -> int:
     return classes
 
 
-def one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, known))}")
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuses a value that is none of the choices.
+
+    Raises:
+        ValueError: lists them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(map(repr, choices))}")
 
 
 def same(kind: type[Exception], what: str, a: Tensor, b: Tensor, names: str) -> None:
-    found = getattr(a, what), getattr(b, what)
-    if found[0] != found[1]:
-        raise kind(f"{names} must have one {what}, found {found[0]} and {found[1]}")
+    """Refuses two tensors whose attribute ``what`` (shape, dtype, device) differs.
+
+    Args:
+        kind: of the error. names: of the tensors, as in "q and k".
+    """
+    one, other = getattr(a, what), getattr(b, what)
+    if one != other:
+        raise kind(f"{names} must have one {what}, found {one} and {other}")
 
 
 def floating(name: str, x: Tensor, rank: int, layout: str) -> None:
+    """Refuses what is no floating point tensor of this rank; ``layout`` names its dimensions.
+
+    Raises:
+        TypeError: no tensor, or not floating point.
+        ValueError: another rank.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
     if x.ndim != rank:
@@ -151,6 +167,18 @@ def floating(name: str, x: Tensor, rank: int, layout: str) -> None:
 def scores(
     q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None, heads: str
 ) -> tuple[list[int], float, bool]:
+    """Checks the arguments of operations on score statistics.
+
+    Args:
+        q, k: [B, H, T, d]. spans: token counts of modalities, which must sum to T, at least 2 each.
+        scale: None: d ** -0.5. heads: one of HEADS.
+
+    Returns:
+        The spans as a list, the scale, and whether statistics are of each head.
+
+    Raises:
+        ValueError, TypeError: they do not fit.
+    """
     for name, x in (("q", q), ("k", k)):
         floating(name, x, 4, "[batch, heads, tokens, head dim]")
     same(ValueError, "shape", q, k, "q and k")
@@ -175,6 +203,14 @@ def scores(
 
 
 def flat(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+    """Checks the arguments of ``flat_attention``: q [B or 1, H, K, d], k and v [B, H, K, d].
+
+    Returns:
+        The scale.
+
+    Raises:
+        ValueError, TypeError: they do not fit.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         floating(name, x, 4, "[batch, heads, tokens, head dim]")
     for name, x in (("q", q), ("v", v)):
@@ -194,6 +230,11 @@ def flat(q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
 
 
 def integers(name: str, values: Sequence[int]) -> list[int]:
+    """A sequence of integers as a list of ``int``.
+
+    Raises:
+        TypeError: it is something else.
+    """
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a sequence of integers, found {values!r}")
     values = list(values)
@@ -206,6 +247,14 @@ def shared_prefix(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, lengths: list[int],
     heads: int, scale: float | None,
 ) -> float:  # fmt: skip
+    """Checks the arguments of ``functional.shared_prefix_attention``, whose shapes these are.
+
+    Returns:
+        The scale: for None, (channels of a head) ** -0.5.
+
+    Raises:
+        ValueError, TypeError: they do not fit.
+    """
     tensors = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
     for name, x in tensors.items():
         floating(name, x, 3, "[batch, tokens, heads * head dim]")
@@ -238,6 +287,7 @@ def shared_prefix(
 
 
 def logits_shape(logits: Tensor, rows: int = 0) -> None:
+    """Refuses what are no logits [samples, classes] of at least ``rows`` samples and one class."""
     floating("logits", logits, 2, "[samples, classes]")
     if logits.shape[0] < rows or logits.shape[1] < 1:
         raise ValueError(
@@ -246,6 +296,7 @@ def logits_shape(logits: Tensor, rows: int = 0) -> None:
 
 
 def k_and_eps(logits: Tensor, k: int, eps: float) -> None:
+    """Refuses a k outside of 1 to C of logits [n, C], and an eps below 0 or not finite."""
     if isinstance(k, bool) or not isinstance(k, Integral):
         raise TypeError(f"k must be an int, found {k!r}")
     if not 1 <= k <= logits.shape[1]:
@@ -255,6 +306,7 @@ def k_and_eps(logits: Tensor, k: int, eps: float) -> None:
 
 
 def sample_weight(logits: Tensor, weight: Tensor | None) -> None:
+    """Refuses a weight that is not [n] on the device of logits [n, C]; None passes."""
     if weight is None:
         return
     if not isinstance(weight, Tensor):
@@ -267,6 +319,7 @@ def sample_weight(logits: Tensor, weight: Tensor | None) -> None:
 
 
 def map_shape(maps: Tensor, count: int = 0) -> None:
+    """Refuses what are no maps [maps, height, width] of at least ``count`` maps of one pixel."""
     floating("maps", maps, 3, "[maps, height, width]")
     if maps.shape[0] < count or min(maps.shape[1:]) < 1:
         raise ValueError(
@@ -275,6 +328,11 @@ def map_shape(maps: Tensor, count: int = 0) -> None:
 
 
 def temperature_of(value: float) -> float:
+    """A temperature as ``float``.
+
+    Raises:
+        ValueError: it is not above 0, or not finite.
+    """
     if not 0 < value < math.inf:
         raise ValueError(f"temperature={value} must be finite and above 0")
     return float(value)

@@ -1,117 +1,149 @@
-"""Losses on logits: PyTorch calls, analytic backward. The default implementation."""
+"""Entropies of softmax(logits), row by row: of all classes, and of the k most probable ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .reference import log, wide
+from .. import trace
+from . import triton
+from .registry import (
+    define,
+    differentiate,
+    ops,
+    public,
+    refuse_second_derivative,
+    result_like,
+    wide,
+)
+
+ENTROPY = "entropy(Tensor logits) -> Tensor"
+ENTROPY_BACKWARD = "entropy_backward(Tensor grad, Tensor logits) -> Tensor"
+PRINCIPAL = "principal_entropy(Tensor logits, int k, float eps) -> Tensor"
+PRINCIPAL_BACKWARD = (
+    "principal_entropy_backward(Tensor grad, Tensor logits, int k, float eps) -> Tensor"
+)
+
+
+def _fake(logits, *_):
+    return result_like(logits, logits.shape[:-1])
+
+
+def _fake_backward(grad, logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+def log_or_zero(p: Tensor) -> Tensor:
+    """ln p of probabilities, 0 (value and gradient) where p is 0: p ln p ends there. nan stays."""
+    return torch.where(p == 0, 0, torch.log(torch.where(p == 0, 1, p)))
+
+
+def entropy_reference(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of logits [n, C]: [n], at least in float32."""
+    log_p = wide(logits).log_softmax(dim=-1)
+    p = log_p.exp()
+    return -(p * torch.where(p == 0, 0, log_p)).sum(dim=-1)
+
+
+def principal_entropy_reference(logits: Tensor, k: int, eps: float) -> Tensor:
+    """-sum p ln(p + eps) in nats over the k largest of logits [n, C]: [n], at least in float32.
+
+    Of equal logits the lowest index is selected first.
+    """
+    logits = wide(logits)
+    index = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    p = logits.softmax(dim=-1).gather(-1, index)
+    return -(p * log_or_zero(p + eps)).sum(dim=-1)
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        with trace.span("entropy"):
+            return ops.entropy(logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("entropy")
+        (logits,) = ctx.saved_tensors
+        with trace.span("entropy_backward"):
+            return ops.entropy_backward(grad, logits)
+
+
+class _PrincipalEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, k, eps):
+        ctx.save_for_backward(logits)
+        ctx.k, ctx.eps = k, eps
+        with trace.span("principal_entropy"):
+            return ops.principal_entropy(logits, k, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("principal_entropy")
+        (logits,) = ctx.saved_tensors
+        with trace.span("principal_entropy_backward"):
+            return ops.principal_entropy_backward(grad, logits, ctx.k, ctx.eps), None, None
 
 
 def entropy(logits: Tensor) -> Tensor:
-    log_p = wide(logits).log_softmax(dim=-1)
-    p = log_p.exp()
-    return -torch.where(p == 0, 0, p * log_p).sum(dim=-1)
-
-
-def entropy_backward(grad: Tensor, logits: Tensor) -> Tensor:
-    log_p = wide(logits).log_softmax(dim=-1)
-    p = log_p.exp()
-    plogp = torch.where(p == 0, 0, p * log_p)
-    total = plogp.sum(dim=-1, keepdim=True)  # -entropy
-    return (-grad.unsqueeze(-1) * (plogp - p * total)).to(logits.dtype).contiguous()
-
-
-def _top(logits: Tensor, k: int) -> Tensor:
-    """Mask of the k largest logits of each row, ties to the lowest index."""
-    if k >= logits.shape[-1]:
-        return torch.ones_like(logits, dtype=torch.bool)
-    threshold = logits.topk(k, dim=-1).values[..., -1:]
-    selected = logits >= threshold
-    if logits.device.type == "cpu" and selected.sum() == k * logits.shape[0]:
-        return selected  # no ties; on a GPU the question would wait for the device
-    above = logits > threshold
-    tied = selected & ~above
-    return above | (tied & (tied.cumsum(dim=-1) <= k - above.sum(dim=-1, keepdim=True)))
-
-
-def _principal(logits: Tensor, k: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """p, -ln(p + eps) on the selected classes (0 elsewhere), the selection."""
-    p = logits.softmax(dim=-1)
-    selected = _top(logits, k)
-    return p, torch.where(selected, -log(p + eps), 0), selected
+    """``functional.entropy`` of checked logits [n, C]: [n]."""
+    return _Entropy.apply(logits)
 
 
 def principal_entropy(logits: Tensor, k: int, eps: float) -> Tensor:
-    p, surprise, _ = _principal(wide(logits), k, eps)
-    return (p * surprise).sum(dim=-1)
+    """``functional.principal_entropy`` of checked logits [n, C]: [n]."""
+    return _PrincipalEntropy.apply(logits, k, eps)
 
 
-def _principal_grad(p: Tensor, surprise: Tensor, selected: Tensor, eps: float) -> Tensor:
-    """d principal entropy / d logits, row by row: p (g - <p, g>), g = -ln(p+e) - p/(p+e)."""
-    share = torch.where(selected & (p + eps != 0), p / (p + eps), 0)
-    weighted = p * (surprise - share)
-    return weighted - p * weighted.sum(dim=-1, keepdim=True)
+def _default_entropy_backward(grad: Tensor, logits: Tensor) -> Tensor:
+    _, (gradient,) = differentiate(entropy_reference, logits, upstream=grad)
+    return gradient
 
 
-def principal_entropy_backward(grad: Tensor, logits: Tensor, k: int, eps: float) -> Tensor:
-    parts = _principal(wide(logits), k, eps)
-    return (grad.unsqueeze(-1) * _principal_grad(*parts, eps)).to(logits.dtype).contiguous()
+def _default_principal_backward(grad: Tensor, logits: Tensor, k: int, eps: float) -> Tensor:
+    def formula(z: Tensor) -> Tensor:
+        return principal_entropy_reference(z, k, eps)
+
+    _, (gradient,) = differentiate(formula, logits, upstream=grad)
+    return gradient
 
 
-def _class_mass(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> Tensor:
-    """Class distribution [C] of the batch whose entropy is the balance term."""
-    total = p.sum(dim=0) if weight is None else weight @ p
-    if softmax_sum:
-        return total.softmax(dim=0)
-    return total / (p.shape[0] if weight is None else weight.sum())
+def _no_triton(logits: Tensor, k: int = 1, eps: float = 0.0) -> str | None:
+    return triton.unsuitable(logits)
 
 
-def _balance(p: Tensor, softmax_sum: bool, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The balance entropy of predictions p [n, C] and its gradient [n, C] on their logits.
-
-    Form "mean": p (h - <p, h>) w / sum w with h = -ln m; "softmax-sum": h = m (-ln m - entropy).
-    """
-    m = _class_mass(p, softmax_sum, weight)
-    h = -log(m)
-    value = m @ h
-    h = m * (h - value) if softmax_sum else h / (p.shape[0] if weight is None else weight.sum())
-    grad = p * (h - (p @ h).unsqueeze(-1))
-    return value, grad if weight is None else grad * weight.unsqueeze(-1)
+def _no_triton_backward(grad: Tensor, logits: Tensor, k: int = 1, eps: float = 0.0) -> str | None:
+    return triton.unsuitable(grad, logits)
 
 
-def balance_entropy(
-    logits: Tensor, softmax_sum: bool, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    p = wide(logits).softmax(dim=-1)
-    value, grad = _balance(p, softmax_sum, None if weight is None else weight.to(p.dtype))
-    return value, grad.contiguous()
-
-
-def adaptation_head(
-    logits: Tensor,
-    k: int,
-    entropy_weight: float,
-    balance_weight: float,
-    softmax_sum: bool,
-    eps: float,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Total, mean principal entropy, balance entropy, and the gradient [n, C] of the total: the
-    softmax and the selection are shared, so value and gradient cost little more than the value."""
-    z = wide(logits)
-    parts = _principal(z, k, eps)
-    p, surprise, _ = parts
-    rows = _principal_grad(*parts, eps)
-    if weight is None:
-        principal = (p * surprise).sum() / p.shape[0]
-        rows = rows / p.shape[0]
-    else:
-        weight = weight.to(p.dtype)
-        share = weight / weight.sum()
-        principal = (share @ (p * surprise)).sum()
-        rows = rows * share.unsqueeze(-1)
-    balance, columns = _balance(p, softmax_sum, weight)
-    total = entropy_weight * principal - balance_weight * balance
-    grad = entropy_weight * rows - balance_weight * columns
-    return total, principal, balance, grad.contiguous()
+define(ENTROPY, _fake, entropy_reference, cpp=True, kernels="entropies", no_triton=_no_triton)
+define(
+    ENTROPY_BACKWARD,
+    _fake_backward,
+    _default_entropy_backward,
+    cpp=True,
+    kernels="entropies",
+    no_triton=_no_triton_backward,
+)
+define(
+    PRINCIPAL,
+    _fake,
+    principal_entropy_reference,
+    cpp=True,
+    kernels="entropies",
+    no_triton=_no_triton,
+)
+define(
+    PRINCIPAL_BACKWARD,
+    _fake_backward,
+    _default_principal_backward,
+    cpp=True,
+    kernels="entropies",
+    no_triton=_no_triton_backward,
+)
+public("entropy", entropy, entropy_reference)
+public("principal_entropy", principal_entropy, principal_entropy_reference)

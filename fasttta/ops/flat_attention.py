@@ -1,16 +1,97 @@
-"""Attention whose softmax runs over all query-key pairs at once, where no kernel computes it."""
+"""Attention whose softmax runs over all query-key pairs at once: RAda's attention over classes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .reference import wide
+from .. import trace
+from ..kernels.flat_attention_plan import WIDEST_HEAD
+from . import triton
+from .registry import define, ops, public, refuse_second_derivative, result_like, wide
 
 ROWS = 128  # query rows at a time: [B, H, 128, K] is all that is ever held of the scores
 
+SCHEMA = (
+    "flat_attention(Tensor q, Tensor k, Tensor v, float scale)"
+    " -> (Tensor out, Tensor top, Tensor rest)"
+)
+BACKWARD_SCHEMA = (
+    "flat_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor top,"
+    " Tensor rest, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+)
 
-def flat_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+
+def _fake(q, k, v, scale):
+    rows = k.shape[:3]
+    return v.new_empty(k.shape), result_like(k, rows), result_like(k, rows)
+
+
+def _fake_backward(grad, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def flat_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """K * softmax over all K x K scores of a head at once, times v.
+
+    Args:
+        q: [B, H, K, d] or [1, H, K, d]. k, v: [B, H, K, d]. scale: factor of q·k.
+
+    Returns:
+        [B, H, K, d] in the type of v.
+    """
+    scores = scale * (wide(q) @ wide(k).transpose(-2, -1))
+    share = scores.flatten(-2).softmax(dim=-1).view_as(scores)
+    return (k.shape[-2] * (share @ wide(v))).to(v.dtype)
+
+
+class _FlatAttention(torch.autograd.Function):
+    """Over several kinds of queries, added up."""
+
+    @staticmethod
+    def forward(*arguments):
+        # one parameter for all: torch.compile leaves ctx out where a call without gradients has as
+        # many arguments as forward has parameters, which those with some in a list may come to
+        ctx, scale, k, v, *queries = arguments
+        with trace.span("flat_attention"):
+            results = [(q, *ops.flat_attention(q, k, v, scale)) for q in queries]
+        ctx.save_for_backward(k, v, *(x for result in results for x in result))
+        ctx.scale = scale
+        out = results[0][1]
+        for _, more, *_ in results[1:]:
+            out = out + more
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("flat_attention")
+        k, v, *saved = ctx.saved_tensors
+        dq = []
+        dk = dv = None
+        with trace.span("flat_attention_backward"):
+            for n in range(0, len(saved), 4):
+                q, out, top, rest = saved[n : n + 4]
+                gradients = ops.flat_attention_backward(grad, q, k, v, out, top, rest, ctx.scale)
+                dq.append(gradients[0])
+                dk = gradients[1] if dk is None else dk.add_(gradients[1])
+                dv = gradients[2] if dv is None else dv.add_(gradients[2])
+        return None, dk, dv, *dq
+
+
+def flat_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """``functional.flat_attention`` of checked arguments, which are those of the reference."""
+    return _FlatAttention.apply(scale, k, v, q)
+
+
+def flat_attentions(queries: Sequence[Tensor], k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The sum of ``flat_attention`` over several kinds of queries: [B, H, K, d]."""
+    return _FlatAttention.apply(scale, k, v, *queries)
+
+
+def _default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """A row softmax, whose rows are then weighted with K * softmax over rows of their log-sum-exp.
 
     That is returned as its maximum and the rest: at scores of some hundred (RAda with CoOp) their
@@ -20,20 +101,20 @@ def flat_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     q, k, v = map(wide, (q, k, v))
     out = v.new_empty(k.shape)
     top, rest = v.new_empty(k.shape[:3]), v.new_empty(k.shape[:3])
-    for some, own, highest, others in zip(
+    for some, some_out, highest, logarithm in zip(
         *(x.split(ROWS, dim=2) for x in (q, out, top, rest)), strict=True
     ):
         p = (scale * some) @ k.transpose(-2, -1)
         highest.copy_(p.amax(dim=-1))
         p.sub_(highest.unsqueeze(-1)).exp_()
         total = p.sum(dim=-1)
-        torch.log(total, out=others)
-        torch.div(p @ v, total.unsqueeze(-1), out=own)
+        torch.log(total, out=logarithm)
+        torch.div(p @ v, total.unsqueeze(-1), out=some_out)
     out.mul_((k.shape[-2] * _share(top, rest)).unsqueeze(-1))
     return out.to(dtype), top, rest
 
 
-def flat_attention_backward(
+def _default_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, rest: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -46,7 +127,7 @@ def flat_attention_backward(
     mean = sum((x.double() * y.double()).sum((-2, -1), True) for x, y in portions)
     mean = (mean / n).to(grad.dtype)
     factor = n * _share(top, rest) * (-rest).exp()  # A = factor * exp(scores - top)
-    for some, own, up, highest, times in zip(
+    for some, some_dq, up, highest, times in zip(
         *(x.split(ROWS, dim=2) for x in (q, dq, grad, top.unsqueeze(-1), factor.unsqueeze(-1))),
         strict=True,
     ):
@@ -56,7 +137,7 @@ def flat_attention_backward(
         p *= up @ v.transpose(-2, -1) - mean
         dk += p.transpose(-2, -1) @ (times * rows)
         step = (p @ k).mul_(scale * times)
-        own.copy_(step if len(own) == len(k) else step.sum(dim=0, keepdim=True))
+        some_dq.copy_(step if len(some_dq) == len(k) else step.sum(dim=0, keepdim=True))
     dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), types, strict=True))
     return dq, dk, dv
 
@@ -64,3 +145,58 @@ def flat_attention_backward(
 def _share(top: Tensor, rest: Tensor) -> Tensor:
     """[B, H, K], rows' shares of the sum of all exponentials."""
     return (top - top.amax(dim=-1, keepdim=True) + rest).softmax(dim=-1)
+
+
+def _no_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, *others: Tensor) -> str | None:
+    if reason := triton.unsuitable(q, k, v, *others):
+        return reason
+    types = [x.dtype for x in (q, k, v, *others) if x.ndim == 4]
+    if len(set(types)) > 1:
+        return f"it needs tensors of one dtype, found {types}"
+    if k.shape[-1] > WIDEST_HEAD:
+        return f"it needs heads of at most {WIDEST_HEAD} channels, found {k.shape[-1]}"
+    if k.shape[0] * k.shape[1] > triton.MOST_SAMPLES:
+        return (
+            f"it needs at most {triton.MOST_SAMPLES} heads, found {k.shape[0]} samples of "
+            f"{k.shape[1]}"
+        )
+    return None
+
+
+def _no_triton_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, rest: Tensor,
+    scale: float,
+) -> str | None:  # fmt: skip
+    return _no_triton(q, k, v, scale, grad, out, top, rest)
+
+
+def _launch(q, k, v, scale):
+    return triton.kernels("flat_attention").flat_attention(
+        q.contiguous(), k.contiguous(), v.contiguous(), scale
+    )
+
+
+def _launch_backward(grad, q, k, v, out, top, rest, scale):
+    tensors = (x.contiguous() for x in (grad, q, k, v, out, top, rest))
+    return triton.kernels("flat_attention").flat_attention_backward(*tensors, scale)
+
+
+define(
+    SCHEMA,
+    _fake,
+    _default,
+    cpp=True,
+    kernels="flat_attention",
+    no_triton=_no_triton,
+    launch=_launch,
+)
+define(
+    BACKWARD_SCHEMA,
+    _fake_backward,
+    _default_backward,
+    cpp=True,
+    kernels="flat_attention",
+    no_triton=_no_triton_backward,
+    launch=_launch_backward,
+)
+public("flat_attention", flat_attention, flat_attention_reference)

@@ -3,8 +3,8 @@
 The library is built against PyTorch's stable ABI for this very processor and kept in
 ``$FASTTTA_CACHE`` (else ``$XDG_CACHE_HOME/fasttta``, ``~/.cache/fasttta``) under a key of
 everything that goes into it: sources, flags, compiler, PyTorch, processor. The folder must be
-the user's alone, or a private one is used; a library that is not what was written is built
-anew (``native_cache``). ``FASTTTA_NATIVE`` says what happens:
+the user's alone, or a private one is used; a library that has changed since it was written is
+built again (``native_cache``). ``FASTTTA_NATIVE`` says what happens:
 
 ``auto``     build if need be; where that fails, warn once, PyTorch calls serve (the default)
 ``off``      never build nor load
@@ -36,12 +36,10 @@ import torch
 from .. import csrc
 from . import native_cache
 
-NAMES = (
-    "adaptation_head", "balance_entropy", "entropy", "entropy_backward", "flat_attention",
-    "flat_attention_backward", "principal_entropy",
-    "principal_entropy_backward", "reliability_ensemble", "shared_prefix_attention",
-    "shared_prefix_attention_backward", "total_variation", "total_variation_backward",
-)  # fmt: skip
+#: Operators that the library has kernels of; ``registry.define`` adds to it.
+NAMES: list[str] = []
+#: Whether the library is loaded: ``native.loaded or native.load()`` calls nothing once it is.
+loaded = False
 
 _MODES = ("auto", "off", "require")
 _TORCH = Path(torch.__file__).parent
@@ -64,12 +62,12 @@ _threads = threading.Lock()
 
 
 class BuildError(RuntimeError):
-    """Why the C++ kernels cannot be had."""
+    """Says why there are no C++ kernels."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of loading: the library's path, or why there is none."""
+    """The result of loading: the library's path, or the reason why there is none."""
 
     path: Path | None
     reason: str = ""
@@ -79,20 +77,24 @@ _outcome: Outcome | None = None
 
 
 def mode() -> str:
-    """``FASTTTA_NATIVE``."""
-    found = os.environ.get("FASTTTA_NATIVE", "auto")
-    if found not in _MODES:
-        raise ValueError(f"FASTTTA_NATIVE={found!r} is unknown; known: {', '.join(_MODES)}")
-    return found
+    """The value of ``FASTTTA_NATIVE``: auto, off or require.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    setting = os.environ.get("FASTTTA_NATIVE", "auto")
+    if setting not in _MODES:
+        raise ValueError(f"FASTTTA_NATIVE={setting!r} is unknown; known: {', '.join(_MODES)}")
+    return setting
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept; it is not made."""
+    """The folder of built libraries, which need not exist."""
     return native_cache.folder_and_reason(make=False)[0]
 
 
 def cache_note() -> str | None:
-    """Why ``cache_folder`` is not where it was asked for; None: it is."""
+    """Says why ``cache_folder`` is not the one that was asked for; None: it is."""
     return native_cache.folder_and_reason(make=False)[1]
 
 
@@ -145,13 +147,13 @@ def _sources() -> list[Path]:
 
 
 def version(compiler: str) -> str:
-    """What a compiler says of itself."""
+    """A compiler's answer to ``--version``."""
     command = [*_words(compiler), "--version"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def library_name(compiler: str) -> str:
-    """File name of the library that a compiler makes here; it changes with all that goes in."""
+    """File name of the library that a compiler makes here, a hash of everything it depends on."""
     parts = [version(compiler), torch.__version__, platform.machine(), _processor(), *_flags()]
     parts += _words(compiler)[1:]
     parts += [x for source in _sources() for x in (source.name, source.read_text())]
@@ -164,9 +166,9 @@ def _quoted(*words: object) -> str:
 
 
 def _build(compiler: str, ninja_path: str, target: Path) -> None:
-    """Builds in a folder of its own, then moves the library to its place in one step."""
-    for left in target.parent.glob(f"{target.stem}-*"):  # by an interrupted build
-        shutil.rmtree(left, ignore_errors=True)
+    """Builds in a temporary folder, then moves the library to its place in one step."""
+    for leftover in target.parent.glob(f"{target.stem}-*"):  # of an interrupted build
+        shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{target.stem}-", dir=target.parent))
     for source in _sources():
         shutil.copy(source, folder)
@@ -185,19 +187,19 @@ def _build(compiler: str, ninja_path: str, target: Path) -> None:
     rules += f"build library.so: link {' '.join(f'{unit}.o' for unit in units)}\n"
     (folder / "build.ninja").write_text(rules)
     command = [ninja_path, "-C", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode == 0:
+    build = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if build.returncode == 0:
         native_cache.store(folder / "library.so", target)
     shutil.rmtree(folder, ignore_errors=True)
-    if done.returncode:
-        log, text = target.with_suffix(".log"), done.stdout + done.stderr
+    if build.returncode:
+        log, text = target.with_suffix(".log"), build.stdout + build.stderr
         log.write_text(text)
         lines = [x for x in text.splitlines() if "error" in x]
         raise BuildError(f"{compiler} failed: {(lines or ['no error message'])[0]} (see {log})")
 
 
-def _library(anew: bool = False) -> Path:
-    """The library's path; builds it if it is not there and whole, or (``anew``) in any case."""
+def _library(rebuild: bool = False) -> Path:
+    """The library's path; builds it if it is not there and intact, or (``rebuild``) in any case."""
     chosen, ninja_path = compiler(), ninja()
     if chosen is None:
         wanted = os.environ.get("CXX", "c++, g++ or clang++")
@@ -208,23 +210,23 @@ def _library(anew: bool = False) -> Path:
     folder, reason = native_cache.folder_and_reason()
     path = folder / name
     try:
-        _build_if_needed(chosen, ninja_path, path, anew)
+        _build_if_needed(chosen, ninja_path, path, rebuild)
     except OSError as error:
         if reason is not None or error.errno not in native_cache.UNWRITABLE:
             raise
         reason = f"{folder} cannot be written: {error.strerror}"
         path = native_cache.private_folder() / name
-        _build_if_needed(chosen, ninja_path, path, anew)
+        _build_if_needed(chosen, ninja_path, path, rebuild)
     if reason is not None:
         _tell_folder(str(path.parent), reason)
     return path
 
 
-def _build_if_needed(compiler: str, ninja_path: str, path: Path, anew: bool) -> None:
-    if not anew and native_cache.is_whole(path):
+def _build_if_needed(compiler: str, ninja_path: str, path: Path, rebuild: bool) -> None:
+    if not rebuild and native_cache.is_intact(path):
         return
     with native_cache.locked(path.with_suffix(".lock")):
-        if anew or not native_cache.is_whole(path):  # another process may have built it
+        if rebuild or not native_cache.is_intact(path):  # another process may have built it
             start = time.perf_counter()
             _build(compiler, ninja_path, path)
             _log.info("built the C++ kernels in %.1f s: %s", time.perf_counter() - start, path)
@@ -248,7 +250,7 @@ def _open(path: Path) -> None:
 
 
 def _close(path: Path) -> None:
-    """Lets go of a library, or the loader would take a new one of that name for the same."""
+    """Unloads a library, or the loader would take a new one of that name for the same."""
     import _ctypes
 
     library = ctypes.CDLL(str(path))
@@ -257,25 +259,27 @@ def _close(path: Path) -> None:
 
 
 def attempt() -> Outcome:
-    """Loads the library, in the first call only, and says what came of it. One that does not load,
-    or registers nothing, is built anew once."""
-    global _outcome
-    asked = mode()
+    """Loads the library, in the first call only, and returns the result.
+
+    A library that does not load, or registers nothing, is built again once.
+    """
+    global _outcome, loaded
+    wanted = mode()
     # without the lock, which a call that is interrupted here would keep for ever
     if (outcome := _outcome) is not None:
         return outcome
     with _threads:
         if _outcome is None:
             try:
-                if asked == "off":
+                if wanted == "off":
                     raise BuildError("FASTTTA_NATIVE=off")
                 path = _library()
                 try:
                     _open(path)
                 except BuildError as error:
-                    _log.warning("%s; it is built anew", error)
-                    _open(_library(anew=True))
-                _outcome = Outcome(path)
+                    _log.warning("%s; it is built again", error)
+                    _open(_library(rebuild=True))
+                _outcome, loaded = Outcome(path), True
             except Exception as problem:  # whatever it is, PyTorch's own operations serve
                 reason = str(problem) or type(problem).__name__
                 _outcome = Outcome(None, reason)
@@ -308,7 +312,7 @@ def load() -> bool:
     """Whether the C++ kernels are loaded; loads them if that was not tried.
 
     Raises:
-        RuntimeError: they cannot be had and FASTTTA_NATIVE=require.
+        RuntimeError: there are none and FASTTTA_NATIVE=require.
         ValueError: FASTTTA_NATIVE is none of auto, off, require.
     """
     outcome = attempt()

@@ -1,4 +1,4 @@
-"""Where the built C++ library is kept: a folder that is the user's alone, files with a checksum."""
+"""Keeps the built C++ library: in a folder that only the user can write, with a checksum."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def wanted_folder() -> Path | None:
-    """``$FASTTTA_CACHE/native``, else ``fasttta/native`` in ``$XDG_CACHE_HOME`` or ``~/.cache``;
-    None: the user has no home (a container without a passwd entry)."""
+    """Names ``$FASTTTA_CACHE/native``, else ``fasttta/native`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``; None: the user has no home (a container without a passwd entry)."""
     if named := os.environ.get("FASTTTA_CACHE"):
         return Path(named).absolute() / "native"
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -35,7 +35,7 @@ def wanted_folder() -> Path | None:
 
 
 def distrust(path: Path) -> str | None:
-    """Why code in a folder or file may be of others; None: only this user can write there.
+    """Says why others may have written a folder or file; None: only this user can.
 
     Symbolic links are followed. Folders above it may not be writable by all, unless they are
     sticky as /tmp is.
@@ -59,7 +59,7 @@ def distrust(path: Path) -> str | None:
 
 
 def _make(folder: Path) -> None:
-    """Makes a folder, and those above it, for this user alone."""
+    """Makes a folder, and those above it, that only this user can use."""
     for part in reversed((folder, *folder.parents)):
         if not part.exists():
             with contextlib.suppress(FileExistsError):
@@ -82,10 +82,10 @@ def private_folder() -> Path:
 
 
 def folder_and_reason(make: bool = True) -> tuple[Path, str | None]:
-    """The folder that is used, and why it is not the wanted one.
+    """The folder that is used, and the reason why it is not the wanted one; None: it is.
 
     Args:
-        make: it if it is not there.
+        make: makes the folder if it is not there.
 
     Raises:
         OSError: the wanted one cannot be a folder, or there is no place for temporary files.
@@ -105,8 +105,8 @@ def folder_and_reason(make: bool = True) -> tuple[Path, str | None]:
     return (wanted, None) if reason is None else (private_folder(), reason)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a library is there, is this user's alone, and is what was written."""
+def is_intact(path: Path) -> bool:
+    """Whether a library is there, only this user can write it, and its checksum is right."""
     with contextlib.suppress(OSError):
         if path.is_symlink() or not path.is_file() or distrust(path) is not None:
             return False
@@ -117,8 +117,10 @@ def is_whole(path: Path) -> bool:
 
 
 def store(built: Path, target: Path) -> None:
-    """Moves a built library to its place, with its checksum, in one step that a power failure does
-    not tear."""
+    """Moves a built library to its place, with its checksum, in one step.
+
+    After a power failure either the old file or the complete new one is there.
+    """
     body = built.read_bytes()
     with built.open("ab") as file:
         file.write(_MARK + hashlib.sha256(body).hexdigest().encode())
@@ -135,8 +137,11 @@ def store(built: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time. The system lets go of the lock of a process that dies; one that hangs
-    is waited for five minutes, as builds of two at once do no harm."""
+    """Lets one process at a time into the block.
+
+    The system releases the lock of a process that dies. For one that hangs others wait five
+    minutes, then go on: two builds at once do no harm.
+    """
     import fcntl
 
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

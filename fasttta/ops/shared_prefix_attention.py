@@ -1,15 +1,35 @@
-"""Causal attention of packed sequences that begin alike, where no kernel computes it."""
+"""Causal attention of packed sequences that all begin with the same tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..kernels.shared_prefix_attention_plan import TILE_TOKENS
-from .reference import wide
+from .. import trace
+from ..kernels.shared_prefix_attention_plan import TILE_TOKENS, widest_head
+from . import triton
+from .registry import (
+    define,
+    differentiate,
+    ops,
+    public,
+    refuse_second_derivative,
+    result_like,
+    wide,
+)
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
+_LAYOUT = "Tensor starts, Tensor tiles, int longest, int heads, float scale"
+SCHEMA = f"shared_prefix_attention({_TENSORS}, {_LAYOUT}) -> (Tensor out, Tensor lse)"
+BACKWARD_SCHEMA = (
+    f"shared_prefix_attention_backward(Tensor grad, {_TENSORS}, Tensor out, Tensor lse, {_LAYOUT})"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_prefix_k, Tensor grad_prefix_v)"
+)
 
 
 class Layout(NamedTuple):
@@ -19,7 +39,7 @@ class Layout(NamedTuple):
         starts: [C + 1] int32, first token of each sequence, and their count (``cu_seqlens``).
         tiles: [n + 1] int32, first sequence of each tile, and C. Tiles are what kernels take at
             once: at most 64 tokens, or a single sequence.
-        longest: tokens.
+        longest: tokens of the longest sequence.
     """
 
     starts: Tensor
@@ -28,7 +48,7 @@ class Layout(NamedTuple):
 
 
 def layout(lengths: Sequence[int], device: torch.device | str | None = None) -> Layout:
-    """Of sequences of so many tokens."""
+    """Packs sequences of these lengths in tokens, at least one, as many to a tile as fit."""
     starts, tiles = [0], [0]
     for n, length in enumerate(lengths):
         if n > tiles[-1] and starts[-1] + length - starts[tiles[-1]] > TILE_TOKENS:
@@ -37,6 +57,143 @@ def layout(lengths: Sequence[int], device: torch.device | str | None = None) -> 
     tiles.append(len(lengths))
     first, split = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, tiles))
     return Layout(first, split, max(lengths))
+
+
+def _fake(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale):
+    return q.new_empty(q.shape), result_like(q, (q.shape[0], heads, q.shape[1]))
+
+
+def _fake_backward(grad, q, k, v, prefix_k, prefix_v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, prefix_k, prefix_v))
+
+
+def shared_prefix_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor,
+    tiles: Tensor, longest: int, heads: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """One sequence after the other, each with the prefix in front of it.
+
+    Args:
+        q: [B, S, H d], or [B, C, H d] of every sequence's last token alone. k, v: [B, S, H d].
+        prefix_k, prefix_v: [B, P, H d].
+        starts, tiles, longest: a ``Layout`` of C sequences of S tokens in all.
+        heads: H. scale: factor of q·k.
+
+    Returns:
+        [B, S, H d] or [B, C, H d], in the type of q.
+    """
+    dtype, last = q.dtype, q.shape[1] != k.shape[1]
+    q, k, v, prefix_k, prefix_v = (
+        wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v, prefix_k, prefix_v)
+    )
+    outputs = []
+    for n, (start, stop) in enumerate(pairwise(starts.tolist())):
+        keys = torch.cat((prefix_k, k[:, :, start:stop]), dim=2)
+        values = torch.cat((prefix_v, v[:, :, start:stop]), dim=2)
+        queries = q[:, :, n : n + 1] if last else q[:, :, start:stop]
+        scores = scale * (queries @ keys.transpose(-2, -1))
+        later = torch.ones_like(scores, dtype=torch.bool).triu(
+            1 + scores.shape[-1] - scores.shape[-2]
+        )
+        outputs.append(scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ values)
+    return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2).to(dtype)
+
+
+def causal_with_prefix_reference(
+    q: Tensor, k: Tensor, v: Tensor, prefix: Layout, packed: Layout, heads: int, scale: float
+) -> Tensor:
+    """``causal_with_prefix`` in two calls of the reference: [B, P + S, H d]."""
+    n, none = prefix.longest, k[:, :0]
+    (q0, q1), (k0, k1), (v0, v1) = ((x[:, :n], x[:, n:]) for x in (q, k, v))
+    front = shared_prefix_attention_reference(q0, k0, v0, none, none, *prefix, heads, scale)
+    back = shared_prefix_attention_reference(q1, k1, v1, k0, v0, *packed, heads, scale)
+    return torch.cat((front, back), dim=1)
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale):
+        tensors = q, k, v, prefix_k, prefix_v
+        with trace.span("shared_prefix_attention"):
+            out, lse = ops.shared_prefix_attention(*tensors, starts, tiles, longest, heads, scale)
+        ctx.save_for_backward(*tensors, out, lse, starts, tiles)
+        ctx.options = longest, heads, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("shared_prefix_attention")
+        with trace.span("shared_prefix_attention_backward"):
+            grads = ops.shared_prefix_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None, None, None
+
+
+class _CausalWithPrefix(torch.autograd.Function):
+    """Of the prefix's tokens too, which lie in front of the packed ones."""
+
+    @staticmethod
+    def forward(*arguments):
+        # one parameter for all: torch.compile leaves ctx out where a call without gradients has as
+        # many arguments as forward has parameters, which those with some in a tuple may come to
+        ctx, q, k, v, prefix, packed, heads, scale = arguments
+        n, none = prefix.longest, k[:, :0]
+        (q0, q1), (k0, k1), (v0, v1) = ((x[:, :n], x[:, n:]) for x in (q, k, v))
+        with trace.span("shared_prefix_attention"):
+            out0, lse0 = ops.shared_prefix_attention(q0, k0, v0, none, none, *prefix, heads, scale)
+            out1, lse1 = ops.shared_prefix_attention(q1, k1, v1, k0, v0, *packed, heads, scale)
+        out = torch.cat((out0, out1), dim=1)
+        ctx.save_for_backward(q, k, v, out, lse0, lse1)
+        ctx.prefix, ctx.packed, ctx.options = prefix, packed, (heads, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("shared_prefix_attention")
+        q, k, v, out, lse0, lse1 = ctx.saved_tensors
+        n = ctx.prefix.longest
+        up0, q0, k0, v0, out0 = (x[:, :n] for x in (grad, q, k, v, out))
+        up1, q1, k1, v1, out1 = (x[:, n:] for x in (grad, q, k, v, out))
+        none, backward = k0[:, :0], ops.shared_prefix_attention_backward
+        with trace.span("shared_prefix_attention_backward"):
+            dq1, dk1, dv1, dk, dv = backward(
+                up1, q1, k1, v1, k0, v0, out1, lse1, *ctx.packed, *ctx.options
+            )
+            dq0, dk0, dv0, _, _ = backward(
+                up0, q0, k0, v0, none, none, out0, lse0, *ctx.prefix, *ctx.options
+            )
+        pairs = ((dq0, dq1), (dk0.add_(dk), dk1), (dv0.add_(dv), dv1))
+        return *(torch.cat(pair, dim=1) for pair in pairs), None, None, None, None
+
+
+def shared_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor,
+    tiles: Tensor, longest: int, heads: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """``functional.shared_prefix_attention`` of checked arguments, those of the reference."""
+    arguments = q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return shared_prefix_attention_reference(*arguments)
+    return _SharedPrefixAttention.apply(*arguments)
+
+
+def causal_with_prefix(
+    q: Tensor, k: Tensor, v: Tensor, prefix: Layout, packed: Layout, heads: int, scale: float
+) -> Tensor:
+    """Causal attention of a prefix, and ``shared_prefix_attention`` of the tokens after it.
+
+    Args:
+        q, k, v: [B, P + S, H d], the prefix's tokens and then the packed ones.
+        prefix, packed: the layout of a single sequence of P tokens, and of the packed ones.
+        heads: H. scale: factor of q·k.
+
+    Returns:
+        [B, P + S, H d].
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return causal_with_prefix_reference(q, k, v, prefix, packed, heads, scale)
+    return _CausalWithPrefix.apply(q, k, v, prefix, packed, heads, scale)
 
 
 class _Padded:
@@ -90,7 +247,7 @@ class _Padded:
         return x.transpose(2, 3).flatten(3).flatten(1, 2) if self.last else self.packed(x)
 
 
-def shared_prefix_attention(
+def _default(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor,
     tiles: Tensor, longest: int, heads: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -106,28 +263,86 @@ def shared_prefix_attention(
     return out.to(dtype).contiguous(), lse.contiguous()
 
 
-def shared_prefix_attention_backward(
+def _default_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor,
     lse: Tensor, starts: Tensor, tiles: Tensor, longest: int, heads: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype, shared = q.dtype, prefix_k.shape[1]
-    grad, q, k, v, prefix_k, prefix_v, out = map(wide, (grad, q, k, v, prefix_k, prefix_v, out))
-    pad = _Padded(q, k, starts, longest, heads)
-    mean = (grad * out).unflatten(-1, (heads, -1)).sum(-1)  # [B, Q, H]
-    up, mean = pad.queries(grad), pad.queries(mean)
-    q, k = scale * pad.queries(q), pad.keys(prefix_k, k)
-    p = q @ k.transpose(-2, -1)
-    p.masked_fill_(pad.hidden(shared), -torch.inf)
-    p.sub_(pad.queries(lse.transpose(1, 2))).exp_()
-    ds = p * (up @ pad.keys(prefix_v, v).transpose(-2, -1) - mean)
-    dq = pad.packed_queries(scale * (ds @ k))
-    found = [dq]
-    for own, other in ((ds, q), (p, up)):
-        found.append(own.transpose(-2, -1) @ other)  # [B, C, H, P + L, d]
-    dq, dk, dv = found
-    dk_own, dv_own = (pad.packed(x[..., shared:, :]) for x in (dk, dv))
-    dk_shared, dv_shared = (x[..., :shared, :].sum(1).transpose(1, 2).flatten(2) for x in (dk, dv))
-    dq, dk, dv, dk_shared, dv_shared = (
-        x.to(dtype).contiguous() for x in (dq, dk_own, dv_own, dk_shared, dv_shared)
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def formula(*tensors: Tensor) -> Tensor:
+        return _default(*tensors, starts, tiles, longest, heads, scale)[0]
+
+    tensors = q, k, v, prefix_k, prefix_v
+    return differentiate(formula, *tensors, wanted=5, upstream=grad)[1]
+
+
+def _no_triton(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor,
+    tiles: Tensor, longest: int, heads: int, scale: float, *others: Tensor,
+) -> str | None:  # fmt: skip
+    tensors = q, k, v, prefix_k, prefix_v, *others
+    if reason := triton.unsuitable(*tensors):
+        return reason
+    types = [x.dtype for x in tensors]
+    if len(set(types)) > 1:
+        return f"it needs tensors of one dtype, found {types}"
+    if starts.dtype != torch.int32 or tiles.dtype != torch.int32:
+        return f"it needs starts and tiles in int32, found {starts.dtype} and {tiles.dtype}"
+    if longest > TILE_TOKENS:
+        return f"it needs sequences of at most {TILE_TOKENS} tokens, found {longest}"
+    d, widest = q.shape[2] // heads, widest_head(q.dtype == torch.bfloat16)
+    if d > widest:
+        return f"it needs heads of at most {widest} channels in {q.dtype}, found {d}"
+    if len(q) * heads > triton.MOST_SAMPLES:
+        return f"it needs at most {triton.MOST_SAMPLES} heads, found {len(q)} samples of {heads}"
+    return None
+
+
+def _no_triton_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor,
+    lse: Tensor, starts: Tensor, tiles: Tensor, longest: int, heads: int, scale: float,
+) -> str | None:  # fmt: skip
+    layout = starts, tiles, longest, heads, scale
+    reason = _no_triton(q, k, v, prefix_k, prefix_v, *layout, grad, out)
+    return reason or triton.unsuitable(lse)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, n, H d] with channels next to each other, as the kernels read tokens."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _launch(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale):
+    tensors = (_rows(x) for x in (q, k, v, prefix_k, prefix_v))
+    return triton.kernels("shared_prefix_attention").shared_prefix_attention(
+        *tensors, starts.contiguous(), tiles.contiguous(), longest, heads, scale
     )
-    return dq, dk, dv, dk_shared, dv_shared
+
+
+def _launch_backward(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, starts, tiles, longest, heads, scale
+):
+    tensors = (_rows(x) for x in (q, k, v, prefix_k, prefix_v))
+    return triton.kernels("shared_prefix_attention").shared_prefix_attention_backward(
+        grad.contiguous(), *tensors, out.contiguous(), lse.contiguous(), starts.contiguous(),
+        tiles.contiguous(), longest, heads, scale,
+    )  # fmt: skip
+
+
+define(
+    SCHEMA,
+    _fake,
+    _default,
+    cpp=True,
+    kernels="shared_prefix_attention",
+    no_triton=_no_triton,
+    launch=_launch,
+)
+define(
+    BACKWARD_SCHEMA,
+    _fake_backward,
+    _default_backward,
+    cpp=True,
+    kernels="shared_prefix_attention",
+    no_triton=_no_triton_backward,
+    launch=_launch_backward,
+)
+public("shared_prefix_attention", shared_prefix_attention, shared_prefix_attention_reference)

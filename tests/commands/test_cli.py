@@ -14,6 +14,7 @@ from pathlib import Path
 import fusions
 import pytest
 import torch
+from op_cases import composite
 from safetensors.torch import load_file
 
 import fasttta
@@ -22,7 +23,6 @@ from fasttta.commands import console
 from fasttta.commands import inspect as inspection
 from fasttta.demo.digits import MODEL_PATH, load_statistics
 from fasttta.evaluate.output import as_json
-from fasttta.ops import schema
 
 
 def _run(capsys, *arguments):
@@ -39,7 +39,7 @@ def test_doctor(capsys):
         found["packages"]["torch"] == torch.__version__
     )
     assert bool(found["cuda"]["gpus"]) == torch.cuda.is_available()
-    forward = {name for name in schema.SCHEMAS if not name.endswith("_backward")}
+    forward = {name for name in vars(composite) if not name.endswith("_backward")}
     assert found["operations"].keys() == forward
     # what it says of a backend is what asking for it says
     q = torch.randn(1, 1, 4, 2)
@@ -415,6 +415,6 @@ def test_doctor_names_optional_packages(capsys, monkeypatch):
 def test_doctor_columns_do_not_run_together(capsys):
     out = _run(capsys, "doctor")[1]
     rows = out[out.index("\noperation") :].split("\n\n")[0].splitlines()[2:]
-    forward = [name for name in schema.SCHEMAS if not name.endswith("_backward")]
+    forward = [name for name in vars(composite) if not name.endswith("_backward")]
     assert [row.split()[0] for row in rows] == forward
     assert {len(row.split()) for row in rows} == {3}

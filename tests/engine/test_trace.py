@@ -22,7 +22,7 @@ def ranges(monkeypatch):
         opened.append(name)
         yield
 
-    monkeypatch.setattr(trace, "_open", lambda: record)
+    monkeypatch.setattr(trace, "span", record)
     return opened
 
 
@@ -38,13 +38,38 @@ def test_a_step_names_its_parts(tiny_model, tiny_batch, ranges):
     assert ranges == ["predict", "encode", "fuse"]
 
 
-def test_nothing_without_a_profiler(monkeypatch):
-    monkeypatch.setattr(trace, "_open", lambda: None)
+@pytest.fixture
+def undecided(monkeypatch):
+    """Nothing has asked for a range yet."""
+    monkeypatch.setattr(trace, "span", trace._first)
+
+
+def test_nothing_without_a_profiler(monkeypatch, undecided):
+    """From the second call on, ranges are the standard library's empty context."""
+    monkeypatch.setattr(trace, "opener", lambda: None)
     assert isinstance(trace.span("x"), contextlib.nullcontext)
+    assert trace.span is contextlib.nullcontext
+
+
+def test_the_first_call_decides(monkeypatch, undecided):
+    """Also for those who have imported the function by name."""
+    opened, asked = [], []
+
+    def opener():
+        asked.append(1)
+        return lambda name: opened.append(name) or contextlib.nullcontext()
+
+    monkeypatch.setattr(trace, "opener", opener)
+    early = trace.span
+    for open_range, name in ((early, "a"), (early, "b"), (trace.span, "c")):
+        with open_range(name):
+            pass
+    assert opened == ["a", "b", "c"]
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_the_nvtx_package_decides(monkeypatch, attached):
+def test_the_nvtx_package_decides(monkeypatch, attached, undecided):
     nvtx = pytest.importorskip("nvtx")
     opened = []
 
@@ -56,10 +81,8 @@ def test_the_nvtx_package_decides(monkeypatch, attached):
     monkeypatch.setattr(
         nvtx, "annotate", lambda name, domain: opened.append(name) or contextlib.nullcontext()
     )
-    trace._open.cache_clear()
     with trace.span("encode"):
         pass
-    trace._open.cache_clear()
     assert opened == (["encode"] if attached else [])
 
 
@@ -68,6 +91,4 @@ def test_without_the_nvtx_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvtx", None)  # importing it fails
     for cuda in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        trace._open.cache_clear()
-        assert trace._open() is (torch.cuda.nvtx.range if cuda else None)
-    trace._open.cache_clear()
+        assert trace.opener() is (torch.cuda.nvtx.range if cuda else None)

@@ -42,7 +42,7 @@ FAULTS = [
     (
         "a library whose checksum differs is loaded", CACHE,
         "return bool(body) and trailer ==", "return bool(body) or trailer ==",
-        "ops/test_native_cache.py::test_what_is_whole",
+        "ops/test_native_cache.py::test_what_is_intact",
     ),
     (
         "tuned prompts count for no prediction", CAVMAE,

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from kernels_here import DEVICE, KERNELS, NATIVE
+from kernels_here import DEVICE, KERNELS, NATIVE, composite
 
 from fasttta import functional
-from fasttta.ops import backends, composite, schema, triton
+from fasttta.ops import registry, triton
 from fasttta.ops.shared_prefix_attention import layout as prefix_layout
 
 
@@ -61,16 +61,8 @@ def _samples(dtype):
 
 
 def test_every_operation_is_registered():
-    names = {}
-
-    class Library:
-        def impl(self, name, function, key):
-            names[name] = key
-
-    triton.register(Library())
-    assert names == dict.fromkeys(schema.SCHEMAS, "CUDA")
-    assert all(backends.has_kernel(name, "CUDA") for name in schema.SCHEMAS)
-    assert {name for name, _ in _samples(torch.float32)} == set(KERNELS) == set(names)
+    assert all(registry.has_kernel(name, "CUDA") for name in vars(composite))
+    assert {name for name, _ in _samples(torch.float32)} == set(KERNELS) == set(vars(composite))
 
 
 def _meta(x):
@@ -103,22 +95,22 @@ def test_results_are_as_declared(name, args):
     ("name", "args"), list(_samples(torch.float64)), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_float64_is_left_to_the_composite(name, args, monkeypatch):
-    monkeypatch.setattr(triton, "_kernels", None)  # nothing is to be loaded
+    monkeypatch.setattr(triton, "kernels", None)  # nothing is to be loaded
     found, right = KERNELS[name](*args), getattr(composite, name)(*args)
     as_tuple = (x if isinstance(x, tuple) else (x,) for x in (found, right))
     assert all(torch.equal(x, y) for x, y in zip(*as_tuple, strict=True))
 
 
 def test_what_else_the_composite_keeps(monkeypatch):
-    monkeypatch.setattr(triton, "_kernels", None)
+    monkeypatch.setattr(triton, "kernels", None)
     q, k = torch.randn(2, 1, 2, 7, 65, device=DEVICE)
     for args in ((q, k, [4, 3], 0.0, False), (q, k, [4, 3], 1.0, True)):
         mean, _ = KERNELS["score_moments"](*args)
         assert torch.equal(mean, composite.score_moments(*args)[0])
     # samples 2^31 elements long, of which only the strides are looked at
     far = torch.empty(1, 2, 7, 4, device="meta").as_strided((1, 2, 7, 4), (4, 2**31, 4, 1))
-    assert triton._far(far)
-    assert not triton._far(q)
+    assert triton.is_far(far)
+    assert not triton.is_far(q)
     assert KERNELS["principal_entropy"](torch.zeros(0, 4, device=DEVICE), 2, 0.0).shape == (0,)
     assert KERNELS["total_variation"](torch.zeros(2, 0, 4, device=DEVICE)).tolist() == [0, 0]
 
@@ -139,27 +131,27 @@ def test_says_what_triton_lacks(lacks, monkeypatch, tmp_path):
         monkeypatch.setattr(triton.sysconfig, "get_path", lambda *_: str(tmp_path))
         expected = "Python.h is not there"
     triton.missing.cache_clear()
-    triton._installed.cache_clear()
+    triton.installed.cache_clear()
     try:
         assert expected in triton.missing()
-        assert expected in triton.refusal("entropy", ())
+        assert expected in registry.refusal("entropy", "triton")
         with pytest.warns(RuntimeWarning, match=expected):
-            assert not triton._installed()
+            assert not triton.installed()
     finally:
         triton.missing.cache_clear()
-        triton._installed.cache_clear()
+        triton.installed.cache_clear()
 
 
 def test_refusals():
-    assert "no Triton kernel" in triton.refusal("gaussian_kl", ())
+    assert "no triton kernel" in registry.refusal("gaussian_kl", "triton")
     if NATIVE:
         x = torch.zeros(2, 2, device="cuda")
-        assert triton.refusal("entropy", (x,)) is None
+        assert registry.refusal("entropy", "triton", x) is None
         with pytest.raises(ValueError, match="backend='triton'.* float64"):
             functional.entropy(x.double(), backend="triton")
     else:
-        assert "no GPU" in triton.refusal("entropy", ())
-    assert "found cpu" in triton.refusal("entropy", (torch.zeros(2, 2),))
+        assert "no GPU" in registry.refusal("entropy", "triton")
+    assert "found cpu" in registry.refusal("entropy", "triton", torch.zeros(2, 2))
 
 
 def _scores(d=4, dtype=torch.float32, batch=2):
@@ -221,14 +213,14 @@ def _scores(d=4, dtype=torch.float32, batch=2):
     ],
 )
 def test_what_kernels_are_not_made_for_has_a_reason(name, args, reason):
-    assert re.search(reason, triton.unsuitable(name, *args))
+    assert re.search(reason, registry.OPERATORS[name].no_triton(*args))
 
 
 @pytest.mark.parametrize(
     ("name", "args"), list(_samples(torch.float16)), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_samples_have_no_such_reason(name, args):
-    assert triton.unsuitable(name, *args) is None
+    assert registry.OPERATORS[name].no_triton(*args) is None
 
 
 def test_triton_is_not_imported_with_the_operations():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels_here import DEVICE, KERNELS, NATIVE, among_nan, check, poisoned  # noqa: F401
-
-from fasttta.ops import composite
+from kernels_here import DEVICE, KERNELS, NATIVE, among_nan, check, composite, poisoned  # noqa: F401
 
 
 def _tensors(batch, heads, classes, d, shared=False, dtype=torch.float32, size=1.0):

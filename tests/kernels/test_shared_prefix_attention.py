@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels_here import DEVICE, HALVES, KERNELS, among_nan, check, poisoned  # noqa: F401
+from kernels_here import DEVICE, HALVES, KERNELS, among_nan, check, composite, poisoned  # noqa: F401
 
-from fasttta.ops import composite
 from fasttta.ops.shared_prefix_attention import layout
 
 FORWARD, BACKWARD = "shared_prefix_attention", "shared_prefix_attention_backward"
@@ -161,7 +160,7 @@ def test_same_bits_twice():
 
 
 def test_longer_sequences_and_wider_heads_are_the_composites(monkeypatch):
-    monkeypatch.setattr("fasttta.ops.triton._kernels", None)  # nothing is to be loaded
+    monkeypatch.setattr("fasttta.ops.triton.kernels", None)  # nothing is to be loaded
     for args in (_arguments([65, 3]), _arguments(RAGGED, d=65)):
         found, right = KERNELS[FORWARD](*args), composite.shared_prefix_attention(*args)
         assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))

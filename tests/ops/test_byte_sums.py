@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from op_cases import without_native
 
 from fasttta.ops import byte_sums as module
 from fasttta.ops import native
@@ -50,7 +51,7 @@ def test_three_computations_agree(monkeypatch, n, offset):
     x = _random(n, offset)
     expected = byte_sums([x])
     assert len(expected) == 16 * -(-n // 8192)
-    monkeypatch.setattr(native, "load", lambda: False)
+    without_native(monkeypatch)
     assert byte_sums([x]) == expected
     for size in (module._GROUP, 16384):
         monkeypatch.setattr(module, "_GROUP", size)

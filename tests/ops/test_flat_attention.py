@@ -7,7 +7,7 @@ import torch
 from op_cases import DEVICE, close, using
 
 from fasttta import functional as F
-from fasttta.ops import autograd, flat_attention
+from fasttta.ops import flat_attention
 
 
 def _tensors(classes=5, d=4, batch=3, shared=False, dtype=torch.float64, scale=1.0):
@@ -52,7 +52,7 @@ def test_several_kinds_of_queries(implementation, monkeypatch):
     third = (first.detach() + 1).requires_grad_()
     inputs = [first, second, third, k, v]
     expected = sum(F.flat_attention(q, k, v, 0.7, backend="reference") for q in inputs[:3])
-    found = autograd.flat_attentions(inputs[:3], k, v, 0.7)
+    found = flat_attention.flat_attentions(inputs[:3], k, v, 0.7)
     along = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape).to(DEVICE)
     close(found, expected, torch.float64, "sum")
     for x, y in zip(

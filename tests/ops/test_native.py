@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from op_cases import TOLERANCES, close
+from op_cases import TOLERANCES, close, composite
 
 from fasttta import functional as F
-from fasttta.ops import backends, composite, native, schema
+from fasttta.ops import native, registry
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,7 +36,7 @@ def _logits(n, c, dtype, kind="random"):
 
 
 def test_every_name_has_a_kernel():
-    registered = {name for name in schema.SCHEMAS if backends.has_kernel(name, "CPU")}
+    registered = {name for name in registry.OPERATORS if registry.has_kernel(name, "CPU")}
     assert registered == set(native.NAMES)
 
 
@@ -244,15 +244,15 @@ logging.getLogger("fasttta").addHandler(type("H", (logging.Handler,), {
 logging.getLogger("fasttta").setLevel("INFO")
 import torch
 import fasttta.functional as F
-from fasttta.ops import backends, native
+from fasttta.ops import native, registry
 assert native._outcome is None  # importing builds and loads nothing
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     z = torch.arange(6.0).view(2, 3)
     values = [F.entropy(z).tolist() for _ in range(3)]
-    refused = backends.refusal("entropy", "cpp", (z,))
+    refused = registry.refusal("entropy", "cpp", z)
 print(json.dumps({"values": values, "records": records, "refused": refused,
-    "live": backends.has_kernel("entropy", "CPU"),
+    "live": registry.has_kernel("entropy", "CPU"),
     "warnings": [str(w.message) for w in caught if "fasttta" in str(w.message)]}))
 """
 

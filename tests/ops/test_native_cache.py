@@ -120,14 +120,14 @@ def test_whose_it_is(tmp_path):
     folder.mkdir(mode=0o700)
     (tmp_path / "built").write_bytes(b"library")
     native_cache.store(tmp_path / "built", file)
-    assert native_cache.is_whole(file)
+    assert native_cache.is_intact(file)
     os.chown(file, 54321, 54321)
-    assert not native_cache.is_whole(file)
+    assert not native_cache.is_intact(file)
     os.chown(folder, 54321, 54321)
     assert "belongs to uid 54321, this process runs as 0" in native_cache.distrust(folder)
 
 
-def test_what_is_whole(tmp_path):
+def test_what_is_intact(tmp_path):
     built, file = tmp_path / "built", tmp_path / "a.so"
     built.write_bytes(b"library" * 100)
     native_cache.store(built, file)
@@ -135,22 +135,22 @@ def test_what_is_whole(tmp_path):
     assert stat.S_IMODE(file.stat().st_mode) == 0o700
     data = file.read_bytes()
     assert data.startswith(b"library" * 100)
-    assert native_cache.is_whole(file)
+    assert native_cache.is_intact(file)
     flipped = bytearray(data)
     flipped[3] ^= 1
     for damaged in (b"", b"junk", data[:1], data[: len(data) // 2], data[:-1], data + b"x",
                     data[-79:], bytes(flipped), data[:-1] + b"g"):  # fmt: skip
         file.write_bytes(damaged)
-        assert not native_cache.is_whole(file), damaged[:10]
+        assert not native_cache.is_intact(file), damaged[:10]
     file.write_bytes(data)
-    assert native_cache.is_whole(file)
+    assert native_cache.is_intact(file)
     file.chmod(0o770)
-    assert not native_cache.is_whole(file)
+    assert not native_cache.is_intact(file)
     file.chmod(0o700)
     (tmp_path / "link.so").symlink_to(file)
-    assert not native_cache.is_whole(tmp_path / "link.so")
-    assert not native_cache.is_whole(tmp_path / "none.so")
-    assert not native_cache.is_whole(tmp_path)
+    assert not native_cache.is_intact(tmp_path / "link.so")
+    assert not native_cache.is_intact(tmp_path / "none.so")
+    assert not native_cache.is_intact(tmp_path)
 
 
 def test_folders(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def _empty_library(folder):
 @NEEDS_COMPILER
 def test_damage_is_mended(tmp_path, compiler):
     """Truncated at several lengths, empty, junk, a library that registers nothing, a writable
-    file: built anew each, once, and no process dies."""
+    file: built again each, once, and no process dies."""
     environment = {"FASTTTA_CACHE": tmp_path / "cache", "CXX": f"'{compiler}' -g0"}
     first = _run(tmp_path, **environment)
     assert first["warnings"] == []
@@ -274,7 +274,7 @@ def test_damage_is_mended(tmp_path, compiler):
         path.chmod(0o700)
         found = _run(tmp_path, **environment)
         assert (found["path"], found["warnings"]) == (str(path), [])
-        assert native_cache.is_whole(path)
+        assert native_cache.is_intact(path)
         assert _builds(tmp_path) == i
 
 

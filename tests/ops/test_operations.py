@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import DEVICE, IMPLEMENTATIONS, logits_of, qk, using
+from op_cases import DEVICE, IMPLEMENTATIONS, composite, logits_of, qk, using, without_native
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from fasttta import functional as F
-from fasttta.ops import autograd, composite, native, reference, schema
+from fasttta.ops.adaptation_head import adaptation_head
+from fasttta.ops.attention_bootstrap import attention_bootstrap
+from fasttta.ops.score_moments import score_moments_reference
 from fasttta.ops.shared_prefix_attention import layout as layout_of
 
 
@@ -69,7 +71,7 @@ def _made():
     q, k = (x.detach() for x in qk(2, 3, (4, 3), 5, torch.float32, layout="packed"))
     logits, weight = torch.randn(4, 6), torch.rand(4)
     for per_head in (False, True):
-        mean, std = reference.score_moments(q, k, [4, 3], 0.5, per_head)
+        mean, std = score_moments_reference(q, k, [4, 3], 0.5, per_head)
         shape = [4, 3], 0.5, per_head
         anchors = [mean[0].diagonal(dim1=-2, dim2=-1), std[0].diagonal(dim1=-2, dim2=-1)]
         yield "score_moments", (q, k, *shape)
@@ -111,7 +113,7 @@ def _made():
 
 
 def test_opcheck_covers_every_op():
-    assert {name for name, _ in _op_samples()} == set(schema.SCHEMAS)
+    assert {name for name, _ in _op_samples()} == set(vars(composite))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_composite_returns_what_is_declared(name, args, monkeypatch):
     as_tuple = lambda x: x if isinstance(x, tuple) else (x,)  # noqa: E731
     for cpp in (True, False):  # the composite of a head's moments has a part in C++
         if not cpp:
-            monkeypatch.setattr(native, "load", lambda: False)
+            without_native(monkeypatch)
         found = getattr(composite, name)(*args)
         for x, y in zip(as_tuple(found), as_tuple(declared), strict=True):
             assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
@@ -142,8 +144,8 @@ def test_compiles_without_a_break():
     """torch.compile sees the operations as single nodes."""
 
     def loss(q, k, logits):
-        total, _, _ = autograd.adaptation_head(logits, 3, 1.0, 1.0, False, 1e-6)
-        return total + autograd.attention_bootstrap(q, k, [4, 3], 0.5, False, False)[0].mean()
+        total, _, _ = adaptation_head(logits, 3, 1.0, 1.0, False, 1e-6)
+        return total + attention_bootstrap(q, k, [4, 3], 0.5, False, False)[0].mean()
 
     q, k = qk(2, 2, (4, 3), 5, torch.float32)
     logits = logits_of(4, 6, dtype=torch.float32)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import TOLERANCES, close, qk
+from op_cases import TOLERANCES, close, qk, without_native
 
 from fasttta import functional as F
-from fasttta.ops import native, score_moments
+from fasttta.ops import native, score_moments_default
 
 # samples, row spans, column spans: of CAV-MAE's fusion block, what fills no vector, strip or
 # chunk, rows of several chunks, the smallest block that has a std
@@ -54,9 +54,9 @@ def formula(scores, rows, columns, c):
 
 def run(scores, rows, columns, c, ups):
     """Mean, std and gradient on the scores of their sums by ``ups``."""
-    mean, std = score_moments._block_moments(scores.clone(), [*rows], [*columns], c)
+    mean, std = score_moments_default._block_moments(scores.clone(), [*rows], [*columns], c)
     grad = scores.clone()
-    score_moments._block_gradients(ups[0], ups[1] / std, [*rows], [*columns], c, grad)
+    score_moments_default._block_gradients(ups[0], ups[1] / std, [*rows], [*columns], c, grad)
     return mean, std, grad
 
 
@@ -66,7 +66,7 @@ def run(scores, rows, columns, c, ups):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_the_formula(size, dtype, native_code, monkeypatch):
     if not native_code:
-        monkeypatch.setattr(native, "load", lambda: False)
+        without_native(monkeypatch)
     scores, ups = scores_of(*size, dtype), ups_of(*size, dtype)
     exact = scores.double().requires_grad_()
     right = formula(exact, *size[1:], -0.3)
@@ -151,7 +151,8 @@ def test_statistics_with_and_without(layout, dtype, monkeypatch):
     q, k = qk(3, 2, (40, 24), 6, dtype, layout)
     results = []
     for there in (True, False):
-        monkeypatch.setattr(native, "load", lambda there=there: there)
+        if not there:
+            without_native(monkeypatch)
         found = F.score_moments(q, k, (40, 24))
         results.append((*found, *torch.autograd.grad([x.sum() for x in found], (q, k))))
         assert set(calls) == ({"block_moments", "block_moments_backward"} if there else set())

@@ -7,7 +7,9 @@ import torch
 from op_cases import TOLERANCES, close, qk
 
 from fasttta import functional as F
-from fasttta.ops import native, reference, score_moments
+from fasttta.ops import native
+from fasttta.ops import score_moments_default as in_pytorch
+from fasttta.ops.score_moments import score_moments_reference
 
 # samples, heads, spans, channels: of CAV-MAE's fusion block, and what fills no vector or chunk
 SIZES = [
@@ -46,8 +48,8 @@ def test_equals_the_reference(size, dtype, layout, monkeypatch):
     ups = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.1
     wide = torch.promote_types(dtype, torch.float32)
     right = _reference(*exact, spans, ups.double())
-    monkeypatch.setattr(score_moments, "_moments_per_head", None)  # PyTorch's calls
-    monkeypatch.setattr(score_moments, "_backward_per_head", None)
+    monkeypatch.setattr(in_pytorch, "_moments_per_head", None)  # PyTorch's calls
+    monkeypatch.setattr(in_pytorch, "_backward_per_head", None)
     found = _ours(q, k, spans, ups.to(wide))
     for name, x, y in zip(("mean", "std", "grad_q", "grad_k"), found, right, strict=True):
         kept = wide if name in ("mean", "std") else dtype
@@ -58,16 +60,16 @@ def test_equals_the_reference(size, dtype, layout, monkeypatch):
 
 def _ours(q, k, spans, ups):
     options = [*spans], q.shape[3] ** -0.5, True
-    mean, std = score_moments.score_moments(q.detach(), k.detach(), *options)
+    mean, std = in_pytorch.score_moments(q.detach(), k.detach(), *options)
     return (
         mean,
         std,
-        *score_moments.score_moments_backward(*ups, q.detach(), k.detach(), std, *options),
+        *in_pytorch.score_moments_backward(*ups, q.detach(), k.detach(), std, *options),
     )
 
 
 def _reference(q, k, spans, ups):
-    found = reference.score_moments(q, k, [*spans], q.shape[3] ** -0.5, True)
+    found = score_moments_reference(q, k, [*spans], q.shape[3] ** -0.5, True)
     return *(x.detach() for x in found), *torch.autograd.grad(found, (q, k), tuple(ups))
 
 
@@ -79,7 +81,7 @@ def test_nothing_cancels():
     q = (q + 0.3 * axis).detach()
     k = (k + 0.3 * axis).detach()
     found = torch.ops.fasttta.head_moments(q, k, [512, 196], 0.125)
-    right = reference.score_moments(q.double(), k.double(), [512, 196], 0.125, True)
+    right = score_moments_reference(q.double(), k.double(), [512, 196], 0.125, True)
     assert (right[0] / right[1]).median() > 1000
     for x, y in zip(found, right, strict=True):
         assert ((x - y).abs() <= 1e-5 * y).all()
@@ -89,7 +91,7 @@ def test_one_modality_alone_has_no_gradient():
     """Not even where its tokens are not finite."""
     q, k = (x.detach() for x in qk(1, 2, (9,), 8, torch.float32))
     q[0, 0, 3, 2] = torch.nan
-    found = score_moments.moments_backward(
+    found = in_pytorch.moments_backward(
         *torch.ones(2, 1, 2, 1, 1), q, k, torch.ones(1, 2, 1, 1), [9], 0.3, True, False
     )
     assert not any(x.any() for x in found)
@@ -126,7 +128,7 @@ def _channels_apart(x):
 @pytest.mark.parametrize("case", ["wide", "channels apart", "off"])
 def test_pytorch_serves_the_rest(case, monkeypatch):
     """And a named backend says why the kernel does not."""
-    monkeypatch.setattr(score_moments, "_WIDEST", 15 if case == "wide" else 256)
+    monkeypatch.setattr(in_pytorch, "_WIDEST", 15 if case == "wide" else 256)
     q, k = (x.detach() for x in qk(2, 3, (7, 6), 16, torch.float64))
     if case == "channels apart":
         q = _channels_apart(q)
@@ -136,6 +138,7 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
         "off": "not there: no compiler",
     }[case]
     if case == "off":
+        monkeypatch.setattr(native, "loaded", False)
         monkeypatch.setattr(native, "_outcome", native.Outcome(None, "no compiler"))
         monkeypatch.setattr(native, "_tell", lambda _: None)
     monkeypatch.setattr(torch.ops.fasttta, "head_moments", None)

@@ -9,8 +9,8 @@ import torch
 from op_cases import DEVICE, close, using
 
 from fasttta import functional as F
-from fasttta.ops import autograd, native
-from fasttta.ops.shared_prefix_attention import layout
+from fasttta.ops import native
+from fasttta.ops.shared_prefix_attention import causal_with_prefix, layout
 
 IMPLEMENTATIONS = ("default", "composite")
 NAMES = ("out", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
@@ -97,7 +97,7 @@ def test_prefix_in_front_of_the_packed_tokens(case, implementation, monkeypatch)
     expected = torch.cat((front, call(q1, k1, v1, k0, v0, lengths)), 1)
     using(implementation, monkeypatch)
     layouts = layout([p], DEVICE), layout(lengths, DEVICE)
-    found = autograd.causal_with_prefix(*qkv, *layouts, heads, d**-0.5)
+    found = causal_with_prefix(*qkv, *layouts, heads, d**-0.5)
     along = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(DEVICE)
     close(found, expected, torch.float64, "out")
     for name, x, y in zip(

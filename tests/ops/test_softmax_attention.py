@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as nnf
+from op_cases import without_native
 
 from fasttta.ops import native, softmax_attention
 
@@ -114,7 +115,7 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
     if case in ("float64", "bfloat16"):
         q, k, v = (x.to(getattr(torch, case)) for x in (q, k, v))
     if case == "off":
-        monkeypatch.setattr(native, "load", lambda: False)
+        without_native(monkeypatch)
     monkeypatch.setattr(
         softmax_attention._Attention, "apply", lambda *_: pytest.fail("not for this")
     )
@@ -188,7 +189,8 @@ def test_layouts():
 
 _NARROW = """
 import sys, torch
-from fasttta.ops import native, reference, softmax_attention as softmax
+from fasttta.ops import native, softmax_attention as softmax
+from fasttta.ops.score_moments import score_moments_reference
 flags = native._flags
 native._flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
 assert native.attempt().path is not None, native.attempt().reason
@@ -216,7 +218,7 @@ for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
             torch.ops.fasttta.head_moments_backward(
                 up_mean, up_std / std, q, k, spans, 0.3, True, *grads
             )
-            right = reference.score_moments(*exact[:2], spans, 0.3, True)
+            right = score_moments_reference(*exact[:2], spans, 0.3, True)
             moved = torch.autograd.grad(right, exact[:2], (up_mean.double(), up_std.double()))
             pairs = [*pairs, *zip((mean, std, *grads), (*right, *moved))]
             scores = q[:, 0] @ k[:, 0].mT  # moments of their blocks

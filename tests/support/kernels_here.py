@@ -6,7 +6,6 @@ decorated. What the environment says is left as it was, for subprocesses.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 
@@ -37,12 +36,11 @@ from fasttta.kernels import (
     shared_prefix_attention,
     total_variation,
 )
+from op_cases import composite
 
-from fasttta.ops import composite
-from fasttta.ops.triton import KERNELS
+from fasttta.ops import registry
 
-# defines the operations of which composite ones call the parts in C++
-importlib.import_module("fasttta.ops.schema")
+KERNELS = {name: x.on_cuda for name, x in registry.OPERATORS.items() if x.on_cuda is not None}
 
 if not NATIVE:
     triton.knobs.runtime.interpret = True

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import SimpleNamespace
+
 import torch
 
-from fasttta.ops import autograd, composite, native
+from fasttta.ops import native, registry
+
+registry.operations()
+#: Default implementations, in PyTorch's calls, by the operators' names.
+composite = SimpleNamespace(
+    **{name: x.default for name, x in registry.OPERATORS.items() if x.default is not None}
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -21,11 +30,19 @@ TOLERANCES = {
 IMPLEMENTATIONS = ("default", "composite", "reference")
 
 
+def without_native(monkeypatch) -> None:
+    """Lets operations run as if there were no C++ kernels."""
+    monkeypatch.setattr(native, "loaded", False)
+    monkeypatch.setattr(native, "load", lambda: False)
+
+
 def using(implementation: str, monkeypatch) -> str | None:
     """The ``backend`` with which public functions run an implementation."""
     if implementation == "composite":
-        monkeypatch.setattr(autograd, "ops", composite)
-        monkeypatch.setattr(native, "load", lambda: False)
+        without_native(monkeypatch)
+        for file in registry.FILES:
+            if file != "byte_sums":
+                monkeypatch.setattr(import_module(f"fasttta.ops.{file}"), "ops", composite)
     return "reference" if implementation == "reference" else None
 
 

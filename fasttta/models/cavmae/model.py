@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ... import trace
 from ...protocols import FusionDefaults, Slot
-from ...trace import span
 from ..blocks.layers import (
     Linear,
     ModalityBlock,
@@ -325,7 +325,7 @@ class CAVMAE(FusionDefaults, nn.Module):
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first; with the tuned prompts, if any, that
         the model came with."""
-        with span("encode"):
+        with trace.span("encode"):
             if self.tuned_prompts:
                 master = self.norm.weight.dtype
                 prompts = {name: x.to(master) for name, x in self.start_prompts().items()}
@@ -361,7 +361,7 @@ class CAVMAE(FusionDefaults, nn.Module):
 
     def fuse_attention(self, tokens: Tensor) -> tuple[Tensor, QueriesAndKeys]:
         """Tokens [B, Ta + Tv, D] -> logits [B, C] and the fusion attention's q and k."""
-        with span("fuse"):
+        with trace.span("fuse"):
             pooled, attention = self.pool(tokens)
             return self.mlp_head(pooled), attention
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops import again, softmax_attention
+from ...ops import softmax_attention
+from ...ops.registry import refuse_second_derivative
 
 
 def prompt_attention(q: Tensor, kv: Tensor, prompt_kv: Tensor, heads: int, scale: float) -> Tensor:
@@ -54,7 +55,8 @@ class _PromptAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        again.refuse("attention over prompts")
+        if torch.is_grad_enabled():
+            refuse_second_derivative("attention over prompts")
         q, k, v, out, lse = ctx.saved_tensors
         n, grad = ctx.prompts, _split(grad.contiguous(), 1, ctx.heads)[0]
         if not any(ctx.needs_input_grad[:2]):

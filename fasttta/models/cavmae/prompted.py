@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import trace
 from ...ops.softmax_attention import attend
 from ...protocols import FusionDefaults, FusionModel, Slot, Streams
-from ...trace import span
 from ..blocks.layers import (
     Linear,
     ModalityBlock,
@@ -125,7 +125,7 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
         """Inputs -> tokens [B, Ta + Tv, D]; with empty prompts as the CAV-MAE encodes them."""
         if not any(x.numel() for x in self.prompts.values()):
             return self.model.encode(*inputs)
-        with span("encode"):
+        with trace.span("encode"):
             return self.layers(*inputs)[0]
 
     def fuse(self, tokens: Tensor) -> Tensor:
@@ -162,13 +162,13 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
         encoded: list[_Stream] = []
         features, head = [], self.model.mlp_head
         for name, x, prompt_keys in zip(names, embedded, keys, strict=True):
-            with span(f"streams {name}"):
+            with trace.span(f"streams {name}"):
                 stream, pooled = self._encode(name, x, prompt_keys)
                 encoded.append(stream)
                 assert pooled is not None
                 features.append(pooled)
         qkv = self._fusion[0].attn.qkv
-        with span("fuse"):
+        with trace.span("fuse"):
             unmasked = [(x.tokens, qkv(x.normed)) for x in encoded]
             with torch.no_grad():
                 joint = self._fused([(x.detach(), y.detach()) for x, y in unmasked])
@@ -181,10 +181,10 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
                 if keep:
                     ids = keep[i][rows].unsqueeze(-1).expand(-1, -1, embedded[i].shape[2])
                     kept = embedded[i][rows].gather(1, ids)
-                    with span(f"streams {names[i]}"):
+                    with trace.span(f"streams {names[i]}"):
                         stream, _ = self._encode(names[i], kept, prompt_keys, pool=False)
                     streams.insert(i, (stream.tokens, qkv(stream.normed)))
-                with span("fuse"):
+                with trace.span("fuse"):
                     logits = head(self._fused(streams))
                 return loss(logits, rows), (logits,)
 
@@ -197,7 +197,7 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
         ) -> tuple[Tensor, tuple[Tensor, ...]]:
             def part(rows: slice, none: list[Tensor], parts: list[Tensor]):
                 pairs = zip(names, parts[::2], parts[1::2], strict=True)
-                with span("fuse"):
+                with trace.span("fuse"):
                     features = [
                         (self._fused([(x, y)]) + self.model.pool(x, name[0])[0]) / 2
                         for name, x, y in pairs

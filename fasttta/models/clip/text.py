@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import native
-from ...ops.autograd import causal_with_prefix, shared_prefix_attention
-from ...ops.shared_prefix_attention import Layout
+from ...ops.shared_prefix_attention import Layout, causal_with_prefix, shared_prefix_attention
 from ...ops.shared_prefix_attention import layout as layout_of
 from ..blocks.layers import ResidualAttentionBlock
 from .vision_transformer import Transformer

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...files import check_weights
-from ...ops.autograd import flat_attentions
+from ...ops.flat_attention import flat_attentions
 from ..state_dicts import floating, named_tensors
 
 _FIRST = "q_proj1.weight"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from ... import trace
 from ...protocols import FusionDefaults, Slot
-from ...trace import span
 from .attended import Attended, plain_multihead
 from .nested import described, rebuilt, tensors
 from .projections import Projections, resolve, without_fast_path
@@ -270,7 +270,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
         """One batch -> what ``fuse`` needs of it, [B, values] (a pair of functions: as it says)."""
         if self._found.num_classes is None:
             self.learn(inputs)
-        with span("encode"), self._running():
+        with trace.span("encode"), self._running():
             if self._pair:  # what it does in place must not reach the caller's inputs
                 return self._pair[0](self.module, *(x.clone() for x in inputs))
             assert self._found.replay is not None  # learnt from the first batch
@@ -302,7 +302,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
         """
         last = self.projections[-1]
         attending = last.attending(self.module)
-        with span("fuse"), self._running(), attending:
+        with trace.span("fuse"), self._running(), attending:
             logits = self._pass(features)
             calls = [call for call in attending.calls if call.complete]
             heads = self._heads(calls[-1], len(features)) if calls else None
@@ -326,7 +326,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
 
     def fuse(self, features: Tensor) -> Tensor:
         """Features -> logits [B, C]."""
-        with span("fuse"), self._running():
+        with trace.span("fuse"), self._running():
             return self._pass(features)
 
     @property
