@@ -58,18 +58,20 @@ def views_of_packed(batch: int, dtype: torch.dtype, device: torch.device, full: 
     return q, k, spans
 
 
-def minimal_flops(shape, spans, heads: str, backward: bool, self_blocks: bool = False) -> int:
-    """Fewest known: score tiles of merged heads, or Gram matrices of each head.
+def minimal_flops(
+    shape: tuple[int, ...], spans: tuple[int, ...], heads: str, backward: bool
+) -> int:
+    """The fewest operations on q, k of this shape [B, H, T, d].
 
-    Forward: every block's scores, or d x d covariances of q and of k. Backward of the head-mean:
-    the blocks with a gradient once more, then their products with k and with q; of each head:
-    covariances once more, then q and k times a d x d matrix.
+    Head mean: all scores of merged heads; backward, the cross blocks once more and their products
+    with k and with q. Each head: d x d covariances of q and of k; backward, these once more and
+    the products of q and of k with a d x d matrix.
     """
     batch, h, t, d = shape
     if heads == "each":
         return batch * h * 2 * 2 * t * d * d * (3 if backward else 1)
-    blocks = t * t if self_blocks else t * t - sum(n * n for n in spans)
-    return batch * 2 * h * d * (t * t + (3 * blocks if backward else 0))
+    cross = t * t - sum(n * n for n in spans)
+    return batch * 2 * h * d * (t * t + (3 * cross if backward else 0))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -103,36 +105,4 @@ def bench_attention_bootstrap(
         # q and k read; backward reads them again and writes two gradients
         bytes=(6 if backward else 2) * q.numel() * q.element_size(),
         flops=minimal_flops(q.shape, spans, heads, backward),
-    )
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("heads", ["mean", "each"])
-def bench_score_moments(heads, direction, batch, device, full, threads, measure):
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, spans = views_of_packed(batch, dtype, device, full)
-    backward = direction == "forward+backward"
-
-    def outputs(backend, q, k):
-        mean, std = F.score_moments(q, k, spans, heads=heads, backend=backend)
-        if not backward:
-            return mean, std
-        return mean, std, *torch.autograd.grad((mean + std).sum(), (q, k))
-
-    few = [x[:2].detach().double().requires_grad_(backward) for x in (q, k)]
-    exact = outputs("reference", *few)
-    q.requires_grad_(backward), k.requires_grad_(backward)
-    measure(
-        functools.partial(outputs, None, q, k),
-        functools.partial(outputs, "reference", q, k),
-        exact=exact,
-        memory=True,
-        threads=threads,
-        headline=False,
-        shape="x".join(map(str, q.shape)),
-        spans=spans,
-        dtype=dtype,
-        bytes=(6 if backward else 2) * q.numel() * q.element_size(),
-        flops=minimal_flops(q.shape, spans, heads, backward, self_blocks=True),
     )
