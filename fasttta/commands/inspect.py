@@ -14,10 +14,9 @@ from ..families.clip import ClipFamily
 from ..models import CAVMAE, CLIP
 from ..models.clip.checkpoint import is_clip_checkpoint
 from ..models.computed_weights import how_to_unwrap
-from ..models.specified.detect import undisturbed
 from ..models.specified.model import SpecifiedModel
-from ..models.specified.nested import tensors
-from ..models.specified.spec import ModelSpec
+from ..models.specified.outputs import tensors
+from ..models.specified.spec import ModelSpec, undisturbed
 from ..protocols import FusionModel
 from .console import UserCodeError
 from .imported_model import imported_model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.specified.nested import alike, described, tensors
+from ..models.specified.outputs import alike, described, tensors
 from .refusals import hook_advice
 
 _CHECKPOINTING = (

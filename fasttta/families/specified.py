@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.precision import Precision, environment
 from ..models.specified.model import SpecifiedModel
-from ..models.specified.nested import rebuilt
+from ..models.specified.outputs import rebuilt
 from ..models.specified.spec import ModelSpec
 from .base import FusionFamily, graded, in_type, own_copy
 from .refusals import hook_advice, refuse_replaced_forwards

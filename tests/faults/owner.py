@@ -1,9 +1,9 @@
 """What the owner's model computes, as it is wrapped, compared and watched."""
 
 SPECIFIED, STATE, DETECT = (
-    "fasttta/models/specified/model.py", "fasttta/engine/state.py", "fasttta/models/specified/detect.py",
+    "fasttta/models/specified/model.py", "fasttta/engine/state.py", "fasttta/models/specified/spec.py",
 )  # fmt: skip
-WATCH, SCORES = "fasttta/engine/model_watch.py", "fasttta/models/specified/scores.py"
+WATCH, SCORES = "fasttta/engine/model_watch.py", "fasttta/models/specified/score_checks.py"
 
 FAULTS = [
     (
@@ -18,7 +18,7 @@ FAULTS = [
     ),
     (
         "scores across two sequences are statistics", SPECIFIED,
-        "self._found.crosses = two.crosses()", "self._found.crosses = False",
+        "self._learnt.crosses = two.crosses()", "self._learnt.crosses = False",
         "families/test_owner_masks.py::test_cross_attention",
     ),
     (
@@ -70,7 +70,7 @@ FAULTS = [
     ),
     (
         "detect proposes what methods refuse", DETECT,
-        "    _try_out(model, spec, inputs)\n", "",
+        "        _try_out(model, spec, inputs)\n", "",
         "families/test_owner_detect.py::test_what_every_method_refuses_is_not_proposed[Masked-under a mask]",
     ),
 ]  # fmt: skip

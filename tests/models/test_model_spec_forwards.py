@@ -211,7 +211,7 @@ def test_token_ids_survive_low_precision():
     with torch.no_grad():
         assert (adapted.step(ids, b).logits_before - model(ids, b)).abs().max() < 0.05
     large = ids + 2**24
-    leaf = fasttta.models.specified.replay.Leaf((4,), 0, torch.int64, slice(0, 8))
+    leaf = fasttta.models.specified.kept_results.Leaf((4,), 0, torch.int64, slice(0, 8))
     assert torch.equal(leaf.unpack(leaf.pack(large, 2)).view(2, 4), large)
     assert torch.equal(leaf.unpack(leaf.pack(-large, 2)).view(2, 4), -large)
 

@@ -15,22 +15,22 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ... import trace
 from ...protocols import FusionDefaults, Slot
-from .attended import Attended, plain_multihead
-from .nested import described, rebuilt, tensors
+from .attention_calls import Attended, plain_multihead
+from .forward_pass import ForwardPass, record_pass
+from .kept_results import KeptResults
+from .outputs import logits_in, rebuilt, tensors
+from .parts import Parts
 from .projections import Projections, resolve, without_fast_path
-from .replay import Replay
-from .scores import check_scores, hidden
-from .spec import ModelSpec
-from .watch import Watch, watch
+from .score_checks import check_scores, hidden
 
 _ANY = 16  # inputs that a forward(*args) may take
 _PARTS = ("weight", "bias")
 
 
-class _Found:
-    """What the first batch tells; one object for all copies of a model."""
+class _Learnt:
+    """What the first batch shows of a model; all its copies share one object."""
 
-    replay: Replay | None = None
+    kept: KeptResults | None = None
     num_classes: int | None = None
     sequence_first: bool = False  # the projections' results are [T, B, H d]
     rich: bool = False  # the module returns more than logits
@@ -46,7 +46,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
         ValueError: the spec does not fit the module.
     """
 
-    def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
+    def __init__(self, module: nn.Module, spec: Parts) -> None:
         super().__init__()
         self.module = module
         self.spec = spec
@@ -55,14 +55,12 @@ class SpecifiedModel(FusionDefaults, nn.Module):
         self._refuse_keywords()
         self.compute_dtype: torch.dtype | None = None
         self.outputs: list[Any] | None = None
-        self._found = _Found()
-
-    # ------------------------------------------------------------------ protocol
+        self._learnt = _Learnt()
 
     @property
     def num_classes(self) -> int | None:
         """C, None before the first batch."""
-        return self._found.num_classes
+        return self._learnt.num_classes
 
     @property
     def spans(self) -> tuple[int, ...]:
@@ -71,7 +69,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
     @property
     def rich(self) -> bool:
         """Whether the module returns more than logits; False before the first batch."""
-        return self._found.rich
+        return self._learnt.rich
 
     def identity(self) -> str:
         """What besides weights a saved state depends on."""
@@ -184,8 +182,6 @@ class SpecifiedModel(FusionDefaults, nn.Module):
         """Multiply in this precision (None: in the weights' own), by autocast."""
         self.compute_dtype = dtype
 
-    # ------------------------------------------------------------------ computation
-
     @contextmanager
     def _running(self):
         device = next(self.parameters()).device.type
@@ -221,11 +217,11 @@ class SpecifiedModel(FusionDefaults, nn.Module):
                 run = functools.partial(pair[1], self.module)
                 with attending:
                     for x in tokens:
-                        seen = watch(self.module, run, (x,))
-                output, replay = self.module(*two), None
+                        seen = record_pass(self.module, run, (x,))
+                output, kept = self.module(*two), None
             else:
                 with attending:
-                    replay, seen = Replay.find(
+                    kept, seen = KeptResults.find(
                         self.module,
                         two,
                         tuple(p.path for p in self.projections),
@@ -234,10 +230,10 @@ class SpecifiedModel(FusionDefaults, nn.Module):
                     )
                 output = seen.output
         self._learn_attention(attending.calls, seen, check)
-        self._found.replay = replay
+        self._learnt.kept = kept
         return output
 
-    def _learn_attention(self, calls: list[Attended], seen: Watch, check: bool) -> None:
+    def _learn_attention(self, calls: list[Attended], seen: ForwardPass, check: bool) -> None:
         """From the calls of passes over one sample, then over two."""
         last = self.projections[-1]
         calls = [call for call in calls if call.complete]
@@ -247,10 +243,10 @@ class SpecifiedModel(FusionDefaults, nn.Module):
         if last.modules:
             # which axis grows is that of the batch
             one, q = calls[len(calls) // 2 - 1].parts[0].shape, two.parts[0].shape
-            self._found.sequence_first = len(one) == 3 and one[0] == q[0] and one[1] != q[1]
-        self._found.crosses = two.crosses()
+            self._learnt.sequence_first = len(one) == 3 and one[0] == q[0] and one[1] != q[1]
+        self._learnt.crosses = two.crosses()
         if not last.modules:
-            if self._found.crosses:
+            if self._learnt.crosses:
                 raise ValueError(
                     "fusion: this nn.MultiheadAttention is called with different queries and keys "
                     "(cross-attention); needed self-attention over the tokens of all modalities"
@@ -263,18 +259,18 @@ class SpecifiedModel(FusionDefaults, nn.Module):
                 )
             if plain_multihead(self.module.get_submodule(last.path)):
                 return
-        if check and not self._found.crosses:
+        if check and not self._learnt.crosses:
             check_scores(last, seen, *self._heads(two, 2))
 
     def encode(self, *inputs: Tensor) -> Tensor:
         """One batch -> what ``fuse`` needs of it, [B, values] (a pair of functions: as it says)."""
-        if self._found.num_classes is None:
+        if self._learnt.num_classes is None:
             self.learn(inputs)
         with trace.span("encode"), self._running():
             if self._pair:  # what it does in place must not reach the caller's inputs
                 return self._pair[0](self.module, *(x.clone() for x in inputs))
-            assert self._found.replay is not None  # learnt from the first batch
-            return self._found.replay.encode(self.module, inputs)
+            assert self._learnt.kept is not None  # learnt from the first batch
+            return self._learnt.kept.encode(self.module, inputs)
 
     def _pass(self, features: Tensor) -> Tensor:
         """Logits of the fusion part, in the wider of their type and the weights'."""
@@ -282,11 +278,11 @@ class SpecifiedModel(FusionDefaults, nn.Module):
             if self._pair:
                 output = self._pair[1](self.module, features.clone())
             else:
-                assert self._found.replay is not None
-                inputs = stack.enter_context(self._found.replay.given(self.module, features))
+                assert self._learnt.kept is not None
+                inputs = stack.enter_context(self._learnt.kept.put_back(self.module, features))
                 output = self.module(*inputs)
-        logits = self._logits(output)
-        self._found.rich = output is not logits
+        logits = self.own_logits(output)
+        self._learnt.rich = output is not logits
         if self.outputs is not None:
             kept = {id(x): x.detach() for x in tensors(output)}
             theirs = kept.get(id(logits))
@@ -312,7 +308,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
                 f"{names} was not called by the fusion part: does {last.path} use its weights "
                 "without calling it? Needed projections that are called as modules"
             )
-        if self._found.crosses:
+        if self._learnt.crosses:
             raise ValueError(
                 f"{last.path} projects queries and keys of different tokens (cross-attention), so "
                 "that its scores have no self-attention blocks; needed attention over the tokens "
@@ -331,7 +327,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
 
     @property
     def _sequence_first(self) -> bool:
-        return bool(self.projections[-1].modules) and self._found.sequence_first
+        return bool(self.projections[-1].modules) and self._learnt.sequence_first
 
     def _heads(self, call: Attended, batch: int) -> tuple[Tensor, Tensor]:
         """q and k of a call, [B, H, T, d]."""
@@ -352,40 +348,15 @@ class SpecifiedModel(FusionDefaults, nn.Module):
             q, k = (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (q, k))
         return q, k, q.shape[-1] ** -0.5 if last.scale is None else last.scale
 
-    def _logits(self, output: Any) -> Tensor:
-        where = self.spec.logits
-        try:
-            if callable(where):
-                logits = where(output)
-            elif isinstance(where, str):
-                keyed = isinstance(output, dict) and where in output
-                logits = output[where] if keyed else getattr(output, where)
-            elif where is not None:
-                logits = output[where]
-            elif isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
-                logits = output[0]
-            elif isinstance(output, dict) and "logits" in output:
-                logits = output["logits"]
-            else:
-                logits = getattr(output, "logits", output)
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"logits={where!r} does not fit what the model returns, {described(output)}: "
-                f"{error}"
-            ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-            raise ValueError(
-                f"needed logits [B, C], found {described(logits)} in {described(output)}; say "
-                'where they are: ModelSpec(..., logits="key"), an index, or a function of it'
-            )
-        self._found.num_classes = logits.shape[1]
-        return logits
-
     def own_logits(self, output: Any) -> Tensor:
-        """The logits in what the module returned."""
-        return self._logits(output)
+        """The logits [B, C] in what the module returned.
 
-    # ------------------------------------------------------------------ what the module returns
+        Raises:
+            ValueError: there are none where the spec says.
+        """
+        logits = logits_in(output, self.spec.logits)
+        self._learnt.num_classes = logits.shape[1]
+        return logits
 
     def returned(self, logits: Tensor, number: int) -> Any:
         """What the module returned, as it returns it, for the prediction ``logits`` [B, C].

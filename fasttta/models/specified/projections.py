@@ -1,4 +1,4 @@
-"""Where a fusion attention's q, k and v come from, and taking q and k as they pass."""
+"""The linear modules that a fusion attention's q, k and v come from."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...protocols import Slot
-from .attended import Attending
-from .spec import ModelSpec
+from .attention_calls import Attending
+from .parts import Parts
 
 PACKED = ("qkv", "in_proj", "qkv_proj", "Wqkv", "to_qkv", "c_attn", "query_key_value")
 SEPARATE = (
@@ -93,7 +93,7 @@ def _parameter(model: nn.Module, name: str) -> Tensor | None:
     return getattr(model.get_submodule(owner), leaf, None)
 
 
-def resolve(model: nn.Module, spec: ModelSpec) -> tuple[Projections, ...]:
+def resolve(model: nn.Module, spec: Parts) -> tuple[Projections, ...]:
     """The projections that a spec means, checked against the model.
 
     Raises:
@@ -103,7 +103,7 @@ def resolve(model: nn.Module, spec: ModelSpec) -> tuple[Projections, ...]:
     return tuple(_one(model, spec, fusion) for fusion in fusions)
 
 
-def _one(model: nn.Module, spec: ModelSpec, fusion: str | nn.Module) -> Projections:
+def _one(model: nn.Module, spec: Parts, fusion: str | nn.Module) -> Projections:
     path = _path(model, fusion)
     attention = model.get_submodule(path)
     scale = spec.scale
@@ -120,10 +120,10 @@ def _one(model: nn.Module, spec: ModelSpec, fusion: str | nn.Module) -> Projecti
                 "add_zero_attn; needed plain self-attention"
             )
         width = attention.embed_dim // attention.num_heads
-        for name, found in (("num_heads", attention.num_heads), ("scale", width**-0.5)):
-            given = getattr(spec, name)
-            if given is not None and abs(given - found) > 1e-6 * found:
-                raise ValueError(f"{name}={given}, but that of {path} is {found:g}; leave it out")
+        for name, actual in (("num_heads", attention.num_heads), ("scale", width**-0.5)):
+            value = getattr(spec, name)
+            if value is not None and abs(value - actual) > 1e-6 * actual:
+                raise ValueError(f"{name}={value}, but that of {path} is {actual:g}; leave it out")
         return Projections(path, (), attention.num_heads, scale)
     names = (spec.qkv,) if isinstance(spec.qkv, str) else spec.qkv or _usual(attention, path)
     modules = tuple(_inside(model, path, name) for name in names)
@@ -162,14 +162,15 @@ def _path(model: nn.Module, fusion: str | nn.Module) -> str:
     for name in (fusion, fusion.removeprefix("module.")):
         if name and name in every:
             return names[id(model.get_submodule(name))]  # an alias' first name
-    known = [name for name, module in model.named_modules() if name and _attends(module)]
+    attentions = [name for name, module in model.named_modules() if name and attends(module)]
     raise ValueError(
         f"fusion={fusion!r} is no submodule of {type(model).__name__}; what looks like attention "
-        f"there: {', '.join(known[:8]) or 'nothing'}"
+        f"there: {', '.join(attentions[:8]) or 'nothing'}"
     )
 
 
-def _attends(module: nn.Module) -> bool:
+def attends(module: nn.Module) -> bool:
+    """Whether a module looks like attention: by its class, or by the names of its children."""
     return isinstance(module, nn.MultiheadAttention) or bool(usual_names(module))
 
 

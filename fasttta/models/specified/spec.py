@@ -1,18 +1,30 @@
-"""What a user says about a fusion transformer that fasttta does not know."""
+"""ModelSpec: a fusion transformer described by a user, or by watching it on a batch."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from .model import SpecifiedModel
+from .outputs import described, tensors
+from .parts import Parts
+from .projections import attends, has_heads, usual_names, without_fast_path
+
+_KINDS = (
+    "an nn.MultiheadAttention, or a module with children of usual names (qkv; q_proj k_proj "
+    "v_proj; query key value; ...)"
+)
 
 
-@dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(Parts):
     """Where the parts of a fusion transformer are that methods tune and look at.
 
     ``fasttta.adapt(model, "abpem", spec=ModelSpec(...))``; the model is compared with its own
@@ -42,141 +54,280 @@ class ModelSpec:
         TypeError, ValueError: a value of the wrong kind, overlapping spans.
     """
 
-    fusion: str | nn.Module | Sequence[str | nn.Module]
-    spans: Mapping[str, tuple[int, int]]
-    qkv: str | Sequence[str] | None = None
-    logits: str | int | Callable[[Any], Any] | None = None
-    encode: str | Sequence[str] | tuple[Callable, Callable] | None = None
-    num_heads: int | None = field(default=None, kw_only=True)
-    scale: float | None = field(default=None, kw_only=True)
-
-    def __hash__(self) -> int:
-        spans = frozenset(self.spans.items())  # as ==, in any order
-        return hash((self.fusion, spans, self.qkv, self.logits, self.encode, self.num_heads,
-                     self.scale))  # fmt: skip
-
-    def __post_init__(self) -> None:
-        fusion = self.fusion if isinstance(self.fusion, (list, tuple)) else (self.fusion,)
-        if not fusion or not all(isinstance(x, (str, nn.Module)) for x in fusion):
-            raise TypeError(
-                f"fusion must be a module's dotted name, a module or a list of them, found "
-                f'{self.fusion!r}; for example fusion="fusion.layers.0.self_attn"'
-            )
-        object.__setattr__(self, "fusion", tuple(fusion))
-        object.__setattr__(self, "spans", _checked_spans(self.spans))
-        if isinstance(self.qkv, (list, tuple)):
-            object.__setattr__(self, "qkv", tuple(self.qkv))
-            if len(self.qkv) != 3 or not all(isinstance(x, str) for x in self.qkv):
-                raise ValueError(
-                    f"qkv={self.qkv!r}: needed one name or three, of the query, key and value "
-                    'projections; for example qkv=("q_proj", "k_proj", "v_proj")'
-                )
-        elif self.qkv is not None and not isinstance(self.qkv, str):
-            raise TypeError(f"qkv must be a name or three names, found {self.qkv!r}")
-        if isinstance(self.logits, bool) or not (
-            self.logits is None or isinstance(self.logits, (str, int)) or callable(self.logits)
-        ):
-            raise TypeError(
-                f"logits must be a key, an index or a function of what the model returns, found "
-                f"{self.logits!r}"
-            )
-        _check_encode(self.encode)
-        if isinstance(self.encode, (str, list)):
-            encode = (self.encode,) if isinstance(self.encode, str) else tuple(self.encode)
-            object.__setattr__(self, "encode", encode)
-        heads = self.num_heads
-        if heads is not None and (isinstance(heads, bool) or not isinstance(heads, Integral)):
-            raise TypeError(f"num_heads must be an int, found {heads!r}")
-        if heads is not None and heads < 1:
-            raise ValueError(f"num_heads={heads}: needed at least 1")
-        if self.scale is not None and not isinstance(self.scale, (int, float)):
-            raise TypeError(f"scale must be a number, found {self.scale!r}")
-
     @classmethod
-    def detect(cls, model: nn.Module, *inputs: Any, **known: Any) -> ModelSpec:
+    def detect(
+        cls, model: nn.Module, *inputs: Tensor, logits: Any = None, num_heads: int | None = None
+    ) -> ModelSpec:
         """A proposal for a model, from watching it on a batch: the first attention module whose
         tokens belong to one input each, and which tokens are whose.
+
+        Every input is exchanged between the samples in turn; tokens that change are that input's.
 
         Args:
             model: any module whose forward takes the inputs; it is not changed.
             inputs: one batch of at least two different samples, as the model takes it (random
                 values of the right shapes do).
-            known: ``logits=`` and ``num_heads=``, where they cannot be found.
+            logits, num_heads: as in ``ModelSpec``, where they cannot be found.
 
         Raises:
-            ValueError: no such module, or more than one reading; says what was found.
+            TypeError: the inputs are no batch of tensors.
+            ValueError: nothing that fits, or several; says what each attention was seen to attend
+                to.
         """
-        from .detect import detect
-
-        return detect(model, *inputs, **known)
-
-    def source(self) -> str:
-        """The spec as Python, to be pasted. Functions and modules cannot be printed.
-
-        Raises:
-            ValueError: it holds functions or modules.
-        """
-        lines = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("fusion", "encode") and isinstance(value, tuple) and len(value) == 1:
-                value = value[0]
-            parts = value if isinstance(value, tuple) else (value,)
-            if any(callable(part) for part in parts):
-                raise ValueError(f"{f.name} holds a function or a module, which has no source text")
-            if value is not None:
-                lines.append(f"    {f.name}={_literal(value)},")
-        return "\n".join(("fasttta.ModelSpec(", *lines, ")"))
-
-
-def _literal(value: object) -> str:
-    """Python text with double quotes, as the rest of a user's file has."""
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, tuple):
-        inner = ", ".join(map(_literal, value))
-        return f"({inner},)" if len(value) == 1 else f"({inner})"
-    return repr(value)
-
-
-def _checked_spans(spans: object) -> dict[str, tuple[int, int]]:
-    example = 'for example spans={"audio": (0, 512), "video": (512, 708)}'
-    if not isinstance(spans, Mapping) or not spans:
-        raise TypeError(
-            f"spans must be a dict modality -> (start, stop), found {spans!r}; {example}"
-        )
-    checked = {}
-    for name, span in spans.items():
-        pair = tuple(span) if isinstance(span, (list, tuple)) else (span,)
-        if len(pair) != 2 or not all(
-            isinstance(x, Integral) and not isinstance(x, bool) for x in pair
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+        if len(inputs) < 2 or not all(
+            isinstance(x, Tensor) and x.ndim and len(x) > 1 for x in inputs
         ):
-            raise TypeError(f"spans[{name!r}] must be (start, stop), found {span!r}; {example}")
-        start, stop = int(pair[0]), int(pair[1])
-        if start < 0 or stop - start < 2:
-            raise ValueError(
-                f"spans[{name!r}]=({start}, {stop}): needed 0 <= start and at least 2 tokens "
-                "(the standard deviation of one score is undefined)"
+            raise TypeError(
+                "inputs: needed one tensor a modality, at least two, with at least two different "
+                f"samples each, found {described(tuple(inputs))}"
             )
-        checked[str(name)] = (start, stop)
-    ordered = sorted(checked.items(), key=lambda item: item[1])
-    for (a, (_, stop)), (b, (start, _)) in itertools.pairwise(ordered):
-        if start < stop:
-            raise ValueError(f"spans of {a} and {b} overlap: {checked[a]} and {checked[b]}")
-    return checked
+        names = _names(model, len(inputs))
+        attentions = {n: m for n, m in model.named_modules() if n and attends(m)}
+        if not attentions:
+            raise ValueError(
+                f"{type(model).__name__} has no attention that fasttta knows: {_KINDS}"
+            )
+        with undisturbed(model):
+            tokens, output, owners = _owners(model, inputs, attentions, 0)
+            again = _tokens(model, inputs, attentions, 1)[0]
+            odd = [n for n, x in tokens.items() if n in again and not torch.equal(x, again[n])]
+            if odd:  # something random in evaluation mode: do other draws give the same owners?
+                _refuse_random_owners(odd, owners, _owners(model, inputs, attentions, 1)[2])
+        fusion = _only_separate(owners, names)
+        by_input = dict(zip(names, owners[fusion], strict=True))
+        children = usual_names(attentions[fusion])
+        if num_heads is None and children and not has_heads(attentions[fusion]):
+            raise ValueError(
+                f"{fusion} does not say how many heads it has; say it: "
+                "ModelSpec.detect(model, *inputs, num_heads=...)"
+            )
+        spec = cls(
+            fusion=fusion,
+            spans={n: _span(n, fusion, owned) for n, owned in by_input.items() if owned.any()},
+            qkv=children[0] if len(children) == 1 else children or None,
+            logits=_find_logits(output, len(inputs[0])) if logits is None else logits,
+            num_heads=num_heads,
+        )
+        _try_out(model, spec, inputs)
+        unowned = (~torch.stack(owners[fusion]).any(0)).nonzero().flatten().tolist()
+        if unowned:
+            warnings.warn(
+                f"tokens {_ranges(unowned)} of {fusion} changed with no input and are in no span: "
+                "class tokens, or parts of an input that are the same in every sample?",
+                stacklevel=_outside(),
+            )
+        return spec
 
 
-def _check_encode(encode: object) -> None:
-    if encode is None or isinstance(encode, str):
-        return
-    if isinstance(encode, (list, tuple)) and encode:
-        if all(isinstance(x, str) for x in encode):
-            return
-        if len(encode) == 2 and all(callable(x) and not isinstance(x, nn.Module) for x in encode):
-            return
-    raise TypeError(
-        "encode must be names of modules or a pair of functions (encode(model, *inputs) -> tensor, "
-        f"fuse(model, tokens) -> output), found {encode!r}; leave it out to have the cut found"
+def _refuse_random_owners(
+    names: list[str], owners: dict[str, list[Tensor]], others: dict[str, list[Tensor]]
+) -> None:
+    """Raises ValueError if other random draws give the tokens of one of these attentions to other
+    inputs."""
+    for name in names:
+        pairs = zip(owners.get(name, ()), others.get(name, ()), strict=False)
+        if name in owners and not all(torch.equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"{name} attends over other tokens in each run on equal inputs: the model "
+                "draws something at random in evaluation mode. Say where its parts are: "
+                "ModelSpec(fusion=..., spans=...)"
+            )
+
+
+def _only_separate(owners: dict[str, list[Tensor]], names: list[str]) -> str:
+    """The one attention whose tokens belong to one input each.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    fitting = [name for name, tokens in owners.items() if _separate(tokens)]
+    if len(fitting) == 1:
+        return fitting[0]
+    seen = "; ".join(f"{name}: {_described(tokens, names)}" for name, tokens in owners.items())
+    what = "several attention modules attend" if fitting else "no attention module attends"
+    raise ValueError(
+        f"{what} over tokens of several inputs that can still be told apart. Seen: "
+        f"{seen or 'none was called'}. Say which it is: ModelSpec(fusion=..., spans=...)"
     )
+
+
+def _outside() -> int:
+    """The number of stack frames, for the caller's warning, up to the one outside fasttta."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fasttta":
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _owners(
+    model: nn.Module, inputs: tuple[Tensor, ...], attentions: dict[str, nn.Module], seed: int
+) -> tuple[dict[str, Tensor], Any, dict[str, list[Tensor]]]:
+    """Tokens of each attention, the output, and which tokens change with each input [T].
+
+    An input is exchanged between the samples, and then drawn anew from its own values: what is the
+    same in all samples (a first token, padding at the end) changes then, too.
+    """
+    base, output = _tokens(model, inputs, attentions, seed)
+    moved: list[dict[str, list[Tensor]]] = []
+    generator = torch.Generator().manual_seed(seed)
+    for i, x in enumerate(inputs):
+        changed = [x.flip(0)]
+        if not torch.equal(x, x.flip(0)):
+            index = torch.randint(x.numel(), x.shape, generator=generator).to(x.device)
+            changed.append(x.flatten()[index])
+        tokens: dict[str, list[Tensor]] = {}
+        for number, new in enumerate(changed):
+            exchanged = tuple(new if i == j else y for j, y in enumerate(inputs))
+            try:
+                attended = _tokens(model, exchanged, attentions, seed)[0]
+            except Exception:
+                if number == 0:
+                    raise
+                continue  # values that cannot stand at any place
+            for name, y in attended.items():
+                if torch.isfinite(y).all():
+                    tokens.setdefault(name, []).append(y)
+        moved.append(tokens)
+    owners = {
+        name: [
+            torch.stack([(x != y).flatten(2).any(2).any(0) for y in tokens[name]]).any(0)
+            for tokens in moved
+        ]
+        for name, x in base.items()
+        if all(name in t and all(y.shape == x.shape for y in t[name]) for t in moved)
+    }
+    return base, output, owners
+
+
+def _try_out(model: nn.Module, spec: ModelSpec, inputs: tuple[Tensor, ...]) -> None:
+    """Raises ValueError where a proposal is one that methods refuse on such a batch."""
+    with undisturbed(model):
+        specified = SpecifiedModel(model, spec)
+        try:
+            specified.learn(inputs, check=True)
+            specified.fuse_attention(specified.encode(*inputs))
+        except ValueError as error:
+            place = spec.fusion[0] if isinstance(spec.fusion, tuple) else spec.fusion
+            raise ValueError(
+                f"the first attention over several inputs is {place}, with spans "
+                f"{dict(spec.spans)}, but {error}"
+            ) from error
+
+
+def _names(model: nn.Module, count: int) -> list[str]:
+    names = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return (names + [f"input_{i}" for i in range(len(names), count)])[:count]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or fused paths; flags and buffers as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), without_fast_path():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+def _tokens(
+    model: nn.Module, inputs: tuple[Tensor, ...], attentions: dict[str, nn.Module], seed: int
+) -> tuple[dict[str, Tensor], Any]:
+    """What each attention is first called with, [B, T, D], in the order of calls; the output.
+    ``seed``: of what the model draws at random, which is then the same in every run."""
+    attended: dict[str, Tensor] = {}
+    batch = len(inputs[0])
+
+    def keep(name: str, sequence_first: bool):
+        def hook(_module, args, kwargs):
+            x = next(tensors((args, kwargs)), None)
+            if name not in attended and isinstance(x, Tensor) and x.ndim == 3:
+                x = x.transpose(0, 1) if sequence_first else x
+                if len(x) == batch:
+                    attended[name] = x.clone()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in attentions.items():
+            sequence_first = not getattr(module, "batch_first", True)
+            handle = module.register_forward_pre_hook(keep(name, sequence_first), with_kwargs=True)
+            hooks.callback(handle.remove)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            output = model(*(x.clone() for x in inputs))
+    return attended, output
+
+
+def _separate(owners: list[Tensor]) -> bool:
+    """Whether no token depends on two inputs, and at least two inputs have two tokens or more."""
+    counts = torch.stack(owners).sum(0)
+    return bool((counts <= 1).all()) and sum(int(o.sum()) > 1 for o in owners) > 1
+
+
+def _span(name: str, fusion: str, owned: Tensor) -> tuple[int, int]:
+    index = owned.nonzero().flatten().tolist()
+    if any(b - a != 1 for a, b in pairwise(index)) or len(index) < 2:
+        raise ValueError(
+            f"the tokens of {name} in {fusion} are {_ranges(index)}; needed one range of at least "
+            "two. If some of them are the same in every sample, give other samples"
+        )
+    return index[0], index[-1] + 1
+
+
+def _ranges(index: list[int]) -> str:
+    parts: list[list[int]] = []
+    for i in index:
+        if parts and parts[-1][1] == i:
+            parts[-1][1] = i + 1
+        else:
+            parts.append([i, i + 1])
+    return ", ".join(f"{a}:{b}" for a, b in parts) or "none"
+
+
+def _described(owners: list[Tensor], names: list[str]) -> str:
+    parts = [
+        f"{name} {_ranges(owned.nonzero().flatten().tolist())}"
+        for name, owned in zip(names, owners, strict=True)
+        if owned.any()
+    ]
+    return f"{len(owners[0])} tokens ({', '.join(parts) or 'of no input'})"
+
+
+def _find_logits(output: Any, batch: int) -> str | int | None:
+    """Where the one [B, C] tensor is; None for the tensor itself."""
+
+    def fits(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim == 2 and len(x) == batch and x.is_floating_point()
+
+    if fits(output):
+        return None
+    if fits(getattr(output, "logits", None)) or (
+        isinstance(output, dict) and fits(output.get("logits"))
+    ):
+        return "logits"
+    if isinstance(output, dict):
+        places = [key for key, value in output.items() if fits(value)]
+    elif isinstance(output, (tuple, list)):
+        places = [i for i, value in enumerate(output) if fits(value)]
+    else:
+        places = []
+    if len(places) != 1:
+        what = f"at {', '.join(map(repr, places))}" if places else "nowhere"
+        raise ValueError(
+            f"the model returns {described(output)}: tensors [B, C] {what}, needed one. Say where "
+            "the logits are: ModelSpec.detect(model, *inputs, logits=...)"
+        )
+    return places[0]

@@ -1,4 +1,4 @@
-"""Watching one forward pass of a module: which submodules ran when, and who used their results."""
+"""A record of one forward pass: which submodules ran when, and who used their results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attended import SOFTMAX
-from .nested import tensors
+from .attention_calls import SOFTMAX
+from .outputs import tensors
 
 # asking a tensor for these reads none of its values
 _METADATA = {
@@ -40,13 +40,13 @@ class Call:
 
 
 @dataclass(eq=False)
-class Watch(TorchFunctionMode):
-    """What happened in a pass.
+class ForwardPass(TorchFunctionMode):
+    """One forward pass of a module, while it runs and afterwards.
 
     Attributes:
         calls: of all submodules, in order of their start.
-        uses: (calls that were going on, identities of the known tensors that a torch function was
-            given); known are the inputs and all calls' results, which live as long as this.
+        uses: (calls that were going on, identities of the ``tensors`` that a torch function took).
+        tensors: the inputs and all calls' results by identity; they live as long as this.
         scores: (calls that were going on, the function, its arguments) of softmaxes and fused
             attention.
         output: what the module returned.
@@ -54,7 +54,7 @@ class Watch(TorchFunctionMode):
 
     calls: list[Call] = field(default_factory=list)
     uses: list[tuple[tuple[Call, ...], set[int]]] = field(default_factory=list)
-    known: dict[int, Tensor] = field(default_factory=dict)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
     scores: list[tuple[tuple[Call, ...], Any, tuple, dict]] = field(default_factory=list)
     output: Any = None
     stack: tuple[Call, ...] = ()
@@ -67,9 +67,9 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         if func not in _QUESTIONS and not (func.__name__ == "__get__" and name in _METADATA):
-            given = {id(x) for x in tensors((args, kwargs)) if self.known.get(id(x)) is x}
-            if given:
-                self.uses.append((self.stack, given))
+            used = {id(x) for x in tensors((args, kwargs)) if self.tensors.get(id(x)) is x}
+            if used:
+                self.uses.append((self.stack, used))
         if func in SOFTMAX or func is nnf.scaled_dot_product_attention:
             self.scores.append((self.stack, func, args, kwargs))
         return func(*args, **kwargs)
@@ -88,22 +88,25 @@ class Watch(TorchFunctionMode):
         call = self.stack[-1]
         call.stop, call.output = self.clock, output
         call.versions = tuple(x._version for x in tensors(output))
-        self.known |= {id(x): x for x in tensors(output)}
+        self.tensors |= {id(x): x for x in tensors(output)}
         self.clock += 1
         self.stack = self.stack[:-1]
 
     def used(self, skipped: set[Call], output: Any) -> set[int]:
         """Identities of tensors whose values are used outside the skipped calls."""
-        found = {id(x) for x in tensors(output)}
+        used = {id(x) for x in tensors(output)}
         for stack, identities in self.uses:
             if not skipped.intersection(stack):
-                found |= identities
-        return found
+                used |= identities
+        return used
 
 
-def watch(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Watch:
-    """Runs the module (or ``run``, which calls it) on inputs once, without gradients."""
-    seen = Watch(known={id(x): x for x in inputs})
+def record_pass(
+    module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> ForwardPass:
+    """Runs ``run``, the module or what calls it, on inputs once, without gradients, and records the
+    pass."""
+    seen = ForwardPass(tensors={id(x): x for x in inputs})
     counts: dict[str, int] = {}
     with ExitStack() as hooks, torch.no_grad():
         for name, child in module.named_modules():
@@ -118,7 +121,7 @@ def watch(module: nn.Module, run: Callable[..., Any], inputs: tuple[Tensor, ...]
     return seen
 
 
-def cut(seen: Watch, fusion: tuple[str, ...]) -> int:
+def cut(seen: ForwardPass, fusion: tuple[str, ...]) -> int:
     """When the block starts that holds the first call of a fusion module; when that call itself
     does, if nothing has returned before the block.
 
@@ -136,7 +139,7 @@ def cut(seen: Watch, fusion: tuple[str, ...]) -> int:
 
 
 def finished(
-    seen: Watch,
+    seen: ForwardPass,
     time: int,
     keep: set[str],
     names: tuple[str, ...] | None,

@@ -1,4 +1,4 @@
-"""What a fusion attention computes its scores of, taken as it passes, and whether masks hide it."""
+"""The calls of a fusion attention: their queries, keys and scores, and whether a mask hides any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .nested import tensors
+from .outputs import tensors
 
 SOFTMAX = {nnf.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _FUSED = nnf.scaled_dot_product_attention
@@ -39,7 +39,7 @@ class Attended:
 
     Attributes:
         parts: what its projections gave, by their number; of an nn.MultiheadAttention empty.
-        inputs: what the projections of queries and keys were given.
+        inputs: inputs of the projections of queries and keys, by the projection's number.
         module: the nn.MultiheadAttention, whose queries and keys are projected a second time.
         hidden: 0-d bool tensors, or bools: whether a mask hides something.
         seen: how many times the call gave scores to a softmax or to fused attention.
@@ -55,7 +55,7 @@ class Attended:
 
     @property
     def complete(self) -> bool:
-        """Whether queries and keys are known."""
+        """Whether the call's queries and keys were recorded."""
         return self.module is not None or len(self.parts) == 1 or {0, 1} <= self.parts.keys()
 
     def projected(self, packed: bool) -> tuple[Tensor, Tensor]:
@@ -123,8 +123,6 @@ class Attending(TorchFunctionMode):
                 self._softmax(args[0] if args else kwargs["input"])
         return func(*args, **kwargs)
 
-    # ------------------------------------------------------------------ what is seen
-
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self._pending.pop() if self._pending else Attended()
         self._inside.append(call)
@@ -144,17 +142,17 @@ class Attending(TorchFunctionMode):
                     self._pending.append(Attended())
                 call = self._pending[-1]
             call.parts[which] = output
-            given = next(tensors((args, kwargs)), None)
-            if given is not None:
-                call.inputs[which] = given
+            tokens = next(tensors((args, kwargs)), None)
+            if tokens is not None:
+                call.inputs[which] = tokens
 
         return hook
 
     @torch.no_grad()
-    def _fused(self, given: dict[str, Any]) -> None:
-        call, mask = self._inside[-1], given.get("attn_mask")
+    def _fused(self, arguments: dict[str, Any]) -> None:
+        call, mask = self._inside[-1], arguments.get("attn_mask")
         call.seen += 1
-        if given.get("is_causal") and given["query"].shape[-2] > 1:
+        if arguments.get("is_causal") and arguments["query"].shape[-2] > 1:
             call.hidden.append(True)
         if isinstance(mask, Tensor):
             call.hidden.append(~mask.all() if mask.dtype == torch.bool else (mask != 0).any())
@@ -181,8 +179,8 @@ def _multihead(
 ) -> None:
     """Queries and keys of an nn.MultiheadAttention, from what it is called with."""
     names = inspect.signature(nn.MultiheadAttention.forward).parameters
-    given = dict(zip(list(names)[1:], args, strict=False)) | kwargs
-    query, key = given.get("query"), given.get("key")
+    arguments = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+    query, key = arguments.get("query"), arguments.get("key")
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.ndim != 3:
         raise ValueError(
             f"{path} ({type(module).__name__}) is called with something else than batches of "
@@ -191,10 +189,10 @@ def _multihead(
     call.module, call.inputs = module, {0: query, 1: key}
     call.seen += plain_multihead(module)
     for name in ("key_padding_mask", "attn_mask"):
-        mask = given.get(name)
+        mask = arguments.get(name)
         if isinstance(mask, Tensor):
             call.hidden.append((mask if mask.dtype == torch.bool else mask != 0).any())
-    if given.get("is_causal") and given.get("attn_mask") is None:
+    if arguments.get("is_causal") and arguments.get("attn_mask") is None:
         call.hidden.append(True)
 
 

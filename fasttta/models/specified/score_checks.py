@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .attended import Attended, Softmax
+from .attention_calls import Attended, Softmax
+from .forward_pass import ForwardPass
 from .projections import Projections
-from .watch import Watch
 
 _ADVICE = (
     "the statistics of this method are those of raw scores over all tokens, and would count what "
@@ -21,7 +21,7 @@ def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     return (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-2, -1))
 
 
-def check_scores(last: Projections, seen: Watch, q: Tensor, k: Tensor) -> None:
+def check_scores(last: Projections, seen: ForwardPass, q: Tensor, k: Tensor) -> None:
     """Compares raw scores from the projections with what the module gives to its softmax.
 
     Args:

@@ -1,4 +1,4 @@
-"""Tensors inside what a module returns: tuples, lists, dicts, dataclasses, ModelOutputs."""
+"""What a module returns: the tensors in tuples, lists, dicts, dataclasses and ModelOutputs."""
 
 from __future__ import annotations
 
@@ -61,6 +61,42 @@ def described(tree: Any) -> str:
                           for f in dataclasses.fields(tree))  # fmt: skip
         return f"{type(tree).__name__}({inner})"
     return "None" if tree is None else type(tree).__name__
+
+
+def logits_in(output: Any, where: str | int | Callable[[Any], Any] | None) -> Tensor:
+    """The logits [B, C] in what a module returned.
+
+    Args:
+        where: as ``ModelSpec.logits``: a key or attribute, an index, a function; None: the tensor
+            itself, ``.logits``, or the first element.
+
+    Raises:
+        ValueError: there is nothing there, or no [B, C] of floating point.
+    """
+    try:
+        if callable(where):
+            logits = where(output)
+        elif isinstance(where, str):
+            keyed = isinstance(output, dict) and where in output
+            logits = output[where] if keyed else getattr(output, where)
+        elif where is not None:
+            logits = output[where]
+        elif isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
+            logits = output[0]
+        elif isinstance(output, dict) and "logits" in output:
+            logits = output["logits"]
+        else:
+            logits = getattr(output, "logits", output)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"logits={where!r} does not fit what the model returns, {described(output)}: {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"needed logits [B, C], found {described(logits)} in {described(output)}; say "
+            'where they are: ModelSpec(..., logits="key"), an index, or a function of it'
+        )
+    return logits
 
 
 def alike(a: Any, b: Any) -> bool:

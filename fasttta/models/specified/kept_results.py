@@ -1,7 +1,7 @@
-"""The encode / fuse cut of any module: results of its frozen submodules are kept and given again.
+"""The encode / fuse cut of any module: ``encode`` keeps results, ``fuse`` puts them back.
 
 ``fuse`` runs the module's own forward; submodules that had returned before the fusion started
-give what they gave in ``encode`` instead of computing it.
+return what they returned in ``encode`` instead of computing it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nested import alike, rebuilt, tensors
-from .watch import Call, Watch, cut, finished, watch
+from .forward_pass import Call, ForwardPass, cut, finished, record_pass
+from .outputs import alike, rebuilt, tensors
 
 _DIGIT = 2**22  # integers travel as two float32 digits, exact up to 2^46
 
@@ -67,13 +67,13 @@ class Leaf:
             x = (low + high * _DIGIT).to(self.integer)
         rest = [n for i, n in enumerate(shape) if i != grow]
         x = x.reshape(batch * shape[grow], *rest).movedim(0, grow)
-        # of its own: what the module does in place must not reach the features
+        # a copy: what the module does in place must not reach the features
         return x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
-class Replay:
-    """What to keep and give again, found from two passes over one and over two samples.
+class KeptResults:
+    """Which results are kept and put back, from a pass over one sample and one over two.
 
     Attributes:
         leaves: tensors of the inputs, then of the kept results.
@@ -89,8 +89,6 @@ class Replay:
     results: dict[str, dict[int, Any]] = field(repr=False)
     stop: tuple[str, int] = ("", 0)
 
-    # ------------------------------------------------------------------ finding it
-
     @classmethod
     def find(
         cls,
@@ -99,7 +97,7 @@ class Replay:
         fusion: tuple[str, ...],
         tuned: set[str],
         names: tuple[str, ...] | None,
-    ) -> tuple[Replay, Watch]:
+    ) -> tuple[KeptResults, ForwardPass]:
         """The plan, and what was seen of the pass over two samples.
 
         Args:
@@ -112,8 +110,8 @@ class Replay:
             ValueError: the fusion is not called, or a result mixes the samples of a batch.
         """
         versions = [x._version for x in inputs]
-        one = watch(module, module, tuple(x[:1].clone() for x in inputs))
-        two = watch(module, module, inputs)
+        one = record_pass(module, module, tuple(x[:1].clone() for x in inputs))
+        two = record_pass(module, module, inputs)
         if [(c.name, c.index) for c in one.calls] != [(c.name, c.index) for c in two.calls]:
             raise ValueError("the model calls other submodules for two samples than for one")
         time = cut(two, fusion)
@@ -125,7 +123,7 @@ class Replay:
             leaves.append(_leaf(x[:1], x, "an input"))
             leaves[-1].overwritten = x._version != version
         kept: dict[str, dict[int, Any]] = {}
-        given: dict[str, dict[int, Any]] = {}
+        results: dict[str, dict[int, Any]] = {}
         outermost = set(chosen)
 
         def inner(call: Call) -> bool:
@@ -141,9 +139,9 @@ class Replay:
                 identities.append(id(b))
             template = rebuilt(call.output, lambda x: _Number(numbers[id(x)]))
             kept.setdefault(call.name, {})[call.index] = template
-            # calls inside a kept one are not made when its result is given
+            # calls inside a kept one are not made when its result is put back
             made = [c for c in two.calls if c.name == call.name and not inner(c)]
-            given.setdefault(call.name, {})[made.index(call)] = template
+            results.setdefault(call.name, {})[made.index(call)] = template
         used = two.used(set(chosen), two.output)
         column = 0
         for leaf, identity in zip(leaves, identities, strict=True):
@@ -151,9 +149,7 @@ class Replay:
                 leaf.columns = slice(column, column + leaf.width)
                 column += leaf.width
         stop = next((c.name, c.index) for c in two.calls if c.start == time)
-        return cls(leaves, len(inputs), kept, given, stop), two
-
-    # ------------------------------------------------------------------ using it
+        return cls(leaves, len(inputs), kept, results, stop), two
 
     def encode(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """Runs the module up to the fusion: what is kept, packed, [B, values].
@@ -203,8 +199,8 @@ class Replay:
         return torch.cat(parts, dim=1)  # in the widest of their types
 
     @contextmanager
-    def given(self, module: nn.Module, features: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """While it lasts, kept results are given again; yields the inputs to call with.
+    def put_back(self, module: nn.Module, features: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """While it lasts, submodules return their kept results; yields the inputs to call with.
 
         Raises:
             ValueError: the features are of another cut (a saved state of another ModelSpec).
@@ -226,7 +222,7 @@ class Replay:
         for name, results in self.results.items():
             submodule = module.get_submodule(name)
             changed.append((submodule, vars(submodule).get("forward")))
-            submodule.forward = _giving(submodule.forward, results, value)
+            submodule.forward = _returning(submodule.forward, results, value)
         try:
             yield tuple(value(number) for number in range(self.inputs))
         finally:
@@ -254,14 +250,14 @@ class _Number(int):
 
 
 def _repeatable(
-    two: Watch,
+    two: ForwardPass,
     single: dict[tuple[str, int], Any],
     time: int,
     tuned: set[str],
     names: tuple[str, ...] | None,
     around_hooks: set[str],
 ) -> list[Call]:
-    """The outermost calls whose results can be given again: the same for one sample and for two but
+    """The outermost calls whose results can be put back: the same for one sample and for two but
     for the batch axis of their tensors. (Others, which return constants or shapes, are looked
     into; so are those around hooks, which run only where a module is called.)"""
     without = {(call.name, call.index) for call in two.calls if call.name in around_hooks}
@@ -303,7 +299,7 @@ def _ending(index: int):
     return hook
 
 
-def _giving(compute, results: dict[int, Any], value):
+def _returning(compute, results: dict[int, Any], value):
     counter = [0]
 
     def forward(*args, **kwargs):
