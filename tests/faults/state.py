@@ -109,8 +109,8 @@ FAULTS = [
         "engine/test_state_dict.py::test_state_dicts_that_do_not_fit",
     ),
     (
-        "a method that no image runs is taken", "fasttta/adapted/images.py",
-        "if isinstance(method, Episodic) or type(method) is methods.Source:",
+        "a method that no image runs is taken", "fasttta/families/__init__.py",
+        "if isinstance(method, Episodic) or kind is Source:",
         "if True:",
         "methods/test_custom_methods.py::test_what_would_not_be_run_is_refused",
     ),
