@@ -60,12 +60,12 @@ def test_methods_share_features(read, batches, tmp_path):
     expected = list(read().stream(batches))
     for method in ("read", "source"):
         adapted = read(method)
-        found = list(adapted.stream(batches, cache=FeatureCache(tmp_path)))
+        results = list(adapted.stream(batches, cache=FeatureCache(tmp_path)))
         again = list(adapted.stream(batches, cache=FeatureCache(tmp_path)))
         assert adapted.encoded == []
         assert len(again) == len(SIZES)
         if method == "read":
-            assert all_same(expected, found)
+            assert all_same(expected, results)
 
 
 @pytest.mark.parametrize("method", ["tent", "sar", "eata"])
@@ -85,10 +85,10 @@ def test_any_order_and_partial_hits(read, batches, tiny_batch, tmp_path):
     one = tuple(torch.cat((x[order[:6]], new, x[order[6:8]])) for x, new in zip(joined, fresh))  # noqa: B905
     rest = tuple(x[order[8:]] for x in joined)
     cache, adapted = FeatureCache(tmp_path), read()
-    found = list(adapted.stream([one, rest], cache=cache))
+    results = list(adapted.stream([one, rest], cache=cache))
     assert adapted.encoded == [2]
     assert (cache.hits, cache.misses) == (13, 2)
-    for x, y in zip(read().stream([one, rest]), found, strict=True):
+    for x, y in zip(read().stream([one, rest]), results, strict=True):
         assert torch.allclose(x.logits, y.logits, atol=1e-5)
     # together with encode_batch: those that are missing, that many at a time
     cache, adapted = FeatureCache(tmp_path), read()
@@ -112,11 +112,11 @@ def test_bf16_rounds_alike_in_every_run(read, tiny_batch, tmp_path):
     batches = [tiny_batch(seed=i) for i in range(3)]
     first = list(read().stream(batches, cache=FeatureCache(tmp_path / "half", dtype="bf16")))
     second = read()
-    found = list(second.stream(batches, cache=FeatureCache(tmp_path / "half", dtype="bf16")))
+    results = list(second.stream(batches, cache=FeatureCache(tmp_path / "half", dtype="bf16")))
     assert second.encoded == []
-    assert all_same(first, found)
+    assert all_same(first, results)
     expected = list(read().stream(batches, cache=FeatureCache(tmp_path / "full")))
-    for x, y in zip(expected, found, strict=True):
+    for x, y in zip(expected, results, strict=True):
         assert not torch.equal(x.logits_before, y.logits_before)
         assert torch.allclose(x.logits_before, y.logits_before, atol=0.05)
     for name, size in (("half", 2), ("full", 4)):
@@ -171,10 +171,10 @@ def test_non_finite_features_are_not_kept(tiny_batch, tiny_model, tmp_path):
 
 def test_non_finite_input(read, tiny_batch, tmp_path):
     bad = (torch.full((5, 6, 8), torch.nan), tiny_batch()[1])
-    found, cache = [], FeatureCache(tmp_path)
+    results, cache = [], FeatureCache(tmp_path)
     with pytest.raises(ValueError, match="audio holds non-finite"):
-        found.extend(read().stream([tiny_batch(), bad], encode_batch=8, cache=cache))
-    assert len(found) == 1
+        results.extend(read().stream([tiny_batch(), bad], encode_batch=8, cache=cache))
+    assert len(results) == 1
     assert cache.misses == 5
     adapted = read()
     list(adapted.stream([tiny_batch()], cache=FeatureCache(tmp_path)))
@@ -246,9 +246,9 @@ def test_source_context(read, tiny_batch, tmp_path):
     for given in (None, cache):
         adapted.encoded.clear()
         with adapted.source():
-            found = list(adapted.stream(batches, encode_batch=8, cache=given))
+            results = list(adapted.stream(batches, encode_batch=8, cache=given))
         assert adapted.encoded == [5, 5, 5]  # once: nothing is encoded ahead
-        for x, batch in zip(found, batches, strict=True):
+        for x, batch in zip(results, batches, strict=True):
             assert torch.equal(x.logits, adapted.unwrap()(*batch))
             assert int(x.n_used) == 0
     assert all(torch.equal(x, adapted.tuned[n]) for n, x in tuned.items())
@@ -272,8 +272,8 @@ def test_inference_mode(read, tiny_batch, tmp_path):
 
         cls.fuse_attention = fuse_attention
         with torch.inference_mode():
-            found = list(adapted.stream([tiny_batch()], 8, FeatureCache(tmp_path)))
-        assert all_same(expected, found)
+            results = list(adapted.stream([tiny_batch()], 8, FeatureCache(tmp_path)))
+        assert all_same(expected, results)
     assert inference == [False] * 4
 
 

@@ -454,8 +454,8 @@ def test_specified_models(cls, tmp_path):
     expected = list(_specified(cls).stream(batches))
     for encoded in ([4, 4, 4], []):
         adapted = counting(_specified(cls))
-        found = list(adapted.stream(batches, cache=FeatureCache(tmp_path)))
-        assert all_same(expected, found)
+        results = list(adapted.stream(batches, cache=FeatureCache(tmp_path)))
+        assert all_same(expected, results)
         assert adapted.encoded == encoded
 
 

@@ -90,10 +90,10 @@ def test_default_collation(read, tiny_batch, tmp_path):
 )
 def test_bad_ids(read, tiny_batch, tmp_path, ids, error, message):
     loader = [Batch(tiny_batch(4), [1, 2, 3, 4]), Batch(tiny_batch(4, seed=2), ids)]
-    adapted, found = read(), []
+    adapted, results = read(), []
     if error is None:  # as without ids
         assert len(list(adapted.stream(loader, cache=FeatureCache(tmp_path)))) == 2
         return
     with pytest.raises(error, match=message):
-        found.extend(adapted.stream(loader, encode_batch=8, cache=FeatureCache(tmp_path)))
-    assert len(found) == 1
+        results.extend(adapted.stream(loader, encode_batch=8, cache=FeatureCache(tmp_path)))
+    assert len(results) == 1

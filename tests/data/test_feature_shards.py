@@ -62,10 +62,10 @@ def test_damaged_shards_are_noticed_and_rebuilt(read, tiny_batch, tmp_path):
         file.write_bytes(damaged)
         adapted.encoded.clear()
         with pytest.warns(RuntimeWarning, match=f"{file.name}.*is damaged") as caught:
-            found = list(adapted.stream([batch], cache=FeatureCache(tmp_path)))
+            results = list(adapted.stream([batch], cache=FeatureCache(tmp_path)))
         assert len(caught) == 1, what
         assert caught[0].filename == __file__
-        assert all_same(expected, found), what
+        assert all_same(expected, results), what
         assert adapted.encoded == [5], what
         assert [p.read_bytes() for p in shards(tmp_path)] == [data], what
         count += 1

@@ -178,10 +178,10 @@ def test_other_files_with_the_extra(tmp_path):
     soundfile = pytest.importorskip("soundfile")
     x = _signal(2, n=400).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", x, 44100, subtype="PCM_16")
-    found, rate = load_wav(tmp_path / "a.flac")
+    waveform, rate = load_wav(tmp_path / "a.flac")
     assert rate == 44100
-    assert found.shape == (2, 400)
-    assert np.abs(found.numpy().T - x).max() < 2**-15
+    assert waveform.shape == (2, 400)
+    assert np.abs(waveform.numpy().T - x).max() < 2**-15
     # the same WAV by both readers
     soundfile.write(tmp_path / "b.wav", x, 8000, format="WAVEX", subtype="PCM_24")
     expected = soundfile.read(tmp_path / "b.wav", dtype="float32")[0]
@@ -207,10 +207,10 @@ def test_another_rate_is_refused(rate):
 def test_resampling(rate, dtype):
     pytest.importorskip("soxr")
     expected = cavmae_audio(_tone(16000).to(dtype), 16000, frames=90)
-    found = cavmae_audio(_tone(rate, channels=2).to(dtype), rate, resample=True, frames=90)
-    assert found.dtype == dtype
+    features = cavmae_audio(_tone(rate, channels=2).to(dtype), rate, resample=True, frames=90)
+    assert features.dtype == dtype
     # below 3.1 kHz, where the tones are; above lies the resampler's floor
-    assert (found - expected)[:, :60].abs().mean() < 0.02
+    assert (features - expected)[:, :60].abs().mean() < 0.02
     assert cavmae_audio(_tone(16000), 16000, resample=True, frames=9).shape == (9, 128)
 
 
@@ -262,5 +262,5 @@ def test_waveforms_of_other_classes():
     x = _tone(16000)
     with pytest.raises(TypeError, match="waveform is a sparse COO tensor"):
         cavmae_audio(x.to_sparse(), 16000)
-    found = cavmae_audio(torch.nn.Parameter(x, requires_grad=False), 16000)
-    assert type(found) is torch.Tensor
+    features = cavmae_audio(torch.nn.Parameter(x, requires_grad=False), 16000)
+    assert type(features) is torch.Tensor

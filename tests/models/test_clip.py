@@ -70,15 +70,15 @@ def test_checkpoints(tmp_path, resnet):
         (tmp_path / "clip.pt", 5e-2), (str(tmp_path / "a.pth"), 1e-6),
         (tmp_path / "a.safetensors", 1e-6), (state, 1e-6),
     ):  # fmt: skip
-        found = CLIP.from_checkpoint(source)
-        assert not found.training
-        assert found.encode_image(pixels).dtype == torch.float32
+        loaded = CLIP.from_checkpoint(source)
+        assert not loaded.training
+        assert loaded.encode_image(pixels).dtype == torch.float32
         for a, b in (
-            (found.encode_image(pixels), model.encode_image(pixels)),
-            (found.encode_text(ids), model.encode_text(ids)),
+            (loaded.encode_image(pixels), model.encode_image(pixels)),
+            (loaded.encode_text(ids), model.encode_text(ids)),
         ):
             assert (a - b).abs().max() <= tolerance * b.abs().max()
-    found.positional_embedding.data.zero_()
+    loaded.positional_embedding.data.zero_()
     assert state["positional_embedding"].any(), "a mapping's tensors are copied"
     wide = {name: x.double() for name, x in state.items() if x.is_floating_point()}
     assert CLIP.from_checkpoint(wide).visual.conv1.weight.dtype == torch.float64
@@ -172,9 +172,6 @@ def test_bad_pixels():
             model.encode_image(bad)
 
 
-# ---------------------------------------------------------------------- attention
-
-
 def _by_autograd(model, pixels, text, which):
     """The definitions, one view at a time and through all of autograd, in float64."""
     rows = []
@@ -218,13 +215,13 @@ def test_attention_against_autograd(which):
     model = tiny_clip(seed=4).double()
     pixels = tiny_views(19, seed=5, dtype=torch.float64).base
     text = F.normalize(model.encode_text(tiny_ids()), dim=-1)
-    found = model.attention_maps(pixels, text, which)
+    maps = model.attention_maps(pixels, text, which)
     expected = _by_autograd(model, pixels, text, which).detach()
-    assert (found.rows - expected).abs().max() < 1e-8
-    assert found.grid.shape == (19, 3, 3)
-    assert found.grid.min() >= 0
-    assert found.grid.max() <= 1
-    assert (found.features - model.encode_image(pixels)).abs().max() < 1e-12
+    assert (maps.rows - expected).abs().max() < 1e-8
+    assert maps.grid.shape == (19, 3, 3)
+    assert maps.grid.min() >= 0
+    assert maps.grid.max() <= 1
+    assert (maps.features - model.encode_image(pixels)).abs().max() < 1e-12
     single = tiny_clip(seed=4)
     in_float32 = single.attention_maps(pixels.float(), text.float(), which)
     assert (in_float32.rows - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -244,8 +241,8 @@ def test_layernorm_closed_form():
     y = F.layer_norm(leaf, (64,), weight.double(), None, 1e-5)
     (expected,) = torch.autograd.grad(y, leaf, grad)
     inner = (x * expected).sum(-1)
-    found = vision_transformer.layernorm_inner(x, 1e-5, weight.double(), grad)
-    assert (found - inner).abs().max() < 1e-9 * inner.abs().max() + 1e-13
+    product = vision_transformer.layernorm_inner(x, 1e-5, weight.double(), grad)
+    assert (product - inner).abs().max() < 1e-9 * inner.abs().max() + 1e-13
     backward = vision_transformer.layernorm_backward(x, 1e-5, weight.double(), grad)
     assert (backward - expected).abs().max() < 1e-12
     single = vision_transformer.layernorm_inner(x.float(), 1e-5, weight, grad.float())
@@ -256,14 +253,14 @@ def test_grad_cam():
     model = tiny_clip(resnet=True).double()
     pixels = torch.rand(5, 3, 64, 64, dtype=torch.float64)
     text = F.normalize(model.encode_text(tiny_ids()), dim=-1)
-    found = model.attention_maps(pixels, text)
+    maps = model.attention_maps(pixels, text)
     maps = model.visual.features(model._normalised(pixels)).requires_grad_()
     features = model.visual.attnpool(maps)
     logits = model.logit_scale.exp() * F.normalize(features, dim=-1) @ text.T
     (grad,) = torch.autograd.grad(logits.max(1).values.sum(), maps)
     cam = (grad.mean((2, 3), keepdim=True) * maps).sum(1).clamp_min(0)
-    assert (found.rows - cam.flatten(1)).abs().max() < 1e-12
-    assert found.grid.shape == (5, 2, 2)
+    assert (maps.rows - cam.flatten(1)).abs().max() < 1e-12
+    assert maps.grid.shape == (5, 2, 2)
 
 
 def test_attention_errors():
@@ -273,9 +270,6 @@ def test_attention_errors():
         model.attention_maps(pixels, text, "x")
     with pytest.raises(ValueError, match="at least two blocks"):
         tiny_clip(vision={"depth": 1}).attention_maps(pixels, text)
-
-
-# ---------------------------------------------------------------------- formulas
 
 
 def test_even_maps_and_lone_views():
@@ -295,11 +289,11 @@ def test_a_view_is_no_neighbour_of_its_own():
     exact = features.double()
     similarity = exact @ exact.transpose(1, 2) - 10 * torch.eye(30)
     expected = (similarity.topk(20, -1).values.mean(-1) / 0.01).softmax(-1)
-    found = reliability.similarity_weights(features, 20, 0.01)
-    assert (found - expected).abs().max() < 1e-4
+    weights = reliability.similarity_weights(features, 20, 0.01)
+    assert (weights - expected).abs().max() < 1e-4
     kept = [i % 3 != 0 for i in range(30)]
     similarity = exact @ exact.transpose(1, 2)
     similarity = similarity.masked_fill(torch.diag(torch.tensor(kept)), -torch.inf)
     expected = (similarity.topk(20, -1).values.mean(-1) / 0.01).softmax(-1)
-    found = reliability.similarity_weights(features, 20, 0.01, kept)
-    assert (found - expected).abs().max() < 1e-4
+    weights = reliability.similarity_weights(features, 20, 0.01, kept)
+    assert (weights - expected).abs().max() < 1e-4

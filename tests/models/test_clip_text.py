@@ -72,14 +72,14 @@ def test_features_and_gradient(case, way):
     for start in (None, prompts.initial + noise):
         at = prompts.linearise(start)
         assert at.features.shape == (1 if start is None else 3, len(ids), 12)
-        found = at.pullback(cotangent)
+        gradients = at.pullback(cotangent)
         for i in range(3):
             leaf = (prompts.initial if start is None else start[i]).clone().requires_grad_()
             expected = naive(model, ids, leaf)
             (grad,) = torch.autograd.grad(expected, leaf, cotangent[i])
             features = at.features[0 if start is None else i]
             assert (features - expected).abs().max() <= EXACT * expected.abs().max()
-            assert (found[i] - grad).abs().max() <= EXACT * max(1, grad.abs().max())
+            assert (gradients[i] - grad).abs().max() <= EXACT * max(1, grad.abs().max())
     # a second call gives the same bits
     assert torch.equal(
         prompts.linearise().pullback(cotangent), prompts.linearise().pullback(cotangent)

@@ -83,8 +83,8 @@ class Fuzz:
 
     def object(self):
         """A shallow copy that may be changed."""
-        found = self.objects[self.kind]
-        return dict(found) if isinstance(found, dict) else list(found)
+        value = self.objects[self.kind]
+        return dict(value) if isinstance(value, dict) else list(value)
 
     def write(self, thing, formats=("new", "old", "pickle", "safetensors")) -> None:
         form = self.random.choice(formats)
@@ -359,10 +359,10 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-def _sound(found) -> bool:
+def _sound(result) -> bool:
     """Whether what was read can be used: finite floating point values."""
-    if isinstance(found, nn.Module):
-        return all(torch.isfinite(x).all() for x in found.parameters())
+    if isinstance(result, nn.Module):
+        return all(torch.isfinite(x).all() for x in result.parameters())
     return True
 
 

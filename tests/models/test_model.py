@@ -93,8 +93,8 @@ def test_every_mode(tiny_model, tiny_batch, depth):
     for mode, pooled in expected.items():
         audio = None if "video" in mode else inputs["a"]
         video = None if "audio" in mode else inputs["v"]
-        found = model(audio, video, mode=mode)
-        assert torch.allclose(found, _plain_head(model, pooled), atol=1e-10), mode
+        logits = model(audio, video, mode=mode)
+        assert torch.allclose(logits, _plain_head(model, pooled), atol=1e-10), mode
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -143,11 +143,11 @@ def test_layouts(official, golden_model, tmp_path, keys, prefix):
     save_file(state, tmp_path / "model.safetensors")
     for source in (state, tmp_path / "model.pth", str(tmp_path / "model.safetensors")):
         model = CAVMAE.from_checkpoint(source, num_heads=4)
-        found, expected = model.state_dict(), golden_model.state_dict()
-        assert found.keys() == expected.keys()
+        loaded, expected = model.state_dict(), golden_model.state_dict()
+        assert loaded.keys() == expected.keys()
         for name, x in expected.items():
-            assert found[name].dtype == torch.float32
-            assert torch.equal(found[name], x.cpu())
+            assert loaded[name].dtype == torch.float32
+            assert torch.equal(loaded[name], x.cpu())
 
 
 def test_wrapped_and_old_pickles(official, tmp_path):

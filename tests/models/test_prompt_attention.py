@@ -30,14 +30,14 @@ def test_gradients(shape, tokens):
     batch, count, prompts = shape
     q, kv = draw(batch, count, 12, seed=1, grad=tokens), draw(batch, count, 24, seed=2, grad=tokens)
     prompt_kv, along = draw(prompts, 24, seed=3), draw(batch, count, 12, seed=4, grad=False)
-    found = prompt_attention(q, kv, prompt_kv, 3, 0.7)
+    out = prompt_attention(q, kv, prompt_kv, 3, 0.7)
     expected = plain(q, kv, prompt_kv, 3, 0.7)
-    assert torch.allclose(found, expected, atol=1e-12)
+    assert torch.allclose(out, expected, atol=1e-12)
     with torch.no_grad():
         assert torch.allclose(prompt_attention(q, kv, prompt_kv, 3, 0.7), expected, atol=1e-12)
     of = (q, kv, prompt_kv) if tokens else (prompt_kv,)
     for a, b in zip(
-        torch.autograd.grad(found, of, along), torch.autograd.grad(expected, of, along), strict=True
+        torch.autograd.grad(out, of, along), torch.autograd.grad(expected, of, along), strict=True
     ):
         assert b.abs().max() > 1e-6
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
@@ -58,12 +58,12 @@ def test_lower_precision(dtype, count, tokens, monkeypatch):
         softmax_attention, "_suits", lambda *x: served.append(suits(*x)) or served[-1]
     )
     exact = plain(q.double(), kv.double(), prompt_kv.double(), 3, 0.5)
-    found = prompt_attention(q, kv, prompt_kv, 3, 0.5)
+    out = prompt_attention(q, kv, prompt_kv, 3, 0.5)
     limit = 1e-5 if dtype == torch.float32 else 0.05
-    assert (found.double() - exact).abs().max() < limit
+    assert (out.double() - exact).abs().max() < limit
     of = (q, kv, prompt_kv) if tokens else (prompt_kv,)
     for a, b in zip(
-        torch.autograd.grad(found.double().square().sum(), of),
+        torch.autograd.grad(out.double().square().sum(), of),
         torch.autograd.grad(exact.square().sum(), of),
         strict=True,
     ):

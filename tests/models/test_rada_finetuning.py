@@ -100,9 +100,6 @@ def test_text_is_trained_whatever_the_mode():
         assert not torch.equal(raw, before)
 
 
-# ------------------------------------------------------------------------------- whole models
-
-
 def rational_clip(**options):
     return tiny_clip(**options).set_classes(tiny_ids()).rational(heads=3)
 

@@ -39,9 +39,6 @@ def trained(adapted, seed=4):
     return adapted
 
 
-# ------------------------------------------------------------------------------------- CLIP
-
-
 def test_fresh_head_is_zero_shot(clip):
     """Until the first update; and the user's model stays as it was."""
     before = copy.deepcopy(clip.state_dict())
@@ -61,17 +58,17 @@ def test_fresh_head_is_zero_shot(clip):
 def test_views_are_those_of_features(clip):
     """An episode is that of the same views' features under a classifier of class texts."""
     adapted, views = trained(adapt(clip)), tiny_views()
-    found = adapted.step(views=views, trace=True)
+    result = adapted.step(views=views, trace=True)
     model = adapted._hidden[1]
     classifier = fasttta.models.FeatureClassifier(
         some_head(seed=4, dtype=torch.float32), model.text, model.scale
     )
     features = clip.encode_image(views.augmix)
     expected = fasttta.adapt(classifier, "rada", select=0.5, lr=1e-2).step(features, trace=True)
-    assert same(found, expected)
-    assert found.stats["selected"].shape == (3,)
+    assert same(result, expected)
+    assert result.stats["selected"].shape == (3,)
     for name, grad in expected.grads.items():
-        assert torch.equal(found.grads[name], grad)
+        assert torch.equal(result.grads[name], grad)
 
 
 def test_every_image_is_an_episode(clip, tmp_path):
@@ -127,12 +124,12 @@ def test_stream_of_images(clip):
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
 def test_precisions(clip, precision):
-    found = adapt(clip, precision=precision).step(images(1))
+    result = adapt(clip, precision=precision).step(images(1))
     expected = adapt(clip).step(images(1))
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    assert found.logits.dtype == dtype
+    assert result.logits.dtype == dtype
     atol = 1e-4 if precision == "fp64" else 0.5
-    assert torch.allclose(found.logits_before.float(), expected.logits_before, atol=atol)
+    assert torch.allclose(result.logits_before.float(), expected.logits_before, atol=atol)
 
 
 def test_converted_clips(tmp_path):
@@ -250,20 +247,17 @@ def test_inspect_knows_it(clip, tmp_path):
     wide = tiny_clip()  # heads=8 divides 16, not 12
     wide.visual.proj = torch.nn.Parameter(torch.randn(24, 16))
     wide.text_projection = torch.nn.Parameter(torch.randn(20, 16))
-    found = inspection.describe(wide)["methods"]["rada"]
+    entry = inspection.describe(wide)["methods"]["rada"]
     adapted = fasttta.adapt(wide, "rada", classes=tiny_ids())
-    assert found["names"] == list(adapted.tuned)
-    assert found["tuned"] == 6 * (16 * 16 + 16)
+    assert entry["names"] == list(adapted.tuned)
+    assert entry["tuned"] == 6 * (16 * 16 + 16)
     saved = adapted._saved()
     written = sum(x.nbytes for n, x in saved.items() if n not in ("random", "classes"))
-    assert found["delta_bytes"] == written
+    assert entry["delta_bytes"] == written
     assert wide.class_features is None
     text = inspection.table_clip(inspection.describe(wide))
     assert "1,632" in text
     assert "q_proj1.weight [16, 16]; a head of six" in text
-
-
-# ------------------------------------------------------------------------------- audio-visual
 
 
 def test_linear_classifier(tiny_model, tiny_batch):

@@ -177,8 +177,8 @@ def test_several_images():
     images = [_image(61, 83), _floats(_image(20, 90, seed=1)), _image(33, 32, seed=2)]
     views = _make(images)
     generator = _seeded()
-    for image, found in zip(images, views, strict=True):
-        assert _equal(make_views(image, 9, generator=generator, resolution=32), found)
+    for image, values in zip(images, views, strict=True):
+        assert _equal(make_views(image, 9, generator=generator, resolution=32), values)
     assert isinstance(_make(images[:1]), list)
 
 

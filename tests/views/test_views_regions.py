@@ -82,8 +82,8 @@ def test_mask_kernels(golden, high, low):
 def test_quantiles(golden):
     kernels = golden("kernels_f64")
     for q in (0.0, 0.2, 0.5, 0.8, 0.99, 1.0):
-        found = quantile(kernels["quantile.x"], q)[:, 0]
-        assert (found - kernels[f"quantile.{q}"]).abs().max() <= TOLERANCES["quantile"]
+        values = quantile(kernels["quantile.x"], q)[:, 0]
+        assert (values - kernels[f"quantile.{q}"]).abs().max() <= TOLERANCES["quantile"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 50])

@@ -21,6 +21,7 @@ class Conv(nn.Conv2d):
         super().__init__(channels, out, kernel, stride, kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, out, h', w'], in the type of ``x``."""
         dtype = self.compute_dtype or self.weight.dtype
         y = F.conv2d(x.to(dtype), self.weight.to(dtype), None, self.stride, self.padding)
         return y.to(x.dtype)
@@ -46,6 +47,7 @@ class Bottleneck(nn.Module):
         return F.avg_pool2d(x, self.stride) if self.stride > 1 else x
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, 4 planes, h / stride, w / stride]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(self._pool(y)))

@@ -134,6 +134,8 @@ class AttentionMaps:
 
     @classmethod
     def cat(cls, parts: list[AttentionMaps]) -> AttentionMaps:
+        """The maps of several pieces of the views as one."""
+
         def joined(name: str) -> Any:
             column = [getattr(part, name) for part in parts]
             return None if column[0] is None else torch.cat(column)
