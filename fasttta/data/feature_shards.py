@@ -1,9 +1,9 @@
-"""Files that hold rows of one kind by name: checksummed, written whole or not at all.
+"""Files that hold rows of one kind by name, with checksums; a file is never half written.
 
-A shard is a safetensors file with a tensor a row; its metadata hold each row's CRC-32 and the type
-that it was computed in. The file's name is that of the kind and a digest of the file's header, so
-that names, layout and checksums are vouched for by the name and values by the checksums. There is
-no index that could be lost or damaged: the folder is the index.
+A shard is a safetensors file with one tensor for each row; its metadata hold each row's CRC-32 and
+the type that it was computed in. The file's name consists of the kind and a digest of the file's
+header: the name protects names, layout and checksums, and the checksums protect the values. There
+is no index that could be lost or damaged: the folder is the index.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Damaged(Exception):
 
 
 class Shards:
-    """Rows of one kind in a folder; those added last may still be in memory only.
+    """Rows of one kind in a folder; the newest ones may still be in memory only.
 
     Args:
-        folder: exists.
+        folder: a folder that exists.
         kind: 32 hex digits; rows of other kinds are left alone.
         full: bytes of new rows at which a file is written.
     """
@@ -107,7 +107,7 @@ class Shards:
         return True
 
     def scan(self) -> None:
-        """Takes up files that other processes have written since."""
+        """Adds the files that other processes have written since."""
         for file in sorted(os.listdir(self.folder)):
             match = NAME.fullmatch(file)
             if match and match[1] == self.kind and file not in self._files:
@@ -119,7 +119,7 @@ class Shards:
                     self._remove(file, error)
 
     def _take(self, file: str) -> None:
-        """Adds a file's rows, unless they are known from another file."""
+        """Adds a file's rows, but those that another file has."""
         with open(self.folder / file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = stream.read(8)
@@ -148,7 +148,7 @@ class Shards:
         self._files.discard(file)
 
     def _remove(self, file: str, error: Exception) -> None:
-        """A file that cannot be used: its rows are missing from now on."""
+        """Removes a file that cannot be used, with a warning; its rows are missing from now on."""
         self._forget(file)
         path = self.folder / file
         warn(
@@ -162,7 +162,7 @@ class Shards:
             self._files.add(file)  # not to be looked at again
 
     def add(self, names: list[str], rows: Tensor, computed: torch.dtype) -> None:
-        """Keeps rows [n, ...] on the CPU, those with values that are not finite excepted."""
+        """Keeps rows [n, ...] on the CPU, without those that hold a value that is not finite."""
         finite = torch.isfinite(rows).view(len(rows), -1).all(dim=1).tolist()
         for name, row, usable in zip(names, rows, finite, strict=True):
             if usable:
@@ -172,8 +172,8 @@ class Shards:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what is in memory only. Where that fails the rows are given up with a warning:
-        whoever waits for a prediction does not need them."""
+        """Writes rows that are in memory only. Where that fails they are dropped with a warning:
+        a prediction does not need them."""
         new, self._new, self._size = self._new, {}, 0
         if not new:
             return
@@ -215,7 +215,7 @@ def _digest(header: bytes) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename last through a power cut."""
+    """Makes sure that a rename survives a power cut."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -226,7 +226,7 @@ def _sync(folder: Path) -> None:
 
 
 def clear_parts(folder: Path, seconds: float) -> None:
-    """Removes what killed processes left half written so long ago that nobody writes to it."""
+    """Removes half-written files of killed processes: those that nobody has written to for long."""
     for path in folder.glob(f"*{PART}"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > seconds:

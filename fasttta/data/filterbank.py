@@ -57,7 +57,7 @@ def _mel_filters(
 
 
 def _checked(waveform: Tensor) -> Tensor:
-    """The waveform, without a class of the caller's."""
+    """The waveform as a plain tensor, if it can be used."""
     if not isinstance(waveform, Tensor):
         raise TypeError(f"waveform is a {type(waveform).__name__}; needed a torch tensor")
     waveform = dense("waveform", waveform)
@@ -168,7 +168,7 @@ def fbank(
 
 
 def _check_samples(waveform: Tensor) -> None:
-    """Finite, and not at the levels of integers."""
+    """Raises ValueError unless samples are finite and in the range of floats, not of integers."""
     if not waveform.numel():
         return
     low, high = (x.item() for x in torch.aminmax(waveform.detach()))
@@ -182,7 +182,7 @@ def _check_samples(waveform: Tensor) -> None:
 
 
 def _at_rate(waveform: Tensor, sample_rate: float, resample: bool) -> Tensor:
-    """The waveform at 16000 samples per second."""
+    """The waveform resampled to 16000 samples per second."""
     if not resample:
         raise ValueError(
             f"sample_rate is {sample_rate}; CAV-MAE was trained at {RATE}, and other rates give "

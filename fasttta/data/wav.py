@@ -61,11 +61,11 @@ def load_wav(path: str | os.PathLike) -> tuple[Tensor, int]:
 
 
 class _Damaged(Exception):
-    """What is wrong with a file, to stand behind its name."""
+    """A file cannot be read; the message completes a sentence that begins with its name."""
 
 
 def _parse(content: bytes) -> tuple[_Format, bytearray]:
-    """The format and the bytes of whole frames."""
+    """The format, and the samples as bytes, without the rest of a frame at the end."""
     if len(content) < 12:
         raise _Damaged("is damaged or no PCM WAV file (it ends too early)")
     view, position, kind, long_size = memoryview(content), 12, None, None
@@ -121,7 +121,7 @@ def _format(body: bytes) -> _Format:
 
 
 def _frames(kind: _Format, data: memoryview, size: int | None) -> bytearray:
-    """Whole frames of so many bytes; None: all there are."""
+    """The first ``size`` bytes of samples, which must be full frames; None: all full frames."""
     frame = kind.channels * kind.width
     if size is None:
         size = len(data) // frame * frame
@@ -156,7 +156,7 @@ def _to_float(data: bytearray, kind: _Format) -> Tensor:
 
 
 def _other(name: str, convert: str) -> tuple[Tensor, int]:
-    """A file that is no WAV, through soundfile."""
+    """Reads a file of another kind than WAV, with soundfile."""
     try:
         import soundfile
     except ImportError as error:

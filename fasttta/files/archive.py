@@ -62,7 +62,11 @@ class _Archive:
         return order != sys.byteorder
 
     def bytes_of(self, name: str, most: int) -> bytes:
-        """A whole member.
+        """The content of a member.
+
+        Args:
+            name: of the member.
+            most: bytes that may be read.
 
         Raises:
             Refused: it is missing, or larger than ``most``, or far larger than what is stored.
@@ -79,6 +83,7 @@ class _Archive:
         return data
 
     def text(self, name: str, most: int) -> str:
+        """The content of a member as text. Arguments and errors as of ``bytes_of``."""
         return self.bytes_of(name, most).decode("utf-8", errors="replace")
 
     def _size(self, name: str) -> int:
@@ -175,7 +180,7 @@ def _checked_members(file: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
 
 
 def read_archive(path: str | os.PathLike) -> Any:
-    """What ``torch.save`` or ``torch.jit.save`` put into a zip archive; nothing in it is run.
+    """Reads a zip archive of ``torch.save`` or ``torch.jit.save``, without running code in it.
 
     Returns:
         The object that was saved, as ``inert_pickle.load`` has it; of a TorchScript module its

@@ -1,4 +1,4 @@
-"""A reader of pickles that calls nothing: tensors and containers, everything else stays inert."""
+"""Reads pickles of tensors and containers without calling anything; other objects stay inert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 #: more operations than any checkpoint has (a CLIP's archive: 20,000); they take some 10 s
 _MOST_OPERATIONS = 5_000_000
-_MOST_DIMENSIONS = 64  # what PyTorch itself takes
+_MOST_DIMENSIONS = 64  # PyTorch's limit
 
 
 class Refused(ValueError):
@@ -32,7 +32,7 @@ class Name(NamedTuple):
 
 @dataclass(eq=False)
 class Record:
-    """An object of a class that was not imported: what it was made of and its state."""
+    """An object of a class that was not imported: the arguments it was made from, its state."""
 
     name: Name
     made_of: Any = ()
@@ -46,7 +46,7 @@ class Storage(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A tensor whose values are no plain numbers in memory, and of which kind it is."""
+    """A tensor whose values are not plain numbers in memory, and its kind."""
 
     kind: str
 
@@ -132,7 +132,7 @@ class _Machine:
         return items
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """What a function of the file would return, for the few that make tensors."""
+        """The result of a function that the file names, for the few that make tensors."""
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise Refused("it calls something that is not a function")
         if str(function) == "copyreg._reconstructor" and arguments:
@@ -183,7 +183,7 @@ class _Machine:
 
 
 def _bytes(stored: Any) -> bytes:
-    """Bytes, which protocol 2 has as text that a codec would turn into them."""
+    """Bytes; protocol 2 stores them as text and the codec that encodes it."""
     if isinstance(stored, Record) and str(stored.name) == "_codecs.encode":
         text = stored.made_of[0] if isinstance(stored.made_of, tuple) and stored.made_of else None
         stored = text.encode("latin1") if isinstance(text, str) else text
@@ -315,6 +315,7 @@ def load(
     """The object of a pickle, without importing or calling anything that it names.
 
     Args:
+        data: the pickle.
         persistent: identifier of a storage -> the storage.
         nested: bytes that ``torch.save`` made of a storage -> the storage.
 

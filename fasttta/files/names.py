@@ -1,12 +1,12 @@
-"""Names of tensors, without what wrappers of a module put before and into them."""
+"""Names of tensors without the prefixes and inner parts that wrappers of a module add."""
 
 from __future__ import annotations
 
 import re
 
-# DataParallel, DDP, torch.compile, BriMPR's PromptVA, and scripts that hold a model in an attribute
+# prefixes: of DataParallel, DDP, torch.compile, BriMPR's PromptVA, scripts with a model attribute
 _BEFORE = re.compile(r"(?:(?:module|_orig_mod|model|net|va_model)\.)+")
-# what is put around a part of a model: torch.compile, FSDP, checkpointing
+# inner parts, from wrappers around a part of a model: torch.compile, FSDP, checkpointing
 _WITHIN = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors from outside: told by their first bytes, read without running what they hold."""
+"""Reads files of tensors from outside: their first bytes say the kind, no code in them is run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .archive import read_archive
 from .inert_pickle import Refused, Storage
 
 _MOST_PICKLE = 2**31  # bytes of a plain pickle, tensors included; statistics have a few MB
-# the first pickle of what torch.save wrote before version 1.6
+# the first pickle of a file of torch.save before version 1.6
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer (the file itself was not downloaded)"),
@@ -44,7 +44,7 @@ _ADVICE = (
 
 
 def describe(path: str | os.PathLike) -> str:
-    """What a file is that is no checkpoint, by its first bytes."""
+    """The kind of a file that is no checkpoint, by its first bytes; for messages."""
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
@@ -67,10 +67,16 @@ def describe(path: str | os.PathLike) -> str:
 
 
 def regular_file(path: Any, what: str) -> str:
-    """The name of a file, if it is a regular one.
+    """The name of a regular file.
+
+    Args:
+        path: of the file.
+        what: the content that it should have, for messages.
 
     Raises:
-        TypeError: no path. FileNotFoundError: nothing is there. ValueError: no regular file.
+        TypeError: it is not a path.
+        FileNotFoundError: nothing is there.
+        ValueError: it is a folder, or no regular file.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         kind = type(path).__name__
@@ -95,11 +101,17 @@ def _looks_like_safetensors(head: bytes) -> bool:
 
 
 def read_file(path: str | os.PathLike, what: str = "checkpoint") -> Any:
-    """The object in a file: safetensors; ``torch.save``, new and old; ``torch.jit.save``, of which
-    the state dict is returned; a plain pickle of tensors. On the CPU. Nothing in it is run.
+    """Reads a checkpoint on the CPU, without running code that it holds.
+
+    Formats: safetensors; ``torch.save``, new and old; ``torch.jit.save``; a plain pickle of
+    tensors.
 
     Args:
-        what: what the file should hold, for messages.
+        path: of the file.
+        what: the content that it should have, for messages.
+
+    Returns:
+        The object in the file; of ``torch.jit.save`` its state dict.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it holds something else.
@@ -151,7 +163,7 @@ def _safetensors(name: str) -> dict[str, Tensor]:
 
 
 def _legacy(source: str | io.BytesIO) -> Any:
-    """What ``torch.save`` wrote before version 1.6, by PyTorch's own restricted reader."""
+    """Reads a file of ``torch.save`` before version 1.6, with PyTorch's restricted reader."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may fail anywhere in torch's readers
@@ -164,7 +176,7 @@ def _legacy(source: str | io.BytesIO) -> Any:
 
 
 def _plain_pickle(name: str) -> Any:
-    """A dict of tensors as ``pickle.dump`` writes it: every storage is a file of its own."""
+    """Reads a dict of tensors that ``pickle.dump`` wrote: each storage is a file inside it."""
     if os.path.getsize(name) > _MOST_PICKLE:
         raise Refused("a plain pickle of more than 2 GiB is not read")
     with open(name, "rb") as file:

@@ -1,4 +1,4 @@
-"""Refusing tensors that cannot be a model's weights, by the name of the first."""
+"""Refuses tensors that cannot be a model's weights, in an error that names the first."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .inert_pickle import Unreadable
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# expanded tensors: what may be copied beyond the memory that they are views of
+# of expanded tensors: how much more memory their copies may take than the views do
 _MOST_TIMES, _MOST_MORE = 8, 64 * 2**20
 
 
 def defect(x: object, floating: bool = True) -> str | None:
-    """What is wrong with a tensor as weights, values aside; None: nothing."""
+    """Why a tensor cannot be a weight, whatever its values; None: it can be one."""
     if isinstance(x, Unreadable):
         return x.kind
     if not isinstance(x, Tensor):
@@ -52,7 +52,8 @@ def check_weights(
     """Raises ValueError unless all are plain, finite tensors of 16, 32 or 64-bit floats.
 
     Args:
-        what: they are, for the message: a file's name.
+        tensors: by name.
+        what: where they come from, for the message: a file's name.
         floating: False: integers and booleans are weights too.
         skip_values: names whose values may be anything.
 
