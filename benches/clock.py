@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +18,14 @@ Run = Callable[[], tuple[Tensor, ...]]
 _FLUSH_BYTES = 2**28  # several times the last-level cache of any GPU (H200: 60 MB)
 _CYCLES_PER_SECOND = 2e9
 _LONGEST_HOLD = 0.02  # s
+_SECONDS = 4.0  # of one bench, both sides together, where its rounds are not given
+_SHORT = 0.5  # s, both sides together
 
 
 class HostClock:
     """Wall time: what a call takes on the CPU."""
 
     __name__ = "perf_counter"
-
-    def __call__(self) -> float:
-        return time.perf_counter()
 
     def time(self, run: Run) -> float:
         start = time.perf_counter()
@@ -34,9 +34,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """A clock that advances only by what CUDA events measured around ``time(run)``.
-
-    pytest-benchmark takes it as its timer, so that its tables and files show device time.
+    """Device time: what CUDA events measure around a call.
 
     Args:
         queued: flush the cache, then keep the device busy while ``run`` is being launched, so that
@@ -48,13 +46,9 @@ class DeviceClock:
     __name__ = "cuda_events"
 
     def __init__(self, device: torch.device, queued: bool) -> None:
-        self._now = 0.0
         self._queued = queued
         self._flush = torch.empty(_FLUSH_BYTES if queued else 0, dtype=torch.uint8, device=device)
         self._holds: dict[Run, int] = {}
-
-    def __call__(self) -> float:
-        return self._now
 
     def _hold(self, run: Run) -> int:
         """Cycles that launching ``run`` takes on the host."""
@@ -77,9 +71,81 @@ class DeviceClock:
         run()
         end.record()
         end.synchronize()
-        seconds = start.elapsed_time(end) / 1e3
-        self._now += seconds
-        return seconds
+        return start.elapsed_time(end) / 1e3
+
+
+def of(device: torch.device, queued: bool) -> HostClock | DeviceClock:
+    """The clock of a device."""
+    return DeviceClock(device, queued) if device.type == "cuda" else HostClock()
+
+
+class Sides:
+    """Ours and what it is compared with, timed call by call in turn.
+
+    Args:
+        run: ours.
+        reference: what it is compared with, or None.
+        parts: in place of a reference: (how often it does something, that).
+        watch: what times a call.
+
+    Attributes:
+        seconds: of each call of ours.
+        reference_seconds: of each call of the reference, or of its parts together; those of ours
+            where there is neither.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        reference: Run | None,
+        parts: Sequence[tuple[float, Run]],
+        watch: HostClock | DeviceClock,
+    ) -> None:
+        self.run, self.reference, self.parts, self.watch = run, reference, parts, watch
+        self.others = [part for _, part in parts] or ([] if reference is None else [reference])
+        self.seconds: list[float] = []
+        self.reference_seconds = [] if self.others else self.seconds
+        self.warm = False  # whether an untimed call of the same side goes before each timed one
+
+    @property
+    def best(self) -> float:
+        """Seconds of the shortest call of ours."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """Seconds of a usual call of ours."""
+        return statistics.median(self.seconds)
+
+    def plan(self, rounds: int | None, short_calls_warm: bool) -> int:
+        """How many turns to take; without a wish as many as fit into some seconds, 5 to 200.
+
+        Args:
+            short_calls_warm: without a wish, an untimed call goes before each timed one where
+                calls are short, so that what the other side leaves of caches and of the
+                allocator's heap is not measured.
+        """
+        if rounds is not None:
+            return rounds
+        turn = sum(self.watch.time(side) for side in (self.run, *self.others))
+        self.warm = short_calls_warm and turn < _SHORT
+        return int(min(200, max(5, _SECONDS / turn)))
+
+    def turn(self, keep: bool = True) -> None:
+        """Times the reference once, then ours; ``keep``: and keeps both times."""
+        if self.parts:
+            other = sum(count * self.watch.time(part) for count, part in self.parts)
+        elif self.reference is not None:
+            if self.warm:
+                self.reference()
+            other = self.watch.time(self.reference)
+        if self.warm:
+            self.run()
+        ours = self.watch.time(self.run)
+        if keep:
+            self.seconds.append(ours)
+            if self.others:
+                self.reference_seconds.append(other)
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,13 +28,10 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-clock, ceiling, report = map(_module, ("clock", "ceiling", "report"))
+agreement, clock, ceiling, report = map(_module, ("agreement", "clock", "ceiling", "report"))
 machine = _module("machine").machine
 
-_SECONDS = 4.0  # of one bench, both sides together, where its rounds are not given
-_SHORT = 0.5  # s, both sides together
 _SERIES = 3  # in which a result may reach the stored one
-ROUNDING = 16 * torch.finfo(torch.float32).eps  # differences that are never an error, in float32
 
 _ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 _STORED = pytest.StashKey[dict[str, dict[str, Any]]]()
@@ -85,7 +81,6 @@ def pytest_configure(config: pytest.Config) -> None:
         for needs in ("save_results", "check_results", "compile", "long"):
             if getattr(config.option, needs):
                 raise pytest.UsageError(f"--{needs.replace('_', '-')} needs --benchmark")
-        config.option.benchmark_disable = True
     if config.option.check_results:
         path = report.RESULTS / f"{report.slug(machine())}.json"
         if config.option.save_results or not path.exists():
@@ -101,10 +96,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["fasttta"] = machine()
 
 
 @pytest.hookimpl(trylast=True)
@@ -147,50 +138,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def difference(returned: Tensor, wanted: Tensor) -> tuple[float, float]:
-    """Largest error of the leading samples that ``wanted`` has: absolute, and as a share of the
-    largest value wanted."""
-    assert returned.isfinite().all(), "the outputs are not finite"
-    wanted = wanted.detach().double()
-    returned = (
-        returned.detach().double()[: len(wanted)] if wanted.ndim else returned.detach().double()
-    )
-    worst = (returned - wanted).abs().max().item()
-    return worst, worst / max(wanted.abs().max().item(), torch.finfo(torch.float64).tiny)
-
-
-def _agreement(
-    outputs: tuple[Tensor, ...],
-    expected: tuple[Tensor, ...],
-    exact: tuple[Tensor, ...] | None,
-    tolerance: float | None,
-    rounding: float = ROUNDING,
-    noise: dict[int, float] | None = None,
-) -> tuple[float, float]:
-    """Errors of the outputs against ``exact``, else the reference; fails where they disagree.
-
-    Without a tolerance the reference's own error in the same type is the measure: four times that,
-    and at least ``rounding``, as a reference may come close to the exact value by chance. ``noise``
-    keeps the largest such error of each output from one call to the next: a loss that drifts from
-    the exact one through several steps also crosses it.
-    """
-    errors, noise = [], {} if noise is None else noise
-    truth = expected if exact is None else exact
-    for i, (returned, reference, wanted) in enumerate(zip(outputs, expected, truth, strict=True)):
-        allowed = tolerance
-        if allowed is None:
-            noise[i] = max(noise.get(i, 0.0), difference(reference, wanted)[1])
-            allowed = max(4 * noise[i], rounding)
-        errors.append(difference(returned, wanted))
-        apart = difference(returned, reference)[1]
-        assert errors[-1][1] <= allowed, f"output {i} is {errors[-1][1]:.1e} off, not {allowed:.1e}"
-        assert apart <= 2 * allowed, f"output {i} is {apart:.1e} from the reference's: no ratio"
-    return max(e[0] for e in errors), max(e[1] for e in errors)
-
-
 @pytest.fixture
 def measure(
-    benchmark, device: torch.device, full: bool, request: pytest.FixtureRequest
+    device: torch.device, full: bool, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., None]]:
     """Checks a bench's outputs against its reference, then times both, call by call in turn."""
 
@@ -202,7 +152,7 @@ def measure(
         check: tuple[clock.Run, clock.Run] | None = None,
         exact: tuple[Tensor, ...] | clock.Run | None = None,
         tolerance: float | None = None,
-        rounding: float = ROUNDING,
+        rounding: float = agreement.ROUNDING,
         checks: int = 1,
         rounds: int | None = None,
         warmup: int = 1,
@@ -236,116 +186,95 @@ def measure(
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        checked, whole = check or (run, reference)
-        noise: dict[int, float] = {}
-        for _ in range(checks):
-            outputs = checked()
-            expected = outputs if whole is None else whole()
-            truth = exact() if callable(exact) else exact
-            errors = _agreement(outputs, expected, truth, tolerance, rounding, noise)
-        if not full:
-            benchmark.pedantic(lambda: None)  # the checks were the smoke test
-            return
-        peak = clock.peak_bytes(run, device) if memory else None
-        launches = reference_launches = None
-        if device.type == "cuda":
-            launches = clock.launches(run)
-            reference_launches = clock.launches(reference) if reference else launches
-        sides = [part for _, part in parts] or ([reference] if reference else [])
-        reference_peak = peak
-        if memory and sides:
-            reference_peak = max(clock.peak_bytes(side, device) for side in sides)
-
-        watch = clock.HostClock()
-        target = run
-        if device.type == "cuda":
-            watch = clock.DeviceClock(device, queued)
-            target = lambda: watch.time(run)  # noqa: E731
-        benchmark._timer = watch
-        warm = False
-        if rounds is None:
-            turn = watch.time(run) + sum(watch.time(side) for side in sides)
-            rounds = int(min(200, max(5, _SECONDS / turn)))
-            # short calls each follow an untimed one of their own side, so that what the other side
-            # leaves of caches and of the allocator's heap is not measured
-            warm = device.type == "cpu" and turn < _SHORT
-
-        def other_side() -> None:
-            if parts:
-                turns.append(sum(count * watch.time(part) for count, part in parts))
-            elif reference is not None:
-                if warm:
-                    reference()
-                turns.append(watch.time(reference))
-            if warm:
-                run()
-
-        turns: list[float] = []
-        benchmark.pedantic(
-            target,
-            setup=other_side,
-            rounds=rounds,
-            warmup_rounds=warmup,
+        checked, expected = check or (run, reference)
+        errors = agreement.check(
+            checked, expected, exact, tolerance=tolerance, rounding=rounding, times=checks
         )
-        seconds = list(benchmark.stats.stats.data)
-        turns = turns[warmup:]
-        stored = request.config.stash[_STORED].get(request.node.name)
-        fallen = None
-        for series in range(_SERIES if stored else 0):
-            for _ in range(rounds if series else 0):
-                other_side()
-                seconds.append(watch.time(run))
-            fallen = report.fallen(stored, min(seconds), min(turns or seconds))
-            if fallen is None:
-                break
-        turns = turns or seconds
-        median, reference_median = statistics.median(seconds), statistics.median(turns)
-        best = min(seconds)
-        if "bytes" in facts and "dtype" in facts:
-            work = facts["bytes"], facts.get("flops", 0), device, facts["dtype"]
-            bound = ceiling.bound_seconds(*work, torch.get_num_threads())
-            facts |= {
-                "gb_per_s": round(facts["bytes"] / best / 1e9, 2),
-                "tflop_per_s": round(facts.get("flops", 0) / best / 1e12, 4),
-                "bound_us": round(bound * 1e6, 2),
-                "percent_of_bound": round(100 * bound / best, 1),
+        if not full:
+            return  # the checks were the smoke test
+        sides = clock.Sides(run, reference, parts, clock.of(device, queued))
+        resources = _resources(sides, device, memory)
+        rounds = sides.plan(rounds, short_calls_warm=device.type == "cpu")
+        for _ in range(warmup):
+            sides.turn(keep=False)
+        for _ in range(rounds):
+            sides.turn()
+        fallen = _fallen(request.config.stash[_STORED].get(request.node.name), sides, rounds)
+        request.config.stash[_ENTRIES].append(
+            {
+                **_identity(request.node),
+                **{key: report.plain(value) for key, value in facts.items()},
+                **_share_of_ceiling(facts, sides.best, device),
+                "clock": sides.watch.__name__,
+                "threads": torch.get_num_threads(),
+                "rounds": rounds,
+                **report.times(sides.seconds, sides.reference_seconds),
+                **errors,
+                **resources,
+                "samples_per_s": None if samples is None else round(samples / sides.median, 3),
             }
-        fifths = seconds  # of a single round
-        if len(seconds) > 1:
-            fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        case = getattr(request.node, "callspec", None)  # none without parameters
-        name, params = request.node.originalname, {} if case is None else dict(case.params)
-        entry = {
-            "id": request.node.name,
-            "name": name,
-            "params": {key: report.plain(value) for key, value in params.items()},
-            **{key: machine()[key] for key in ("torch", "triton", "commit")},
-            **{key: report.plain(value) for key, value in facts.items()},
-            "clock": watch.__name__,
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            "median_us": round(median * 1e6, 2),
-            "p20_us": round(fifths[0] * 1e6, 2),
-            "p80_us": round(fifths[-1] * 1e6, 2),
-            "p99_us": round(sorted(seconds)[int(0.99 * (len(seconds) - 1) + 0.5)] * 1e6, 2),
-            "min_us": round(best * 1e6, 2),
-            "reference_us": round(reference_median * 1e6, 2),
-            "reference_min_us": round(min(turns) * 1e6, 2),
-            "ratio": round(reference_median / median, 3),
-            "min_ratio": round(min(turns) / best, 3),
-            "max_abs_error": errors[0],
-            "relative_error": errors[1],
-            "against": "reference" if exact is None else str(truth[0].dtype)[6:],
-            "peak_bytes": peak,
-            "reference_peak_bytes": reference_peak,
-            "launches": launches,
-            "reference_launches": reference_launches,
-            "samples_per_s": None if samples is None else round(samples / median, 3),
-        }
-        benchmark.extra_info.update(entry)
-        request.config.stash[_ENTRIES].append(entry)
+        )
         assert fallen is None, fallen
 
     before = torch.get_num_threads()
     yield measure
     torch.set_num_threads(before)
+
+
+def _resources(sides: clock.Sides, device: torch.device, memory: bool) -> dict[str, int | None]:
+    """Peak memory, where it is asked for, and kernel launches, on a GPU, of both sides."""
+    peak = reference_peak = launches = reference_launches = None
+    if memory:
+        peak = reference_peak = clock.peak_bytes(sides.run, device)
+        if others := sides.others:
+            reference_peak = max(clock.peak_bytes(other, device) for other in others)
+    if device.type == "cuda":
+        launches = reference_launches = clock.launches(sides.run)
+        if sides.reference is not None:
+            reference_launches = clock.launches(sides.reference)
+    return {
+        "peak_bytes": peak,
+        "reference_peak_bytes": reference_peak,
+        "launches": launches,
+        "reference_launches": reference_launches,
+    }
+
+
+def _fallen(stored: dict[str, Any] | None, sides: clock.Sides, rounds: int) -> str | None:
+    """What has fallen below the stored result in several series, of which one has been measured."""
+    if stored is None:
+        return None
+    fallen = report.fallen(stored, min(sides.seconds), min(sides.reference_seconds))
+    for _ in range(_SERIES - 1):
+        if fallen is None:
+            break
+        for _ in range(rounds):
+            sides.turn()
+        fallen = report.fallen(stored, min(sides.seconds), min(sides.reference_seconds))
+    return fallen
+
+
+def _identity(node: pytest.Item) -> dict[str, Any]:
+    """Which bench it is, and with which versions it ran."""
+    case = getattr(node, "callspec", None)  # none without parameters
+    params = {} if case is None else dict(case.params)
+    return {
+        "id": node.name,
+        "name": node.originalname,
+        "params": {key: report.plain(value) for key, value in params.items()},
+        **{key: machine()[key] for key in ("torch", "triton", "commit")},
+    }
+
+
+def _share_of_ceiling(facts: dict[str, Any], best: float, device: torch.device) -> dict[str, float]:
+    """Rates that the shortest call reached; nothing for a bench that does not say its work."""
+    if "bytes" not in facts or "dtype" not in facts:
+        return {}
+    work = facts["bytes"], facts.get("flops", 0)
+    bound = ceiling.bound_seconds(*work, device, facts["dtype"], torch.get_num_threads())
+    return {
+        "gb_per_s": round(work[0] / best / 1e9, 2),
+        "tflop_per_s": round(work[1] / best / 1e12, 4),
+        "bound_us": round(bound * 1e6, 2),
+        "percent_of_bound": round(100 * bound / best, 1),
+    }

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -78,6 +79,27 @@ def upsert(folder: Path, machine: dict[str, Any], entries: Iterable[dict[str, An
     partial.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(partial, path)
     return path
+
+
+def times(seconds: Sequence[float], reference_seconds: Sequence[float]) -> dict[str, float]:
+    """Quantiles of both sides' calls in microseconds, and their ratios."""
+    fifths = seconds  # of a single call
+    if len(seconds) > 1:
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    median, reference_median = statistics.median(seconds), statistics.median(reference_seconds)
+    best, reference_best = min(seconds), min(reference_seconds)
+    p99 = sorted(seconds)[int(0.99 * (len(seconds) - 1) + 0.5)]
+    return {
+        "median_us": round(median * 1e6, 2),
+        "p20_us": round(fifths[0] * 1e6, 2),
+        "p80_us": round(fifths[-1] * 1e6, 2),
+        "p99_us": round(p99 * 1e6, 2),
+        "min_us": round(best * 1e6, 2),
+        "reference_us": round(reference_median * 1e6, 2),
+        "reference_min_us": round(reference_best * 1e6, 2),
+        "ratio": round(reference_median / median, 3),
+        "min_ratio": round(reference_best / best, 3),
+    }
 
 
 def fallen(stored: dict[str, Any], seconds: float, reference_seconds: float) -> str | None:

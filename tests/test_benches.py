@@ -185,7 +185,6 @@ def test_results_are_checked_on_request(report, tmp_path):
     names = [f"benches/bench_entropies.py::{x}" for x in (name, name.replace("128-309", "64-1000"))]
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--rootdir=.",
                "-c", str(ROOT / "pyproject.toml"), "--benchmark", "--check-results"]  # fmt: skip
-    # in a worker of xdist, pytest-benchmark would measure nothing
     alone = {key: x for key, x in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, *names], cwd=tmp_path, env=alone, capture_output=True, text=True, check=False
@@ -236,13 +235,62 @@ def test_readme_without_the_markers_is_an_error(report, tmp_path, capsys, text):
 
 
 def test_no_ratio_where_outputs_disagree():
-    agreement = load("conftest")._agreement
+    agreement = load("agreement").agreement
     exact = torch.linspace(-2, 1, 7, dtype=torch.float64)
     reference, ours = exact.float(), exact.float() * (1 + 1e-6)
     assert agreement((ours,), (reference,), (exact[:5],), None)[1] == pytest.approx(1e-6, rel=0.2)
     for tolerance, wrong in ((None, ours + 1e-4), (1e-6, ours + 1e-4), (0.1, ours * torch.nan)):
         with pytest.raises(AssertionError):
             agreement((wrong,), (reference,), (exact,), tolerance)
+
+
+class CountedClock:
+    """A clock on which every call takes a second for each letter of its name."""
+
+    def __init__(self):
+        self.calls: list[str] = []
+
+    def time(self, run) -> float:
+        self.calls.append("timed")
+        run()
+        return float(len(self.calls[-1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "warm", "calls", "seconds"),
+    [
+        ("reference", False, ["timed", "theirs", "timed", "our"], ([3.0], [6.0])),
+        ("reference", True, ["theirs", "timed", "theirs", "our", "timed", "our"], ([3.0], [6.0])),
+        ("parts", False, ["timed", "theirs", "timed", "part", "timed", "our"], ([3.0], [26.0])),
+        ("alone", False, ["timed", "our"], ([3.0], [3.0])),
+    ],
+)
+def test_sides_take_turns(kind, warm, calls, seconds):
+    """The reference goes first; a short call follows an untimed one of its own side."""
+    watch = CountedClock()
+    our, theirs, part = (lambda name=name: watch.calls.append(name) for name in
+                         ("our", "theirs", "part"))  # fmt: skip
+    parts = [(3, theirs), (2, part)] if kind == "parts" else []
+    sides = load("clock").Sides(our, theirs if kind == "reference" else None, parts, watch)
+    sides.warm = warm
+    sides.turn(keep=False)
+    assert (sides.seconds, sides.reference_seconds) == ([], [])
+    watch.calls.clear()
+    sides.turn()
+    assert watch.calls == calls
+    assert (sides.seconds, sides.reference_seconds) == seconds
+    assert (sides.best, sides.median) == (3.0, 3.0)
+
+
+def test_rounds_fit_into_some_seconds():
+    clock = load("clock")
+    for call, rounds, warm in ((1e-4, 200, True), (0.1, 20, True), (1.0, 5, False)):
+        watch = CountedClock()
+        watch.time = lambda run, call=call: call
+        sides = clock.Sides(lambda: None, lambda: None, [], watch)
+        assert sides.plan(None, short_calls_warm=True) == rounds
+        assert sides.warm == warm
+        assert sides.plan(7, short_calls_warm=True) == 7
 
 
 def test_peak_memory_is_beyond_what_is_returned():
@@ -332,7 +380,7 @@ def test_committed_results_are_of_benches_that_there_are(collected):
 
 def test_noise_of_earlier_steps_counts():
     """A reference that crosses the exact value is not exact, and its earlier error is its noise."""
-    agreement, noise = load("conftest")._agreement, {}
+    agreement, noise = load("agreement").agreement, {}
     exact = torch.ones(1)
     agreement((exact * 1.01,), (exact * 1.01,), (exact,), None, 1e-3, noise)
     agreement((exact * 1.02,), (exact,), (exact,), None, 1e-3, noise)
