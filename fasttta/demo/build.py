@@ -60,6 +60,7 @@ class Take(NamedTuple):
 
 
 def find_espeak() -> str:
+    """The path of espeak-ng; ends the program with advice where it is not installed."""
     program = shutil.which("espeak-ng")
     if program is None:
         raise SystemExit("no program espeak-ng on PATH; install it: apt-get install espeak-ng")
@@ -67,6 +68,7 @@ def find_espeak() -> str:
 
 
 def ask(program: str, *arguments: str) -> str:
+    """What a program prints, called with these arguments."""
     return subprocess.run((program, *arguments), capture_output=True, check=True, text=True).stdout
 
 
@@ -92,6 +94,7 @@ def split_speakers(speakers: list[str], rng: random.Random) -> tuple[list[str], 
 
 
 def plan(speakers: list[str], takes: int, rng: random.Random) -> list[Take]:
+    """Takes of every digit by every speaker, with accents, speeds and pitches drawn at random."""
     return [
         Take(
             digit=digit,
@@ -140,6 +143,7 @@ def features(program: str, takes: list[Take]) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all values."""
     return x.mean().item(), x.std().item()
 
 
@@ -162,6 +166,7 @@ def clean_accuracy() -> dict[str, float]:
 
 
 def main() -> None:
+    """Speaks the digits, trains the model and writes the demo's assets."""
     import sklearn
     from sklearn.datasets import load_digits
 

@@ -14,6 +14,7 @@ class ProgressBar:
         self.shown = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        """Shows that ``done`` of ``total`` parts are done, and what runs now."""
         if not self.shown:
             return
         full = self.width * done // total

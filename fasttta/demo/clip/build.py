@@ -24,6 +24,7 @@ def clean_accuracy(n: int = 597, seed: int = SEED) -> float:
 
 
 def main() -> None:
+    """Draws the scenes, trains the CLIP and writes it."""
     import sklearn
     from sklearn.datasets import load_digits
 
