@@ -164,6 +164,7 @@ class CavmaeFamily(FusionFamily):
             ) from error
 
     def merges(self, names: Iterable[str]) -> bool:
+        """Prompts, where the module is part of a PromptVA."""
         return self.holder is not None and all(name in _PROMPTS for name in names)
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:

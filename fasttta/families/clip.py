@@ -79,6 +79,7 @@ class ClipFamily(Family):
 
     @property
     def takes_images(self) -> bool:
+        """Always."""
         return True
 
     def with_classes(
@@ -183,6 +184,7 @@ class ClipWithClasses(FusionFamily):
             return self.clip.verify((inputs[0][:1], self.ids))
 
     def compare_again(self) -> None:
+        """Has the next ``verify`` compare the CLIP."""
         self.clip.compare_again()
 
 

@@ -27,4 +27,5 @@ class RationalFamily(FusionFamily):
 
     @property
     def takes_images(self) -> bool:
+        """Of a RationalCLIP; features and a CAV-MAE's inputs have no views."""
         return isinstance(self.model, RationalCLIP)

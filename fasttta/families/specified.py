@@ -106,4 +106,5 @@ class SpecifiedFamily(FusionFamily):
         return (rebuilt(outputs[-1], Tensor.detach) if leaves else outputs[-1]), grads
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Writes a parameter, whose name here begins with the wrapper's ``module.``."""
         super().merge_into(module, name.removeprefix("module."), value)
