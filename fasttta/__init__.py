@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 # what type checkers and editors read; at run time each name is imported on its first use
 if TYPE_CHECKING:
     from . import data, evaluate, functional, methods, models
+    from .adapted.base import Adapted
     from .adapted.collect import collect_fisher, collect_stats
     from .adapted.entry import adapt, load
-    from .adapted.fusion import Adapted
-    from .engine.shift import ShiftDetector
-    from .engine.step import StepResult
+    from .engine.result import StepResult
+    from .engine.shift_detector import ShiftDetector
     from .models.rational.finetuning import FineTuning, finetune
     from .models.specified.spec import ModelSpec
     from .source_stats import SourceStats
@@ -46,10 +46,10 @@ __all__ = [
 _HOMES = {
     "adapt": "adapted.entry",
     "load": "adapted.entry",
-    "Adapted": "adapted.fusion",
-    "StepResult": "engine.step",
+    "Adapted": "adapted.base",
+    "StepResult": "engine.result",
     "SourceStats": "source_stats",
-    "ShiftDetector": "engine.shift",
+    "ShiftDetector": "engine.shift_detector",
     "ModelSpec": "models.specified.spec",
     "collect_stats": "adapted.collect",
     "finetune": "models.rational.finetuning",

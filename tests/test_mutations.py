@@ -64,7 +64,10 @@ def test_survivors_are_told(tmp_path):
         ("gone", "this text is nowhere", ""),
         ("breaks", "class ShiftDetector:", "class ShiftDetector"),
     )
-    file, test = "fasttta/engine/shift.py", "engine/test_shift.py::test_official_sequence"
+    file, test = (
+        "fasttta/engine/shift_detector.py",
+        "engine/test_shift_detector.py::test_official_sequence",
+    )
     table.write_text(f"FAULTS = {[(n, file, old, new, test) for n, old, new in rows]!r}")
     before = (mutations.ROOT / file).read_text()
     command = [sys.executable, str(mutations.__file__), "--table", str(table)]

@@ -19,9 +19,9 @@ ROOMS = ("data", "evaluate", "functional", "methods", "models")
 
 # calls, and the type that each of them has
 CALLS = {
-    "fasttta.adapt(module)": "fasttta.adapted.fusion.Adapted",
-    'fasttta.adapt(module, "abpem", k=8)': "fasttta.adapted.fusion.Adapted",
-    "fasttta.adapt(module, name, seed=1)": "fasttta.adapted.fusion.Adapted",
+    "fasttta.adapt(module)": "fasttta.adapted.fusion.AdaptedFusion",
+    'fasttta.adapt(module, "abpem", k=8)': "fasttta.adapted.fusion.AdaptedFusion",
+    "fasttta.adapt(module, name, seed=1)": "fasttta.adapted.fusion.AdaptedFusion",
     "fasttta.adapt(module, classes=names)": "fasttta.adapted.images.AdaptedCLIP",
     'fasttta.adapt(module, "mta", classes=ids)': "fasttta.adapted.images.AdaptedCLIP",
     "fasttta.adapt(module, fasttta.methods.TPT(), classes=names)":
@@ -29,7 +29,7 @@ CALLS = {
     'fasttta.adapt(module, "rada", classes=names)': "fasttta.adapted.head.AdaptedHead",
     "fasttta.adapt(module, fasttta.methods.RAda(), classes=names)":
         "fasttta.adapted.head.AdaptedHead",
-    "fasttta.load(module, name)": "fasttta.adapted.fusion.Adapted",
+    "fasttta.load(module, name)": "fasttta.adapted.base.Adapted",
     "fasttta.adapt(module).step(ids).logits": "torch._tensor.Tensor",
     "fasttta.adapt(module).tuned": "dict[str, torch._tensor.Tensor]",
     "fasttta.methods.ABPEM(k=3).k": "int",

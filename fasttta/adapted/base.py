@@ -1,91 +1,192 @@
-"""What every adapted model does with its state: saved, copied, compared, taken back."""
+"""What every adapted model is: a module that one thread at a time calls, streams, resets."""
 
 from __future__ import annotations
 
 import abc
-import copy
-import os
-from collections.abc import Iterator, Mapping
-from typing import Any, Self, TypeVar
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import folder as saves
-from ..engine import record as records
-from ..engine.turn import Turn, exclusive
-from ..methods import registry
+from ..engine.interrupts import surely
+from ..engine.model_watch import ModelWatch, said_of
+from ..engine.precision import Precision
+from ..engine.result import StepResult
+from ..engine.shift_detector import Guard
+from ..engine.state import checked_value
+from ..engine.streaming import Pipeline, Stream
+from ..families import Family
 from ..methods.base import Method
-from ..methods.options import option_names
+from .saved import Saved
 
-METADATA = "metadata"  # of a state_dict: the record as bytes
-M = TypeVar("M", bound=nn.Module)
-
-
-class Checkpoint:
-    """A state of one adapted model, kept in memory: for ``rollback``. Later steps do not change
-    it."""
-
-    __slots__ = ("_owner", "_state")
-
-    def __init__(self, owner: object, state: Any) -> None:
-        self._owner, self._state = owner, state
-
-    def __repr__(self) -> str:
-        return "<state of an adapted model, for its rollback>"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Stateful(nn.Module, abc.ABC):
-    """State of a model that adapts. Subclasses hold it as one immutable object.
+class Lock:
+    """A lock that the thread which holds it may take again. Copies and pickles are new locks."""
+
+    def __init__(self) -> None:
+        # RLock: its release by a thread that does not hold it is an error, so that the release
+        # may be tried without knowing how far an interrupted acquire came
+        self._lock = threading.RLock()
+        self._owner: int | None = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Waits until no other thread is inside."""
+        thread = threading.get_ident()
+        if self._owner == thread:
+            yield
+            return
+        try:
+            try:
+                self._lock.acquire()
+                self._owner = thread
+                yield
+            finally:
+                self._leave(thread)
+        finally:  # again, where Ctrl-C arrived while it was left
+            self._leave(thread)
+
+    def _leave(self, thread: int) -> None:
+        if self._owner == thread:
+            self._owner = None
+        with contextlib.suppress(RuntimeError):  # not held
+            self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+def exclusive(method: F) -> F:
+    """A method of an object with a ``_lock``, for one thread at a time. Under ``torch.compile`` it
+    runs as it is: traced, a step's own backward pass would be lost, and every check of a value
+    would warn."""
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(alone)(self, *args, **kwargs)
+        with self._lock():
+            return method(self, *args, **kwargs)
+
+    return cast(F, alone)
+
+
+class Adapted(Saved):
+    """A model that adapts to what it is called on. Made by ``fasttta.adapt``.
+
+    The wrapped model is never modified: frozen weights are shared with it, tuned tensors are
+    private. ``train()`` and ``eval()`` change nothing, ``torch.no_grad()`` and
+    ``torch.inference_mode()`` make no difference.
+
+    One thread uses it at a time: calls of another wait, in a stream for one batch, and for the
+    whole of a ``source()`` block. A call that fails or is interrupted anywhere leaves the state as
+    it was before or as it is after, never between.
+
+    Subclasses hold the state as one immutable object, and say how a call runs.
 
     Attributes:
         method, precision: names; options: the method object; seed, engine: as ``adapt`` was given.
     """
 
-    method: str
-    precision: str
-    options: Method
-    seed: int
-    engine: str
-    _hidden: tuple[nn.Module, nn.Module, nn.Module | None]  #: the user's, as it runs, extended
-    _spec: Any = None
+    #: whether a call takes images, of which each may be an episode of its own
+    takes_images: ClassVar[bool] = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._turn = Turn()
-        self._owner = object()  # of checkpoints; a copy has its own
-
-    @abc.abstractmethod
-    def _state_now(self) -> Any:
-        """The state, immutable."""
-
-    @abc.abstractmethod
-    def _publish(self, state: Any) -> None:
-        """Makes what ``_state_now`` or ``_state_of`` returned the state."""
-
-    @abc.abstractmethod
-    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-        """A state from a record and tensors, everything checked; changes nothing.
-
-        Raises:
-            ValueError: it is another model's, or damaged.
+    def __init__(
+        self,
+        model: nn.Module,
+        working: nn.Module,
+        family: Family,
+        method: Method,
+        precision: Precision,
+        *,
+        engine: str,
+        seed: int,
+        guard: Guard | None = None,
+        verify_model: str = "first",
+        extended: nn.Module | None = None,
+        copies: Mapping[str, tuple[str, int]] | None = None,
+    ) -> None:
         """
+        Args:
+            model: the user's; working: as calls run it; extended: with what the method adds to it,
+                None: nothing.
+            family: what was recognised.
+            copies: of the user's module, for ``ModelWatch``.
+        """
+        super().__init__()
+        self._lock = Lock()
+        self._owner = object()  # of checkpoints; a copy has its own
+        self.method, self.precision = method.name, precision.name
+        self.options, self.engine, self.seed = method, engine, seed
+        # not registered as children: .to(), .train() and .parameters() must not reach the user's
+        # model, nor move tensors from under the optimiser
+        self._hidden = (model, working, extended)
+        self._family, self._numbers, self._guard = family, precision, guard
+        self._watch = ModelWatch(model, verify_model, copies)
+        self._verified = family.module is None
+        self._in_source: bool = False
 
     @abc.abstractmethod
-    def _saved(self) -> dict[str, Tensor]:
-        """The state's tensors by name: copies on the CPU."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Adapts on a batch and predicts it."""
 
     @abc.abstractmethod
-    def _base(self) -> dict[str, Any]:
-        """Fingerprint of the model that the state is of."""
+    def step(self, *args: Any, **kwargs: Any) -> StepResult:
+        """Adapts on a batch and predicts it, with losses and statistics."""
 
-    def _guard_record(self) -> dict[str, Any] | None:
-        return None
+    @abc.abstractmethod
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call returns, with the current state; adapts nothing."""
 
     @property
     @abc.abstractmethod
     def tuned(self) -> dict[str, Tensor]:
         """Copies of what is adapted, by name."""
+
+    @abc.abstractmethod
+    def _pipeline(self, encode_batch: int | None, cache: Any) -> Pipeline:
+        """How a stream reads, encodes and steps."""
+
+    @abc.abstractmethod
+    def _merged(self) -> nn.Module:
+        """A plain module with the adapted weights."""
+
+    @abc.abstractmethod
+    def _ready(self) -> None:
+        """Brings what calls run on to the state, or inside ``source()`` to the source's, where it
+        is not there."""
+
+    @abc.abstractmethod
+    def _first_state(self) -> Any:
+        """The state of a fresh ``adapt``."""
+
+    @abc.abstractmethod
+    def _with_tuned(self, values: Mapping[str, Tensor]) -> Any:
+        """The state with other values of some tuned tensors; changes nothing."""
+
+    def _verify(self, compare: Callable[[], bool]) -> None:
+        """Whether the wrapped model is what it was, and runs as it was understood. The latter is
+        compared on the first batch, and after changes that may have an effect.
+
+        Args:
+            compare: whether it could be told; raises ValueError if not so.
+        """
+        changed = self._watch.check()
+        if changed is not None:
+            self._family.compare_again()
+            self._verified = False
+        if not self._verified:
+            with said_of(changed):
+                verified = compare()
+            if changed is not None and verified:
+                self._watch.accept()
+            self._verified = verified
 
     @property
     def device(self) -> torch.device:
@@ -111,135 +212,99 @@ class Stateful(nn.Module, abc.ABC):
             f"{len(tuned)} tensors, by {self.method!r}"
         )
 
-    @exclusive
-    def checkpoint(self) -> Checkpoint:
-        """The state as it is now, in memory; ``rollback`` goes back to it, bit for bit: tuned
-        tensors, optimiser, method state, guard and random state."""
-        return Checkpoint(self._owner, self._state_now())
+    def stream(
+        self, loader: Iterable[Any], encode_batch: int | None = None, cache: Any = None
+    ) -> Iterator[StepResult]:
+        """Steps on every batch of a loader, in order, yielding a result each.
 
-    @exclusive
-    def rollback(self, handle: Checkpoint) -> None:
-        """Goes back to what ``checkpoint`` returned, as often as asked.
+        Args:
+            loader: yields one batch at a time as a tuple or list of the model's inputs (without
+                labels), the input itself where there is one, or ``fasttta.data.Batch``; for models
+                of images what ``step`` takes as images, or ``Views``. For a model on a GPU it may
+                yield tensors in host memory; pinned ones it must not write to again before their
+                result is there.
+            encode_batch: samples that the frozen encoders take at a time, ahead of the steps that
+                use them (on a GPU while the steps before run); None: as the batches come.
+                Different batch shapes may change the numbers within float noise.
+            cache: ``fasttta.data.FeatureCache``, where encoded features are looked for and kept.
 
-        Raises:
-            TypeError: it is no checkpoint.
-            ValueError: it is of another adapted model.
-        """
-        if not isinstance(handle, Checkpoint):
-            raise TypeError(f"handle must come from checkpoint(), found {type(handle).__name__}")
-        if handle._owner is not self._owner:
-            raise ValueError(
-                "handle is of another adapted model; to carry a state over use state_dict() and "
-                "load_state_dict()"
-            )
-        self._publish(handle._state)
+        Methods that tune inside the encoders have nothing to encode ahead or to keep, and ignore
+        both; so does a stream inside ``source()``. Models of images ignore ``encode_batch``, as
+        all that a step needs is encoded together as it is, and refuse a cache.
 
-    def _record(self) -> dict[str, Any]:
-        cls, guard = type(self.options), self._guard_record()
-        path = {} if registry.is_registered(cls) else {"class": registry.path_of(cls)}
-        return {
-            "method": self.method,
-            **path,
-            "options": {n: getattr(self.options, n) for n in option_names(cls)},
-            "precision": self.precision,
-            "seed": self.seed,
-            "base": self._base(),
-            **({} if guard is None else {"guard": guard}),
-        }
-
-    @exclusive
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """All that ``save`` writes: tensors on the CPU, and the record as bytes."""
-        tensors = self._saved()
-        text = records.written({**self._record(), "sha256": records.tensors_digest(tensors)})
-        tensors[METADATA] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        destination.update({prefix + name: x for name, x in tensors.items()})
-
-    @exclusive
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Takes the state as a whole or not at all, whatever ``strict`` says.
+        Returns:
+            An iterator with the ``len`` of the loader, where that has one. Leaving it early loses
+            no batch: of a loader that is an iterator itself, what was read ahead and not stepped
+            on comes first in the next stream over that iterator, which any adapted model may make.
 
         Raises:
-            ValueError: a tensor or the metadata is missing, damaged or of another model or method.
+            ValueError, TypeError: a batch or an argument cannot be used; the batches before it
+                have been adapted on, and the next stream over the same iterator begins behind it.
         """
-        own = {n.removeprefix(prefix): x for n, x in state_dict.items() if n.startswith(prefix)}
-        with saves.naming("state_dict"):
-            record, tensors = _unpacked(own)
-            self._check_same(record)
-            state = self._state_of(record, tensors)
+        return Stream(self._pipeline(encode_batch, cache).results(loader), loader)
+
+    @contextlib.contextmanager
+    def source(self) -> Iterator[Self]:
+        """The untouched source model inside the block: calls predict with it and adapt nothing.
+        Calls of other threads wait until the block ends."""
+        with self._lock():
+            if self._in_source:
+                yield self
+                return
+            with surely(self._leave_source):
+                self._in_source = True
+                self._ready()
+                yield self
+
+    def _leave_source(self) -> None:
+        self._in_source = False
+        self._ready()
+
+    @exclusive
+    def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets some or all of the tuned tensors (of methods that treat every image as an episode:
+        what episodes start from); optimiser and method state stay. ``reset`` and a guard go back
+        to what ``adapt`` made.
+
+        Raises:
+            ValueError, TypeError: an unknown name, wrong shape or type, non-finite values; then
+                nothing is changed.
+        """
+        tuned, values = self.tuned, {}
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in tensors.items():
+                if name not in tuned:
+                    names = ", ".join(list(tuned)[:6]) or "nothing by this method"
+                    raise ValueError(f"{name!r} is not tuned; tuned: {names}")
+                values[name] = checked_value(name, value, tuned[name])
+            state = self._with_tuned(values)
         self._publish(state)
 
-    def _check_same(self, record: Mapping[str, Any]) -> None:
-        """Raises ValueError if a state was made with other settings than this object's."""
-        pairs = [_named_settings(x) for x in (records.as_read(self._record()), record)]
-        for name in [*pairs[0], *(name for name in pairs[1] if name not in pairs[0])]:
-            ours, theirs = (pair.get(name) for pair in pairs)
-            if ours != theirs:
-                raise ValueError(
-                    f"{name}: it was saved with {theirs!r:.80}, this one has {ours!r:.80}; make it "
-                    "with the same settings, or read a save of it with fasttta.load"
-                )
+    @exclusive
+    def reset(self) -> None:
+        """The state of a fresh ``adapt``, bit for bit."""
+        self._publish(self._first_state())
 
     @exclusive
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes what ``fasttta.load(model, folder)`` needs: the delta, not the model.
+    def unwrap(self, merge: bool = False) -> nn.Module:
+        """A plain module: the user's own, or (merge) one with what was adapted.
 
-        ``fasttta.json`` (method, options, fingerprint of the model) and a safetensors file with
-        tuned tensors, optimiser and method state. An existing save in the folder stays whole
-        until the new one is; other processes may save there and load from it meanwhile.
-
-        Raises:
-            ValueError: an option of the method has no place in JSON.
-            OSError: the folder cannot be written to.
+        Of a fusion model that is a copy of the user's module with the adapted weights; where the
+        method adds to the model (prompts) what it has no place for, a copy of what the method made
+        of it. BriMPR's PromptVA has a place for prompts. Of images that is a
+        ``fasttta.models.CLIP`` which predicts the classes with the prompt that episodes start
+        from: no episode leaves anything to merge.
         """
-        saves.write(folder, self._record(), self._saved())
+        return self._merged() if merge else self._hidden[0]
 
-    @exclusive
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        with torch.inference_mode(False):
-            new = memo[id(self)] = self.__class__.__new__(self.__class__)
-            new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return new
-
-    @exclusive
-    def __reduce__(self) -> tuple[Any, ...]:
-        """The wrapped model goes along; what ``adapt`` makes of it is made anew."""
-        from .entry import unpickled
-
-        record = {**self._record(), "training": self.training, "verify_model": self._watch.mode}
-        given = self._hidden[0], self._spec, self.options, self.engine
-        return unpickled, (*given, record, self._saved())
-
-
-def _named_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of how its object was made, by name."""
-    named = {name: record.get(name) for name in ("method", "class", "precision", "seed")}
-    guard = (
-        {n: x for n, x in record["guard"].items() if n != "values"} if "guard" in record else None
-    )
-    options = {f"options.{name}": value for name, value in record["options"].items()}
-    return {**named, "guard": guard, **options}
-
-
-def _unpacked(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Record and tensors of a state_dict."""
-    for name, x in state.items():
-        if not isinstance(x, Tensor) or x.device.type == "meta" or x.layout != torch.strided:
-            raise ValueError(f"{name}: needed a tensor with values, found {type(x).__name__}")
-    if METADATA not in state:
-        raise ValueError(
-            f"{METADATA} is missing: is it the state_dict of an adapted model? found "
-            f"{', '.join(list(state)[:3]) or 'nothing'}"
-        )
-    tensors = {name: x.detach().cpu() for name, x in state.items() if name != METADATA}
-    packed = state[METADATA]
-    if packed.dtype != torch.uint8 or packed.ndim != 1:
-        raise ValueError(f"{METADATA}: needed bytes, found {packed.dtype} {list(packed.shape)}")
-    record = records.read(records.tensor_bytes(packed))
-    if records.tensors_digest(tensors) != record["sha256"]:
-        raise ValueError("is damaged: the tensors are not those that were saved together")
-    return record, tensors
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .to(), .cuda(), .half(): a no-op where nothing would change, else refused
+        parameter = next(self._hidden[1].parameters())
+        probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        moved = fn(probe)
+        if moved.device != probe.device or moved.dtype != probe.dtype:
+            raise RuntimeError(
+                f"an adapted model stays on {probe.device} in its precision; move or convert the "
+                "model first and call fasttta.adapt on it"
+            )
+        return self

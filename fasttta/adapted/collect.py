@@ -9,10 +9,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..engine.delta import model_digest
-from ..engine.inputs import as_inputs, prepare
-from ..engine.precision import Precision, environment, resolve
-from ..engine.state import working_copy
+from ..engine.precision import Precision, environment, resolve, working_copy
+from ..engine.record import model_digest
+from ..engine.step import prepare
+from ..engine.streaming import as_inputs
 from ..families import FusionFamily, recognise
 from ..methods import EATA
 from ..models.specified.spec import ModelSpec

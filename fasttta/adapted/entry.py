@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, methods
-from ..engine import delta
 from ..engine import folder as saves
+from ..engine import record as records
 from ..engine.precision import resolve
-from ..engine.shift import Guard, ShiftDetector
-from ..engine.step import warn
+from ..engine.result import warn
+from ..engine.shift_detector import Guard, ShiftDetector
 from ..families import Family, adapted_as, recognise
 from ..methods import registry
 from ..methods.base import Method
@@ -25,7 +25,8 @@ from ..methods.options import option_names
 from ..models import RationalCLIP
 from ..models.specified.spec import ModelSpec
 from ..source_stats import SourceStats
-from .fusion import Adapted
+from .base import Adapted
+from .fusion import AdaptedFusion
 from .head import AdaptedHead
 from .images import AdaptedCLIP
 
@@ -98,7 +99,7 @@ def adapt(
     seed: int = 0,
     preset: str | None = None,
     **options: Any,
-) -> Adapted: ...
+) -> AdaptedFusion: ...
 def adapt(
     model: nn.Module,
     method: str | Method = "auto",
@@ -174,9 +175,8 @@ def adapt(
         resources=resources, guard=None if guard is None else Guard(guard),
         verify_model=verify_model,
     )  # fmt: skip
-    adapted._spec = spec
     _warn_of_ranks(model)
-    return adapted
+    return adapted.made_by(unpickled, spec)
 
 
 def _warn_of_ranks(model: nn.Module) -> None:
@@ -258,7 +258,9 @@ def _made(
     if kind == "batches":
         if constants is None:
             constants = method.constants(family.model, resources)
-        return Adapted(model, family, method, numbers, constants=constants, guard=guard, **options)
+        return AdaptedFusion(
+            model, family, method, numbers, constants=constants, guard=guard, **options
+        )
     options |= {"classes": classes, "resources": resources}
     if kind == "head":
         return AdaptedHead(model, family, method, numbers, guard=guard, **options)
@@ -272,7 +274,7 @@ def _made(
 def _check_origin(source_stats: object, family: Family) -> None:
     """Raises ValueError if source statistics say that they are of other weights."""
     if isinstance(source_stats, SourceStats) and source_stats.model is not None:
-        digest = delta.model_digest(family.model)
+        digest = records.model_digest(family.model)
         if digest != source_stats.model:
             raise ValueError(
                 f"source_stats are of another model: weights {source_stats.model}, this one's are "
@@ -393,7 +395,7 @@ def _restored(
                 if name.startswith("constant.")
             },
         )
-    adapted._spec = spec
+    adapted.made_by(unpickled, spec)
     with saves.naming(where):
         state = adapted._state_of(record, tensors)
     adapted._publish(state)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.precision import Precision
-from ..engine.snapshot import Snapshot
-from ..engine.step import StepResult
-from ..engine.turn import exclusive
+from ..engine.result import StepResult
+from ..engine.state import Snapshot
 from ..families import FusionFamily
 from ..families.clip import ClipFamily
 from ..methods import RAda
 from ..models import RationalCLIP
 from ..views import Views
-from .episodes import given_views, made_views
-from .fusion import Adapted
-from .images import items_of, stream_of
+from .base import exclusive
+from .episodes import as_episodes, as_result, as_views, items_of
+from .fusion import AdaptedFusion
+from .images import ImageCalls, refuse_graph
 
 
-class AdaptedHead(Adapted):
+class AdaptedHead(ImageCalls, AdaptedFusion):
     """CLIP with RAda. Made by ``fasttta.adapt(clip, "rada", classes=names)``.
 
     ``loss="views"``: every image is an episode of its own, whose views are made here (seeded);
@@ -33,7 +33,7 @@ class AdaptedHead(Adapted):
     def __init__(
         self,
         model: nn.Module,
-        known: ClipFamily | FusionFamily,
+        family: ClipFamily | FusionFamily,
         method: RAda,
         precision: Precision,
         *,
@@ -43,25 +43,16 @@ class AdaptedHead(Adapted):
         resources: Mapping[str, Any],
         **options: Any,
     ) -> None:
-        if engine == "graph":
-            raise ValueError(
-                'engine="graph": images of vision-language models are not captured in this '
-                'version; use engine="eager"'
-            )
+        refuse_graph(engine)
         ids = None
-        if isinstance(known, ClipFamily):
-            known = known.with_classes(classes, method.prompt, precision, resources)
-            ids = known.ids
-        super().__init__(
-            model, known, method, precision, engine=engine, seed=seed, constants={}, **options
-        )
+        if isinstance(family, ClipFamily):
+            family = family.with_classes(classes, method.prompt, precision, resources)
+            ids = family.ids
+        AdaptedFusion.__init__(
+            self, model, family, method, precision,
+            engine=engine, seed=seed, constants={}, **options,
+        )  # fmt: skip
         self._ids = ids
-
-    # ------------------------------------------------------------------ calls
-
-    def forward(self, images: Any = None, *, views: Views | None = None) -> Tensor:
-        """Logits [B, C] of ``step``."""
-        return self.step(images, views=views).logits
 
     @exclusive
     def step(
@@ -80,7 +71,7 @@ class AdaptedHead(Adapted):
             means over the images, ``.stats`` and ``.grads`` have a leading B for a batch or list.
 
         Raises:
-            ValueError, TypeError: what was given cannot be used; the state is as before.
+            ValueError, TypeError: an argument cannot be used; the state is as before.
         """
         single, items = items_of(images, views)
         batches = (self._prepare((pixels,)) for pixels in self._batches(items))
@@ -91,25 +82,14 @@ class AdaptedHead(Adapted):
         if len(parts) == 1 and (single or not self.options.episodic or self._in_source):
             return parts[0]
         with torch.inference_mode(False), torch.no_grad():
-            return _joined(parts)
+            return as_result([as_episodes(part) for part in parts], False, trace)
 
+    @exclusive
     def predict(self, images: Any = None, *, views: Views | None = None) -> Tensor:
         """Logits [B, C] of the images as they are, with the current head; adapts nothing."""
         _, items = items_of(images, views)
-        return Adapted.predict(self, self._anchors(items))
-
-    def stream(
-        self, loader: Iterable, encode_batch: int | None = None, cache: None = None
-    ) -> Iterator[StepResult]:
-        """Steps on every item of a loader (what ``step`` takes as images, or ``Views``), in order.
-        ``encode_batch`` has no effect: what a step needs is encoded together as it is.
-
-        Raises:
-            ValueError: a cache is given.
-        """
-        return stream_of(self, loader, cache)
-
-    # ------------------------------------------------------------------ images
+        self._ready()
+        return self._step.predict(self._prepare((self._anchors(items),)))
 
     def _batches(self, items: Sequence[Any]) -> Iterator[Tensor]:
         """Pixels [N, 3, R, R] that are stepped on together."""
@@ -131,44 +111,17 @@ class AdaptedHead(Adapted):
     def _views(self, item: Any, index: int, method: RAda | None) -> Views:
         working = self._hidden[1]
         assert isinstance(working, RationalCLIP)  # what RAda makes of a CLIP
-        size, device, dtype = working.model.resolution, working.text.device, self._step.precision
-        if isinstance(item, Views):
-            return given_views(item, size, device, dtype.master)
-        return made_views(item, index, method, size, device, dtype.master, self.seed)
-
-    # ------------------------------------------------------------------ files
+        size, device = working.model.resolution, working.text.device
+        return as_views(item, index, method, size, device, self._numbers.master, self.seed)
 
     def _saved(self) -> dict[str, Tensor]:
-        own = {} if self._ids is None else {"classes": self._ids.clone()}
-        return super()._saved() | own
+        classes = {} if self._ids is None else {"classes": self._ids.clone()}
+        return super()._saved() | classes
 
-    def _state_of(
-        self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Snapshot | Tensor:
-        classes = tensors.get("classes")
-        if (classes is None) != (self._ids is None):
+    def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+        saved, ours = tensors.get("classes"), self._ids
+        if (saved is None) != (ours is None):
             raise ValueError("classes: the state was saved for another model")
-        own = self._ids
-        if classes is not None and own is not None and not torch.equal(classes, own):
+        if saved is not None and ours is not None and not torch.equal(saved, ours):
             raise ValueError("classes: the state was saved for other classes")
         return super()._state_of(record, {n: x for n, x in tensors.items() if n != "classes"})
-
-
-def _joined(parts: list[StepResult]) -> StepResult:
-    """Episodes as one result: logits one below the other, the rest with a leading B."""
-
-    def stacked(name: str) -> dict[str, Tensor]:
-        found = [getattr(part, name) for part in parts]
-        return {key: torch.stack([each[key] for each in found]) for key in found[0]}
-
-    traced = parts[0].grads is not None
-
-    return StepResult(
-        logits=torch.cat([part.logits for part in parts]),
-        logits_before=torch.cat([part.logits_before for part in parts]),
-        n_used=torch.stack([part.n_used for part in parts]).sum(),
-        losses={name: x.mean() for name, x in stacked("losses").items()},
-        stats=stacked("stats"),
-        grads=stacked("grads") if traced else None,
-        trace=stacked("trace") if traced else None,
-    )

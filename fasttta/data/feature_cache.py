@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.step import warn
+from ..engine.result import warn
 from ..protocols import FusionModel
 from .feature_keys import model_key, named_key, sample_keys
 from .feature_shards import NAME, PART, Shards, clear_parts

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.step import warn
+from ..engine.result import warn
 
 PART = ".part"
 NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.safetensors")

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from . import record as records
-from .turn import surely
+from .interrupts import surely
 
 try:
     import fcntl

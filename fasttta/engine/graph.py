@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Objective
 from ..methods.queue import WindowedMethod
 from .precision import environment
-from .step import Step, StepResult
+from .result import StepResult
+from .step import Step
 
 _WARM_UP = 3  # steps on a side stream before capture: kernels compile, the allocator settles
 
@@ -67,7 +67,7 @@ class GraphStep(Step):
         self.published: Mapping[str, Tensor] | None = None
         self.pool = torch.cuda.graph_pool_handle() if capture else None
         self.failed: list[torch.cuda.CUDAGraph] = []
-        self.ahead = None  # the window is one pass here
+        self.kept_passes = None  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
         # graphs are of the buffers they were captured with
@@ -101,8 +101,6 @@ class GraphStep(Step):
             self._publish(plan)
             return self._taken(plan, size)
 
-    # ------------------------------------------------------------------ the step itself
-
     @property
     def _window(self) -> int:
         """Places of the window, 0 for methods without one."""
@@ -121,14 +119,7 @@ class GraphStep(Step):
                 valid = valid * torch.isfinite(features).all()
                 self._write(state, features, valid)
             self.state.method = state
-            if self.method.updates:
-                result = self._adapt(features, valid, False)
-            else:
-                with torch.no_grad():
-                    objective: Objective = self._objective(features, valid, state)
-                finite = self._finite(objective, valid)
-                self.state.method = self._state_after(objective, finite)
-                result = self._result(objective, objective.logits, valid, 0, {}, False)
+            result = self._run(features, valid, False)
             with torch.no_grad():
                 method = self.state.method
                 if self._window:
@@ -147,8 +138,6 @@ class GraphStep(Step):
             tokens = torch.where(counts.amax() > 0, features, before)
             state["ring"].index_copy_(0, state["place"], tokens.unsqueeze(0))
             state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
-
-    # ------------------------------------------------------------------ capture
 
     def _plan(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
         """The captured step that this batch fits into."""
@@ -241,8 +230,6 @@ class GraphStep(Step):
                 with contextlib.suppress(RuntimeError):
                     assert self.pool is not None
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
-
-    # ------------------------------------------------------------------ state in and out
 
     def _enter(self, plan: Plan) -> None:
         """Takes the method's state, as eager steps and saved files have it, into the buffers."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Set
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +11,25 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global
 
 from ..models.copies import CALLED
-from ..ops.byte_sums import byte_sums
+from ..ops.byte_sums import byte_sums, sums_size
 
+#: process-wide hooks of every call of every module
+_GLOBAL_HOOKS = (
+    _global._global_forward_pre_hooks,
+    _global._global_forward_hooks,
+    _global._global_backward_pre_hooks,
+    _global._global_backward_hooks,
+)
 MODES = ("first", "always", "never")
 _AFTER = (
     "changed after fasttta.adapt; adapt the model as it is now, "
     'fasttta.adapt(model, ...), or, if that is meant, adapt with verify_model="never"'
 )
+
+
+def global_hooks() -> list[Any]:
+    """The process-wide hooks of ``torch.nn.modules.module.register_module_forward_hook`` etc."""
+    return [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
 
 
 @contextlib.contextmanager
@@ -30,17 +41,6 @@ def said_of(changed: str | None) -> Iterator[None]:
         if changed is None:
             raise
         raise ValueError(f"{changed} of the wrapped model {_AFTER}: {error}") from error
-
-
-def global_hooks() -> list[Any]:
-    """The process-wide hooks of ``torch.nn.modules.module.register_module_forward_hook`` etc."""
-    dicts = (
-        _global._global_forward_pre_hooks,
-        _global._global_forward_hooks,
-        _global._global_backward_pre_hooks,
-        _global._global_backward_hooks,
-    )
-    return [hook for hooks in dicts for hook in hooks.values()]
 
 
 class _Kept(NamedTuple):
@@ -76,8 +76,8 @@ class ModelWatch:
         self, model: nn.Module, mode: str, copies: Mapping[str, tuple[str, int]] | None = None
     ) -> None:
         if mode not in MODES:
-            known = ", ".join(map(repr, MODES))
-            raise ValueError(f"verify_model={mode!r} is unknown; known: {known}")
+            modes = ", ".join(map(repr, MODES))
+            raise ValueError(f"verify_model={mode!r} is unknown; known: {modes}")
         self.model, self.mode, self.copies = model, mode, dict(copies or {})
         self._counters: set[str] = set()  # buffers that change without effect
         self._kept: list[_Kept] = []
@@ -88,12 +88,13 @@ class ModelWatch:
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelWatch, (self.model, self.mode, self.copies)
 
-    # ------------------------------------------------------------------ remembering
-
     def _remember(self) -> None:
         read = self._read() if self.mode == "first" else {}
         self._modules = list(self.model.modules())
         self._kept = list(self._tensors())
+        self._tracked = [kept.tensor for kept in self._kept]
+        # tensors of inference mode have no version
+        self._counted = [x for x in self._tracked if not x.is_inference()]
         self._holders = [
             x for module in self._modules for x in (module._parameters, module._buffers)
         ]
@@ -121,17 +122,16 @@ class ModelWatch:
                     yield _Kept(name, tensors, leaf, x, x.detach(), version, pointer, buffer)
 
     def _state(self) -> tuple[list[Any], ...]:
-        """What is compared at every call."""
-        tensors = [kept.tensor for kept in self._kept]
+        """What is compared at every call: lists that were prepared, so that it costs few calls."""
         return (
-            [*map(_version, tensors)],
-            [x.data_ptr() for x in tensors],
-            [*map(id, chain.from_iterable(d.values() for d in self._holders))],
-            [*map(id, chain.from_iterable(d.values() for d in self._children))],
+            [x._version for x in self._counted],
+            [x.data_ptr() for x in self._tracked],
+            [id(x) for tensors in self._holders for x in tensors.values()],
+            [id(x) for children in self._children for x in children.values()],
             [module.__class__ for module in self._modules],
             [module.__dict__.get("forward") for module in self._modules],
-            [*chain.from_iterable(hooks for hooks in self._hooks if hooks)],
-            [*map(id, global_hooks())],
+            [key for hooks in self._hooks if hooks for key in hooks],
+            [id(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()],
         )
 
     def _read(self) -> dict[tuple[int, int, int], bytes]:
@@ -143,13 +143,14 @@ class ModelWatch:
 
     def _digests(self, read: Mapping[tuple[int, int, int], bytes]) -> list[bytes]:
         """A checksum of each tensor's values; ``read`` has those that need not be read again."""
-        known = (read.get((id(x.tensor), x.version, x.pointer)) for x in self._kept)
-        return [
-            byte_sums([kept.tensor]) if digest is None else digest
-            for kept, digest in zip(self._kept, known, strict=True)
-        ]
-
-    # ------------------------------------------------------------------ comparing
+        digests = [read.get((id(x.tensor), x.version, x.pointer)) for x in self._kept]
+        unread = [x.tensor for x, digest in zip(self._kept, digests, strict=True) if digest is None]
+        sums, at = byte_sums(unread), 0
+        for i, digest in enumerate(digests):
+            if digest is None:
+                end = at + sums_size(self._kept[i].tensor)
+                digests[i], at = sums[at:end], end
+        return [digest for digest in digests if digest is not None]
 
     def check(self) -> str | None:
         """Compares the model with what it was.

@@ -1,12 +1,17 @@
-"""What a step computes in, and a clean numerical environment for it."""
+"""What a step computes in: its precision, the copy of the model, a clean numerical environment."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
 
 import torch
+from torch import nn
+
+from ..models.computed_weights import how_to_unwrap
+from ..models.copies import own_buffers, structural_copy
 
 PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
 
@@ -46,6 +51,54 @@ def resolve(name: str, device: torch.device, model_dtype: torch.dtype) -> Precis
 def _has_bf16(device: torch.device) -> bool:
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class _Multiplies(Protocol):
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None: ...
+
+
+Model = TypeVar("Model", bound=_Multiplies)
+
+
+def working_copy(
+    model: Model, tuned: set[str], precision: Precision
+) -> tuple[Model, dict[str, nn.Parameter]]:
+    """A copy of the module tree that shares frozen weights and owns the tuned ones.
+
+    The user's module is not touched: its parameters stay its own, hooks and flags included.
+
+    Returns:
+        The copy in evaluation mode, and its tuned parameters by name.
+
+    Raises:
+        ValueError: a name of ``tuned`` is no parameter of the model.
+    """
+    shared: dict[int, nn.Parameter] = {}
+    leaves: dict[str, nn.Parameter] = {}
+
+    def own(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        if name in tuned:
+            value = parameter.detach().to(precision.master, copy=True)
+            leaves[name] = nn.Parameter(value.contiguous())
+            return leaves[name]
+        if id(parameter) not in shared:  # tied parameters stay tied
+            value = parameter.detach()
+            value = value.clone() if value.is_inference() else value
+            if value.is_floating_point():
+                value = value.to(precision.master)
+            shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        return shared[id(parameter)]
+
+    copy = structural_copy(model, own)
+    for name in sorted(tuned - leaves.keys()):
+        reason = how_to_unwrap(cast(nn.Module, model), name)
+        raise ValueError(f"{name} cannot be tuned: {reason}")
+    # what a forward writes there must not reach the user's module
+    own_buffers(cast(nn.Module, copy), precision.master)
+    copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
+    return copy, leaves
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The record of a saved state: a JSON object, every field of which is checked."""
+"""The record of a saved state: a JSON object, every field of which is checked, and digests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..protocols import FusionModel, VisionLanguageModel
 from .precision import PRECISIONS
 
 FORMAT = 2
@@ -169,3 +170,42 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checksum": (_matches(_SHA256), "a SHA-256"),
 }
 _OPTIONAL = ("class", "guard", "checksum", "state")
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()[:16]
+
+
+def model_digest(model: FusionModel | VisionLanguageModel) -> str:
+    """Names, shapes and a sample of the values of a whole model (every tensor gives up to 512
+    values, so that 660 MB need not be read)."""
+    whole = hashlib.sha256(model.identity().encode())
+    for name, x in sorted(model.state_dict().items()):
+        flat = x.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 512)][:512].double().cpu()
+        whole.update(f"{name} {list(x.shape)}".encode() + sample.numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def fingerprint(
+    model: FusionModel | VisionLanguageModel, source: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What a state was made for: the model, and all values that the tuned tensors began with."""
+    return {
+        "model": model_digest(model),
+        "source": {name: _digest(x) for name, x in source.items()},
+    }
+
+
+def check_fingerprint(
+    saved: Mapping[str, Any], model: FusionModel | VisionLanguageModel, source: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError if the state was saved for another model."""
+    ours = fingerprint(model, source)
+    names = sorted(ours["source"].keys() | saved["source"].keys())
+    odd = [name for name in names if ours["source"].get(name) != saved["source"].get(name)]
+    if odd or ours["model"] != saved["model"]:
+        what = "its frozen weights or its ModelSpec differ"
+        if odd:
+            what = f"source values differ: {', '.join(odd[:3])}"
+        raise ValueError(f"the state was saved for another model or precision: {what}")

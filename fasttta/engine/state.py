@@ -3,66 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Protocol, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method
-from ..models.computed_weights import how_to_unwrap
-from ..models.copies import own_buffers, structural_copy
-from ..protocols import Slot
-from .precision import Precision
-from .snapshot import Snapshot
+from ..protocols import FusionModel, Slot
+
+_ADAM_STEPS = 2**24  # float32 counts no further
 
 
-class _Multiplies(Protocol):
-    def set_compute_dtype(self, dtype: torch.dtype | None) -> None: ...
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Everything that adaptation changes. Nothing in it is ever written to, so that a state
+    changes by one assignment of another snapshot, and an interrupt leaves the old or the new one.
 
-
-Model = TypeVar("Model", bound=_Multiplies)
-
-
-def working_copy(
-    model: Model, tuned: set[str], precision: Precision
-) -> tuple[Model, dict[str, nn.Parameter]]:
-    """A copy of the module tree that shares frozen weights and owns the tuned ones.
-
-    The user's module is not touched: its parameters stay its own, hooks and flags included.
-
-    Returns:
-        The copy in evaluation mode, and its tuned parameters by name.
-
-    Raises:
-        ValueError: a name of ``tuned`` is no parameter of the model.
+    Attributes:
+        written: what steps write to in place, as it was: ``"tuned.NAME"``, ``"adam.KIND.NAME"``.
+        method: tensors the method carries from batch to batch.
+        start: the tuned parameters that every episode begins with.
+        constants: tensors the method fixed at the start.
+        random: the generator's state.
+        guard: values of the last batches by the name of what the guard watches.
     """
-    shared: dict[int, nn.Parameter] = {}
-    leaves: dict[str, nn.Parameter] = {}
 
-    def own(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None:
-            return None
-        if name in tuned:
-            value = parameter.detach().to(precision.master, copy=True)
-            leaves[name] = nn.Parameter(value.contiguous())
-            return leaves[name]
-        if id(parameter) not in shared:  # tied parameters stay tied
-            value = parameter.detach()
-            value = value.clone() if value.is_inference() else value
-            if value.is_floating_point():
-                value = value.to(precision.master)
-            shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
-        return shared[id(parameter)]
-
-    copy = structural_copy(model, own)
-    for name in sorted(tuned - leaves.keys()):
-        reason = how_to_unwrap(cast(nn.Module, model), name)
-        raise ValueError(f"{name} cannot be tuned: {reason}")
-    # what a forward writes there must not reach the user's module
-    own_buffers(cast(nn.Module, copy), precision.master)
-    copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
-    return copy, leaves
+    written: Mapping[str, Tensor]
+    method: Mapping[str, Tensor]
+    start: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor]
+    random: Tensor
+    guard: Mapping[str, tuple[float, ...]]
 
 
 class State:
@@ -113,8 +85,6 @@ class State:
         self.first = self.current = self._captured({}, _copies(self._written()))
         self._live: Snapshot | None = self.first  # what the tensors above hold; None: not known
 
-    # ------------------------------------------------------------------ tuned tensors
-
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by parameter name -> views of them by tuned name."""
         views = {}
@@ -131,29 +101,23 @@ class State:
         """Copies of the tuned tensors by name."""
         return {name: view.clone() for name, view in self.named(self.parameters()).items()}
 
-    def load_tuned(self, values: Mapping[str, Tensor]) -> None:
-        """Sets some or all tuned tensors; checks all of them before it changes any."""
+    def with_tuned(self, values: Mapping[str, Tensor]) -> Snapshot:
+        """The state with other values of some or all tuned tensors, which ``checked_value`` made.
+        Nothing is changed yet."""
         # of episodes not what the last one made of the others
         begin = self.current.start if self.episodic else self.parameters()
         with torch.inference_mode(False), torch.no_grad():
             tuned = {name: begin[name].clone() for name in self.leaves}
-            views = self.named(tuned)
-            for name, value in values.items():
-                if name not in views:
-                    known = ", ".join(list(views)[:6]) or "none: this method tunes nothing"
-                    raise ValueError(f"{name!r} is not tuned; tuned: {known}")
-                views[name].copy_(checked_value(name, value, views[name]))
+            for name, view in self.named(tuned).items():
+                if name in values:
+                    view.copy_(values[name])
         written = {f"tuned.{name}": x for name, x in tuned.items()}
-        self.publish(
-            replace(
-                self.current,
-                written={**self.current.written, **written},
-                # or the next episode would not begin with them
-                start=tuned if self.episodic else self.current.start,
-            )
+        return replace(
+            self.current,
+            written={**self.current.written, **written},
+            # or the next episode would not begin with them
+            start=tuned if self.episodic else self.current.start,
         )
-
-    # ------------------------------------------------------------------ snapshots
 
     def _written(self) -> dict[str, Tensor]:
         """Everything that a step writes to in place."""
@@ -234,8 +198,6 @@ class State:
                 start = self.start.get(name.removeprefix("tuned."), torch.zeros_like(tensor))
                 tensor.copy_(torch.where(flag, start, tensor))
 
-    # ------------------------------------------------------------------ files
-
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a later session needs to go on, by name: copies on the CPU."""
         now = self.current
@@ -278,3 +240,97 @@ def checked_value(name: str, value: object, like: Tensor) -> Tensor:
     if not torch.isfinite(ready).all():
         raise ValueError(f"{name} holds non-finite values")
     return ready
+
+
+def restored(
+    state: State,
+    tensors: Mapping[str, Tensor],
+    guard: Mapping[str, tuple[float, ...]],
+    method: Method,
+    model: FusionModel,
+    master: torch.dtype,
+) -> Snapshot:
+    """The snapshot that ``State.tensors`` wrote. The state is not changed.
+
+    Args:
+        model: as it was recognised, without what the method adds to it.
+        master: type of tuned tensors.
+
+    Raises:
+        ValueError: a tensor is missing, of another model or method, or holds what no state can.
+    """
+    groups: dict[str, dict[str, Tensor]] = {"method": {}, "constant": {}}
+    fixed: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        kind, _, rest = name.partition(".")
+        place, key = (groups[kind], rest) if kind in groups else (fixed, name)
+        place[key] = x
+    first = state.first
+    needed = {**first.written, "random": first.random}
+    if state.episodic:
+        needed |= {f"start.{name}": x for name, x in first.start.items()}
+    if odd := sorted(fixed.keys() ^ needed.keys()):
+        raise ValueError(f"the saved state is of another model or method: {', '.join(odd[:3])}")
+    for name, x in needed.items():
+        if fixed[name].shape != x.shape or fixed[name].dtype != x.dtype:
+            raise ValueError(f"{name} was saved as {_describe(fixed[name])}, needed {_describe(x)}")
+    for name, x in tensors.items():
+        _check_values(name, x)
+    _check_random(fixed["random"])
+    leaf = next(iter(state.leaves.values()), next(model.parameters()))
+    device = leaf.device
+    # what a method says nothing of may be of any type
+    described = (
+        type(method).check_saved is not Method.check_saved
+        or type(method).blank_state is not Method.blank_state
+    )
+    for name, x in groups["constant"].items():
+        if x.dtype != master:
+            raise ValueError(f"constant.{name} is {_describe(x)}, needed {master}")
+    for name, x in groups["method"].items():
+        if described and x.is_floating_point() and x.dtype != master:
+            raise ValueError(f"method.{name} is {_describe(x)}, needed {master}")
+    method.check_saved(model, groups["constant"], groups["method"])
+    with torch.inference_mode(False), torch.no_grad():
+
+        def own(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x.detach().to(device, copy=True) for name, x in values.items()}
+
+        start = {n: fixed[f"start.{n}"] for n in first.start} if state.episodic else {}
+        written = {
+            name: fixed[name].detach().to(x.device, copy=True) for name, x in first.written.items()
+        }
+        kept = {name: x.cpu() for name, x in groups["method"].items() if name == "place"}
+        return Snapshot(
+            written=written,
+            method=own(groups["method"]) | kept,
+            start=own(start) if state.episodic else first.start,
+            constants=own(groups["constant"]),
+            random=fixed["random"].detach().to("cpu", copy=True),
+            guard=guard,
+        )
+
+
+def _check_values(name: str, x: Tensor) -> None:
+    if (x.is_floating_point() or x.is_complex()) and not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds non-finite values")
+    kind = name.split(".")[1] if name.startswith("adam.") else ""
+    if kind == "exp_avg_sq" and (x < 0).any():
+        raise ValueError(f"{name} holds values below 0, needed squares")
+    if kind == "step" and not (0 <= float(x) <= _ADAM_STEPS and float(x).is_integer()):
+        raise ValueError(f"{name} is {float(x)}, needed a count of steps")
+
+
+def _check_random(x: Tensor) -> None:
+    """Whether a generator can go on from it."""
+    trial = torch.Generator()
+    try:
+        trial.set_state(x.cpu())
+        torch.rand(1, generator=trial)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"random is no state of a generator: {reason}") from error
+
+
+def _describe(tensor: Tensor) -> Any:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from types import FrameType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import trace as ranges
-from ..methods.base import Method, Objective, TwoPassMethod, check_objective
+from ..methods.base import Method, Objective, TwoPassMethod, check_objective, joined
 from ..methods.queue import WindowedMethod
+from ..ops.checks import dense
 from ..protocols import FusionModel, ReturnsMore
-from .ahead import Ahead
-from .inputs import prepare
+from .episode import run_updates
 from .precision import Precision, environment
+from .result import StepResult, warn
 from .state import State
-
-
-def warn(message: str, category: type[Warning]) -> None:
-    """A warning at the caller's line, however deep inside fasttta and torch it is raised."""
-    level = 1
-    frame: FrameType | None = sys._getframe()
-    while frame and frame.f_globals.get("__name__", "").split(".")[0] in ("fasttta", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
-
-
-@dataclass(repr=False)
-class StepResult:
-    """What a step returns: fresh tensors on the model's device; nothing synchronises.
-
-    Attributes:
-        logits: [B, C], the prediction (before or after the update, as the method scores).
-        logits_before: [B, C], of the current batch before the update.
-        losses: 0-d tensors of the first inner step, unweighted except ``"total"``.
-        stats: tensors the method's docstring describes.
-        n_used: 0-d int64, samples in the loss of the update (past batches of a window included).
-            At 0 nothing was learnt from the batch: no update, or (SAR) one by momentum alone.
-        grads: with ``trace=True``: gradients of the first inner step, named as ``tuned``.
-        trace: with ``trace=True``: the method's intermediates.
-    """
-
-    logits: Tensor
-    logits_before: Tensor
-    n_used: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    grads: dict[str, Tensor] | None = None
-    trace: dict[str, Tensor] | None = None
-
-    def __repr__(self) -> str:
-        """Shapes, and the values of single numbers."""
-        parts = [f"{x.name}={_brief(getattr(self, x.name))}" for x in fields(self)]
-        return f"StepResult({', '.join(parts)})"
-
-
-def _brief(value: Tensor | Mapping[str, Tensor] | None) -> str:
-    if isinstance(value, Tensor):
-        return f"Tensor{list(value.shape)}" if value.ndim else f"{value.item():.4g}"
-    if value is None:
-        return "None"
-    return "{" + ", ".join(f"{name}: {_brief(x)}" for name, x in value.items()) + "}"
 
 
 class Step:
@@ -91,13 +43,11 @@ class Step:
         revisits = (
             isinstance(method, WindowedMethod) and method.window > 1 and method.score_at == "after"
         )
-        # where the window is fused batch by batch
-        ahead = revisits and device.type == "cpu"
         self.first_passes = 1
         self._recorder = model if isinstance(model, ReturnsMore) else None
-        self.ahead = Ahead(model, list(state.leaves.values())) if ahead else None
-
-    # ------------------------------------------------------------------ inputs
+        # on a CPU, where the window is fused batch by batch
+        keeps = revisits and device.type == "cpu"
+        self.kept_passes = KeptPasses(model, list(state.leaves.values())) if keeps else None
 
     def prepare(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Checked inputs in the master precision."""
@@ -121,14 +71,10 @@ class Step:
             valid = valid * torch.isfinite(x).all()
         return valid
 
-    # ------------------------------------------------------------------ predictions
-
     def predict(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Logits [B, C] with the current weights; changes nothing."""
         with ranges.span("predict"), environment(self.device, self.precision, grad=False):
             return self.method.logits(self.model, self._features(inputs))
-
-    # ------------------------------------------------------------------ adaptation
 
     def draw(self, inputs: tuple[Tensor, ...], keep: Any = None) -> tuple[Tensor, ...]:
         """What the method draws at random for a batch, or ``keep`` in its place."""
@@ -157,13 +103,19 @@ class Step:
             features = self.encode(inputs)
         with environment(self.device, self.precision, grad=True):
             valid = self._valid(inputs)
-            if not self.method.updates:
-                with torch.no_grad():
-                    objective = self._objective(features, valid, self.state.method)
-                finite = self._finite(objective, valid)
-                self.state.method = self._state_after(objective, finite)
-                return self._result(objective, objective.logits, valid, 0, {}, trace)
+            return self._run(features, valid, trace)
+
+    def _run(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
+        """One step as the method's strategy is: an episode, updates, or the objective alone."""
+        if self.method.episodic:
+            return self._episode(features, valid, trace)
+        if self.method.updates:
             return self._adapt(features, valid, trace)
+        with torch.no_grad():
+            objective = self._objective(features, valid, self.state.method)
+        finite = self._finite(objective, valid)
+        self.state.method = self._state_after(objective, finite)
+        return self._result(objective, objective.logits, valid, 0, {}, trace)
 
     def _state_after(self, objective: Objective, finite: Tensor) -> Mapping[str, Tensor]:
         """The state of the method for the next batch."""
@@ -171,12 +123,26 @@ class Step:
             return self.method.after_update(objective.state, finite, self.state.method)
         return objective.state
 
+    def _episode(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
+        """Updates that begin at the start, and leave nothing but the weights that they end at."""
+        weights = Weights(self, valid)
+        updates = run_updates(
+            self.method.steps, lambda state: self._objective(features, valid, state), weights
+        )
+        first = updates.first
+        with torch.no_grad():
+            logits = self._logits(features) if self.method.score_at == "after" else first.logits
+            self.state.method = {}
+            used = first.n_used * updates.counted
+            named = dict(zip(self.state.leaves, updates.grads, strict=True))
+            return self._result(first, logits, valid, used, named, trace)
+
     def _logits(self, features: Any) -> Tensor:
         return self.method.score(self.model, features)
 
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
-        # what an Ahead does not keep is the model's
-        model = cast(FusionModel, self.ahead) if self.ahead else self.model
+        # everything but the kept passes is the model's
+        model = cast(FusionModel, self.kept_passes) if self.kept_passes else self.model
         with ranges.span("objective"):
             objective = self.method.objective(
                 model,
@@ -188,11 +154,14 @@ class Step:
         check_objective(self.method, objective)
         return objective
 
-    def _finite(self, objective: Objective, valid: Tensor) -> Tensor:
-        """0-d float, 1 if inputs and loss are finite."""
+    def _finite(self, objective: Objective, valid: Tensor, grads: Sequence[Tensor] = ()) -> Tensor:
+        """0-d float, 1 if inputs, loss and gradients (and their squares) are finite."""
         finite = valid.amax()
         if "total" in objective.losses:
             finite = finite * torch.isfinite(objective.losses["total"].detach())
+        for grad in grads:
+            # Adam keeps the square: where that overflows, the tensor never moves again
+            finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()
         return finite
 
     def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
@@ -201,9 +170,6 @@ class Step:
         first: Objective | None = None
         carried, recovered = state.method, None
         all_finite = torch.ones((), dtype=self.precision.master, device=self.device)
-        if method.episodic:
-            state.recover(torch.ones((), dtype=torch.bool, device=self.device))
-            carried = {}
         for _ in range(method.steps):
             objective = self._objective(features, valid, carried)
             if first is None and self._recorder is not None and self._recorder.outputs:
@@ -213,10 +179,7 @@ class Step:
                 objective, recover, grads = self._second_pass(
                     method, features, objective, grads, leaves, carried
                 )
-            finite = self._finite(objective, valid)
-            for grad in grads:
-                # Adam keeps the square: where that overflows, the tensor never moves again
-                finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()
+            finite = self._finite(objective, valid, grads)
             all_finite = all_finite * finite
             with ranges.span("update"):
                 self._update(leaves, grads, finite, objective.apply)
@@ -233,12 +196,10 @@ class Step:
             after = None
             if method.score_at == "after":
                 with ranges.span("predict"):
-                    predict = self.ahead.predict if self.ahead else self._logits
+                    predict = self.kept_passes.predict if self.kept_passes else self._logits
                     after = predict(features)
             after_state = self._state_after(objective, all_finite)
             state.method = {name: x.detach() for name, x in after_state.items()}
-            if method.episodic:
-                state.method = {}
             if recovered is not None:
                 first.stats["recovered"] = recovered
             logits = first.logits if after is None else after
@@ -351,6 +312,29 @@ class Step:
         )
 
 
+class Weights:
+    """Tuned weights of a model, as the updates of an episode change them; made at its start."""
+
+    def __init__(self, step: Step, valid: Tensor) -> None:
+        self._step, self._valid = step, valid
+        self._leaves = list(step.state.leaves.values())
+        step.state.recover(torch.ones((), dtype=torch.bool, device=step.device))
+
+    def values(self) -> dict[str, Tensor]:
+        """Nothing for the objective, which runs the model that holds the weights."""
+        return {}
+
+    def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
+        """Of the loss by each weight."""
+        return self._step._gradients(objective, self._leaves)
+
+    def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
+        """One update; 0-d float, 1 if it counted."""
+        finite = self._step._finite(objective, self._valid, grads)
+        self._step._update(self._leaves, grads, finite, objective.apply)
+        return finite * objective.apply
+
+
 def _apart(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Mapping[str, Tensor]:
     """The method's state without memory of the caller's, who may refill it."""
     theirs = {x.untyped_storage().data_ptr() for x in inputs}
@@ -359,3 +343,79 @@ def _apart(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Mapping[str
         return state
     with torch.inference_mode(False), torch.no_grad():
         return {**state, **{name: x.clone() for name, x in shared.items()}}
+
+
+def prepare(
+    model: FusionModel, inputs: tuple, dtype: torch.dtype, check_finite: bool
+) -> tuple[Tensor, ...]:
+    """Checked inputs in a precision, usable by autograd; the caller's tensors are kept.
+
+    Raises:
+        ValueError, TypeError: they cannot be one batch, are no dense tensors, or (check_finite) are
+            not finite.
+    """
+    names = model.input_names
+    required = model.required_inputs
+    if not required <= len(inputs) <= len(names):
+        needed = str(required) if required == len(names) else f"{required} to {len(names)}"
+        raise TypeError(
+            f"needed {needed} inputs ({', '.join(names)}), found {len(inputs)}; "
+            "labels and the like stay out of it"
+        )
+    inputs = tuple(
+        dense(name, x) if isinstance(x, Tensor) else x
+        for name, x in zip(names, inputs, strict=False)
+    )
+    model.check_inputs(*inputs)
+    prepared = []
+    with torch.inference_mode(False), torch.no_grad():
+        for name, x in zip(names, inputs, strict=False):
+            x = x.detach().to(dtype) if x.is_floating_point() else x.detach()
+            if check_finite and not torch.isfinite(x).all():
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f"{name} holds non-finite values (NaN or infinity in {kind})")
+            prepared.append(x.clone() if x.is_inference() else x)
+    return tuple(prepared)
+
+
+class KeptPasses:
+    """A model whose last prediction's fusion pass is kept, with what its backward needs, and given
+    again when the next step asks for it. One of ``window`` forward passes of a step is saved.
+
+    Whether it still holds is asked of the tensors themselves: reset, load and every other change
+    in place counts their versions up.
+    """
+
+    def __init__(self, model: FusionModel, leaves: Sequence[Tensor]) -> None:
+        self._model, self._leaves = model, leaves
+        self._kept: list[tuple[Tensor, list[int], Any]] = []
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Logits [B, C] of tokens, from passes that are kept."""
+        self._kept = []
+        for part in self._model.pieces(tokens):
+            with torch.enable_grad():
+                output = self._model.fuse_attention(part)
+            self._kept.append((part, self._versions(part), output))
+        return joined([output[0].detach() for _, _, output in self._kept])
+
+    def fuse_attention(self, tokens: Tensor) -> Any:
+        for i, (kept, versions, output) in enumerate(self._kept):
+            # Same pointer and shape: same tensor. It is held here, so its memory is not reused.
+            if kept.data_ptr() == tokens.data_ptr() and kept.shape == tokens.shape:
+                del self._kept[i]  # its graph is good for one backward
+                if versions == self._versions(tokens):
+                    return output
+                break
+        return self._model.fuse_attention(tokens)
+
+    def _versions(self, tokens: Tensor) -> list[int]:
+        return [x._version for x in (tokens, *self._leaves)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+    def __deepcopy__(self, memo: dict) -> KeptPasses:
+        return KeptPasses(copy.deepcopy(self._model, memo), copy.deepcopy(self._leaves, memo))

@@ -1,4 +1,4 @@
-"""What a stream does ahead of its steps: batches in groups, brought to the device and encoded.
+"""A stream: batches of a loader, in groups brought to the device and encoded ahead of their steps.
 
 Batches that were read ahead and not stepped on are not lost: see ``Reader``.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -47,6 +48,11 @@ class Stream(Generic[T]):
     def close(self) -> None:
         """Ends the stream: the next one over the same iterator goes on where this one stopped."""
         self._results.close()
+
+
+def as_inputs(batch: object) -> tuple[Any, ...]:
+    """What a loader yields -> the inputs of one call."""
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
 class Reader:
@@ -126,14 +132,14 @@ def copied(x: Any) -> Any:
         return x.detach().clone()
 
 
-def groups(batches: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
-    """Consecutive batches (inputs, keys) of at least ``size`` samples together; where the loader
-    fails, what came before it is given out first."""
-    group: list[tuple] = []
+def groups(batches: Iterable[T], size: int, samples: Callable[[T], int]) -> Iterator[list[T]]:
+    """Consecutive batches of at least ``size`` samples together; where the loader fails, what came
+    before it is given out first."""
+    group: list[T] = []
     try:
         for batch in batches:
             group.append(batch)
-            if sum(len(inputs[0]) for inputs, _ in group) >= size:
+            if size <= 1 or sum(map(samples, group)) >= size:
                 yield group
                 group = []
     except Exception:
@@ -194,3 +200,89 @@ class Lane:
         for x in tensors:
             if isinstance(x, Tensor) and x.is_cuda:
                 x.record_stream(here)
+
+
+@dataclass
+class Pipeline:
+    """How a stream runs: it reads a group of batches, encodes it, and steps on each.
+
+    Attributes:
+        step: (batch as ``read`` returned it, its features or None) -> result.
+        read: makes and checks the inputs of a batch; what is wrong with it is raised here.
+        bring: the batch, on the device, in memory that the loader does not write to.
+        encode: features of every batch of a group, None where nothing is encoded ahead.
+        samples: of a batch as ``read`` returned it; size: of a group at least.
+        lane: where groups are made beside the steps, on a GPU.
+        end: is called when the stream ends.
+    """
+
+    step: Callable[[Any, Any], Any]
+    read: Callable[[Any], Any] = lambda batch: batch
+    bring: Callable[[Any], Any] = lambda batch: batch
+    encode: Callable[[list[Any]], Sequence[Tensor | None]] = lambda group: [None] * len(group)
+    samples: Callable[[Any], int] = len
+    size: int = 1
+    lane: Lane | None = None
+    end: Callable[[], None] = lambda: None
+
+    def results(self, loader: Iterable[Any]) -> Generator[Any]:
+        """A result for every batch of a loader, in order."""
+        reader, lane = Reader(loader), self.lane
+
+        def batches() -> Iterator[Any]:
+            for batch in reader:
+                try:
+                    brought = self.bring(batch)
+                    reader.keep(brought)
+                    ready = self.read(brought)
+                except Exception:
+                    reader.refuse()
+                    raise
+                yield ready
+
+        waiting = groups(batches(), self.size, self.samples)
+
+        def make() -> tuple[list[Any], Sequence[Tensor | None]] | None:
+            group = next(waiting, None)
+            if group is None:
+                return None
+            try:
+                return group, self.encode(group)
+            except Exception:
+                return group, [None] * len(group)  # one of them fails, at its turn
+
+        def made() -> Iterator[tuple[list[Any], Sequence[Tensor | None], Any]]:
+            while True:
+                group, done = (make(), None) if lane is None else lane.run(make)
+                if group is None:
+                    return
+                yield *group, done
+
+        # without a size a result does not wait for the next batch
+        ahead = one_ahead if self.size > 1 and lane is not None else iter
+        try:
+            for group, features, done in ahead(made()):
+                if lane is not None:
+                    lane.receive(done, *features, *_tensors(group))
+                for batch, encoded in zip(group, features, strict=True):
+                    if reader.ended:  # another stream over the same iterator has taken the rest
+                        return
+                    try:
+                        result = self.step(batch, encoded)
+                    except Exception:
+                        reader.stepped()
+                        raise
+                    reader.stepped()
+                    yield result
+        finally:
+            reader.close()
+            self.end()
+
+
+def _tensors(batches: Any) -> Iterator[Tensor]:
+    """Tensors in lists and tuples."""
+    if isinstance(batches, Tensor):
+        yield batches
+    elif isinstance(batches, (list, tuple)):
+        for part in batches:
+            yield from _tensors(part)

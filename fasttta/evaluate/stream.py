@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapted.base import Adapted
 from ..adapted.episodes import as_list
-from ..adapted.fusion import Adapted
-from ..adapted.head import AdaptedHead
-from ..adapted.images import AdaptedCLIP
 from ..ops.checks import class_count, class_labels
 
 
@@ -87,7 +85,7 @@ def _split(batch: Any) -> tuple[list, Any]:
 
 def _samples(adapted: Adapted, inputs: list) -> int | None:
     """How many samples a batch has; None: the step will say that it has none."""
-    if isinstance(adapted, (AdaptedCLIP, AdaptedHead)):
+    if adapted.takes_images:
         single, items = as_list(inputs[0])
         return 1 if single else len(items)
     return len(inputs[0]) if isinstance(inputs[0], Tensor) and inputs[0].ndim else None

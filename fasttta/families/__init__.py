@@ -72,8 +72,8 @@ def adapted_as(family: Family, method: Method) -> str:
         return "images"
     raise ValueError(
         f"{kind.__name__} is not run on {family.name}: every image is an episode there, "
-        "and objective is not called; derive it from fasttta.methods.Episodic and define "
-        "run(self, model, prompts, views, *, trace=False, resources=None) -> Episode"
+        "and the objective of a step is not called; derive it from fasttta.methods.Episodic and "
+        "define predict(self, model, seen, state) -> Prediction"
     )
 
 

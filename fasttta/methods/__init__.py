@@ -7,7 +7,7 @@ from .atpt import ATPT
 from .base import Method, Objective
 from .brimpr import BriMPR
 from .eata import EATA
-from .episodic import Episode, Episodic
+from .episodic import Episodic, Images, Prediction, Seen
 from .mta import MTA
 from .prompt_tuning import CTPT, RTPT, TPT
 from .rada import RAda
@@ -20,6 +20,6 @@ from .ttc import TTC
 
 __all__ = [
     "ABPEM", "ATPT", "CTPT", "EATA", "MTA", "READ", "RTPT", "SAR", "TPT", "TTC", "BriMPR",
-    "Episode", "Episodic", "Method", "Objective", "RAda", "Source", "Tent", "by_name", "names",
-    "register",
+    "Episodic", "Images", "Method", "Objective", "Prediction", "RAda", "Seen", "Source", "Tent",
+    "by_name", "names", "register",
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 
 from ..views import mix_views, region_map
-from .episodic import joined
 from .options import AtLeast, Flag, OneOf, Positive, Share
 from .prompt_tuning import PromptTuning, agreement, settle_drop_self
 from .reliability import (
@@ -99,15 +98,16 @@ class ATPT(PromptTuning):
         model.check_maps()
         return self
 
-    def pixels(self, model, text, views):
+    def pixels(self, model, images):
+        views, (text,) = images.views, images.text
         regions = [each.region for each in views]
-        given = all(region is not None for region in regions)
+        all_given = all(region is not None for region in regions)
         b, n, features, stats = len(views), len(views[0]), None, {}
-        if not given or self.ensemble == "tv" or self.tv_loss:
-            found = model.attention_maps(joined(views, "base"), text, self.rollout)
-            maps = found.grid
+        if not all_given or self.ensemble == "tv" or self.tv_loss:
+            attention = model.attention_maps(images.joined("base"), text, self.rollout)
+            maps = attention.grid
             if all(each.mix.data_ptr() == each.base.data_ptr() for each in views):
-                features = found.features  # without augmentation nothing is mixed
+                features = attention.features  # without augmentation nothing is mixed
             stats["attention"] = maps.unflatten(0, (b, n))
             large, size = maps, views[0].resolution
             if self.tv_map == "pixel" or model.map_kind == "grad-cam":
@@ -116,13 +116,13 @@ class ATPT(PromptTuning):
                 large = sharpen(large, self.cam_sharpen)
             stats["tv"] = total_variation(large if self.tv_map == "pixel" else maps)
             stats["tv"] = stats["tv"].unflatten(0, (b, n))
-            if not given:
+            if not all_given:
                 masks = region_map(large, size, self.mask, self.high, self.low).split(n)
                 pairs = zip(regions, masks, strict=True)
                 regions = [ours if theirs is None else theirs for theirs, ours in pairs]
         stats["region"] = torch.stack(regions)
         if features is not None:
-            return joined(views, "base"), features, stats
+            return images.joined("base"), features, stats
         mixed = [
             mix_views(each, region, self.mix_high, self.mix_low)
             for each, region in zip(views, regions, strict=True)
@@ -140,7 +140,7 @@ class ATPT(PromptTuning):
         value = each.mean(1) if weights is None else (weights * each).sum(1)
         return {"entropy": value, "total": value}
 
-    def predict(self, logits, features, selected, stats):
+    def combine(self, logits, features, selected, stats):
         if self.ensemble == "similarity":
             return agreement(self, logits, features, self.similarity_temperature)
         part = torch.full_like(selected, 1, dtype=logits.dtype) / selected.shape[1]

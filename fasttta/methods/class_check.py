@@ -12,6 +12,19 @@ _PARTS = {
     "frozen_encoder": "whether everything before fuse is frozen, frozen_encoder = True or False",
 }
 
+# what an episode updates -> the methods that it needs
+_STRATEGIES = {
+    "none": ("predict",),
+    "prompt": ("objective", "predict"),
+    "pixels": ("start", "objective", "move", "predict"),
+}
+_SIGNATURES = {
+    "predict": "self, model, seen, state) -> Prediction",
+    "objective": "self, model, features, *, state, constants, valid) -> Objective",
+    "start": "self, images, seen) -> Tensor",
+    "move": "self, seen, added, grad) -> Tensor",
+}
+
 # groups of tuned tensors of which some lie in the encoders
 _IN_ENCODERS = ("norm", "encoder_norm", "prompts")
 
@@ -60,7 +73,7 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
             f"{cls.__name__} tunes {cls.group} and lacks lr: needed its learning rate, for example "
             "lr: float = 1e-4"
         )
-    if cls.objective is base.objective and not hasattr(cls, "run") and _of_steps(cls):
+    if cls.objective is base.objective and _of_steps(cls):
         raise TypeError(
             f"{cls.__name__} lacks objective: needed a method that turns features into losses, "
             "def objective(self, model, features, *, state, constants, valid) -> Objective"
@@ -85,11 +98,17 @@ def check_episodes(cls: Any, base: Any) -> None:
     """
     if _is_base(cls):
         return
-    if cls.run is base.run:
+    if cls.strategy not in _STRATEGIES:
         raise TypeError(
-            f"{cls.__name__} lacks run: needed an episode for every image, "
-            "def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode"
+            f"{cls.__name__}.strategy is {cls.strategy!r}: needed what an episode updates, "
+            + ", ".join(map(repr, _STRATEGIES))
         )
+    for name in _STRATEGIES[cls.strategy]:
+        if getattr(cls, name) is getattr(base, name):
+            raise TypeError(
+                f"{cls.__name__} lacks {name}: needed for episodes of strategy {cls.strategy!r}, "
+                f"def {name}({_SIGNATURES[name]}"
+            )
     for name, example in (
         ("prompt", 'str = "a photo of a"'), ("prompt_length", "int | None = None"),
     ):  # fmt: skip

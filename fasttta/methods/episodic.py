@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -11,42 +12,94 @@ from torch import Tensor
 
 from ..protocols import VisionLanguageModel
 from ..views import Views
-from .base import Method
+from .base import Method, Objective
 from .class_check import check_episodes
 from .options import AtLeast, check_option
 from .prompt_text import prompt_words
 
 
 @dataclass
-class Episode:
-    """What B episodes, computed together, leave behind.
+class Images:
+    """B images, whose episodes are computed together.
 
     Attributes:
-        logits, logits_before: [B, C]; before any update: zero-shot, of the anchor.
-        losses: [B] each, of the first step.
-        stats: [B, ...] each.
-        used: [B] bool, whether something was learnt from the image.
-        grads: [B, ...] each, of the first step, by tuned name.
-        trace: [B, ...] each, intermediates.
+        views: of each image, alike in number.
+        text: [1, C, E], normalised features of the classes with the prompt at the start.
+        seed: of random numbers, the same for every image.
+        noise: [B or 1, 3, R, R], where a method that moves pixels begins; None: it draws that.
     """
 
+    views: Sequence[Views]
+    text: Tensor
+    seed: int = 0
+    noise: Tensor | None = None
+
+    def joined(self, name: str) -> Tensor:
+        """A part of all images' views ("base", "mix", "augmix"), [B * N, 3, R, R]."""
+        return torch.cat([getattr(views, name) for views in self.views])
+
+    def anchors(self) -> Tensor:
+        """The images themselves, [B, 3, R, R]."""
+        return torch.cat([views.base[:1] for views in self.views])
+
+
+@dataclass
+class Seen:
+    """What the forward pass of B episodes leaves, before any update and without gradient.
+
+    Attributes:
+        features: [B, N, E] of the views, normalised.
+        logits: [B, N, C] of the views with the prompt at the start; view 0 is the image itself.
+        stats: [B, ...] each, for ``StepResult.stats``.
+        parts: tensors [B, ...] that objective and prediction need besides, by name.
+    """
+
+    features: Tensor
     logits: Tensor
-    logits_before: Tensor
-    used: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
-    grads: dict[str, Tensor] = field(default_factory=dict)
-    trace: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Prediction:
+    """What B episodes predict: logits [B, C], statistics and intermediates [B, ...] each."""
+
+    logits: Tensor
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def unit(x: Tensor) -> Tensor:
+    """x [..., E] divided by its norms."""
     return x / x.norm(dim=-1, keepdim=True)
 
 
+class _AsOptionsSay(abc.ABCMeta):
+    """Lets ``isinstance(method, Episodic)`` mean ``method.episodic``."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if cls.__dict__.get("_BY_OPTIONS") and isinstance(instance, Method):
+            return instance.episodic
+        return super().__instancecheck__(instance)
+
+
 @dataclass(frozen=True)
-class Episodic(Method, abstract=True):
-    """Options that every method of vision-language models has, ``prompt`` and ``prompt_length``
-    besides those of ``Method``; subclasses place them.
+class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
+    """Methods that treat every image or sample as an episode: it begins at the start, and leaves
+    nothing to the next.
+
+    ``isinstance(method, Episodic)`` asks ``method.episodic``, so that it holds for ``RAda`` with
+    ``loss="views"`` too, whose options decide. Subclasses are methods of vision-language models.
+    The engine runs an episode (``engine/episode.py``): ``forward`` once, then ``steps`` times
+    ``objective``, its gradient and an update, then ``predict``. A subclass says ``strategy``, what
+    is updated, and declares the options ``prompt`` and ``prompt_length`` itself, to control their
+    positions:
+
+    * ``"none"``: nothing. It needs ``predict`` alone.
+    * ``"prompt"``: the words before the class name, by the method's optimiser. It needs
+      ``objective``, a function of ``state["tuned"]``, the text features [B, C, E] (not normalised).
+    * ``"pixels"``: what is added to each image. It needs ``start``, ``move`` and ``objective``, a
+      function of ``state["tuned"]`` [B, 3, R, R].
 
     Args:
         prompt: what precedes the class name and a full stop, where classes are names; or a template
@@ -56,6 +109,11 @@ class Episodic(Method, abstract=True):
             which then stay fixed).
     """
 
+    _BY_OPTIONS: ClassVar[bool] = True
+    #: what the updates of an episode change: "prompt", "pixels" or "none"
+    strategy: ClassVar[str] = "none"
+    #: how the first view of an image is cut, as ``fasttta.data.make_views`` takes it
+    base_view: ClassVar[str] = "crop"
     RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
     families: ClassVar[tuple[str, ...]] = ("vision-language",)
     frozen_encoder: ClassVar[bool] = True
@@ -86,6 +144,10 @@ class Episodic(Method, abstract=True):
             )
 
     @property
+    def episodic(self) -> bool:
+        return True
+
+    @property
     def tuned_length(self) -> int:
         """Tokens after SOT that are tuned (or could be)."""
         if self.prompt_length is not None:
@@ -113,31 +175,60 @@ class Episodic(Method, abstract=True):
             )
         return self
 
-    def run(
+    def forward(self, model: VisionLanguageModel, images: Images) -> Seen:
+        """What is computed once, before any update and without gradient; by default the features
+        and logits of all views."""
+        features = model.encode_image(images.joined("augmix"))
+        return self.seen(model, images, features)
+
+    def seen(self, model: VisionLanguageModel, images: Images, features: Tensor) -> Seen:
+        """Of the views' features [B * N, E], not normalised."""
+        features = unit(features).unflatten(0, (len(images.views), -1))
+        logits = model.logit_scale.exp() * features @ images.text.transpose(1, 2)
+        return Seen(features, logits, parts={"text": images.text})
+
+    def objective(
         self,
-        model: VisionLanguageModel,
-        prompts: Any,
-        views: Sequence[Views],
+        model: Any,
+        features: Any,
         *,
-        trace: bool = False,
-        resources: Mapping[str, Any] | None = None,
-    ) -> Episode:
-        """B episodes; each starts at ``prompts.initial``.
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Losses [B] of B episodes.
 
         Args:
-            prompts: of ``model.prompts(ids, tuned_length)``.
-            views: of each image, alike in number.
-            resources: of this call: "seed" of random numbers, the same for every image; "noise".
+            features: what ``forward`` returned.
+            state: ``"tuned"``, what is updated, and what the last call returned as its state.
         """
-        raise TypeError(f"{type(self).__name__} defines no episode")
+        raise TypeError(f"{type(self).__name__} defines no objective")
+
+    def start(self, images: Images, seen: Seen) -> Tensor:
+        """What is added to the images [B, 3, R, R] before the first update of pixels."""
+        raise TypeError(f"{type(self).__name__} moves no pixels")
+
+    def move(self, seen: Seen, added: Tensor, grad: Tensor) -> Tensor:
+        """What is added to the images [B, 3, R, R] after an update of pixels.
+
+        Args:
+            grad: of the objective's total by ``added``.
+        """
+        raise TypeError(f"{type(self).__name__} moves no pixels")
+
+    def predict(
+        self, model: VisionLanguageModel, seen: Seen, state: Mapping[str, Tensor]
+    ) -> Prediction:
+        """The prediction after the updates, without gradient.
+
+        Args:
+            seen: what ``forward`` returned.
+            state: as of ``objective``, after the last update; empty where nothing is updated.
+        """
+        raise TypeError(f"{type(self).__name__} defines no prediction")
 
 
 def zero_shot(model: VisionLanguageModel, prompts: Any, anchors: Tensor) -> Tensor:
     """Logits [B, C] of anchors [B, 3, R, R] with the initial prompt."""
     text = unit(prompts.linearise().features[0])
     return model.logit_scale.exp() * unit(model.encode_image(anchors)) @ text.T
-
-
-def joined(views: Sequence[Views], name: str) -> Tensor:
-    """A part of all images' views, [B * N, ...]."""
-    return torch.cat([getattr(each, name) for each in views])

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from .episodic import Episode, Episodic, joined, unit
+from .episodic import Episodic, Prediction, unit
 from .options import AtLeast, Finite, Flag, Positive, Share
 
 
@@ -54,22 +54,15 @@ class MTA(Episodic):
     def augmented(self) -> bool:
         return self.augment
 
-    def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode:
-        b, n, scale = len(views), len(views[0]), model.logit_scale.exp()
-        with torch.no_grad():
-            text = unit(prompts.linearise().features)  # [1, C, E]
-            features = unit(model.encode_image(joined(views, "augmix"))).unflatten(0, (b, n))
-            logits = scale * features @ text.transpose(1, 2)
-            bandwidth = self._bandwidth(features)
-            mode, weights = self._mode(features, logits.softmax(-1), bandwidth)
-            scored = mode if self.score_at == "after" else features[:, 0]
-            prediction = scale * torch.einsum("be,ce->bc", scored, text[0])
-        return Episode(
-            logits=prediction,
-            logits_before=logits[:, 0],
-            used=prediction.isfinite().all(1),
+    def predict(self, model, seen, state) -> Prediction:
+        features, (text,) = seen.features, seen.parts["text"]
+        bandwidth = self._bandwidth(features)
+        mode, weights = self._mode(features, seen.logits.softmax(-1), bandwidth)
+        scored = mode if self.score_at == "after" else features[:, 0]
+        return Prediction(
+            logits=model.logit_scale.exp() * torch.einsum("be,ce->bc", scored, text),
             stats={"weights": weights, "bandwidth": bandwidth.sqrt()},
-            trace={"features": features, "logits": logits, "mode": mode} if trace else {},
+            trace={"features": features, "logits": seen.logits, "mode": mode},
         )
 
     def _bandwidth(self, features: Tensor) -> Tensor:

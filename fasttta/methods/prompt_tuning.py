@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..protocols import VisionLanguageModel
-from ..views import Views
-from .episodic import Episode, Episodic, joined, unit
+from .base import Objective
+from .episodic import Episodic, Images, Prediction, Seen, unit
 from .options import AtLeast, Finite, Flag, Positive, Share
 from .reliability import ensemble_logits, entropy, marginal_entropy, similarity_weights
 
@@ -29,6 +28,7 @@ class PromptTuning(Episodic, abstract=True):
     """
 
     group: ClassVar[str | None] = "prompt"
+    strategy: ClassVar[str] = "prompt"
 
     views: Annotated[int, AtLeast(1)] = 64
     select: Annotated[float, Share(positive=True)] = 0.1
@@ -56,14 +56,12 @@ class PromptTuning(Episodic, abstract=True):
             weight_decay=self.weight_decay,
         )  # fmt: skip
 
-    # ------------------------------------------------------------------ what methods differ in
-
     def pixels(
-        self, model: VisionLanguageModel, text: Tensor, views: Sequence[Views]
+        self, model: VisionLanguageModel, images: Images
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Views to learn from [B * N, 3, R, R]; their features [B * N, E] where these are known
         already; statistics [B, ...] of how the views were made."""
-        return joined(views, "augmix"), None, {}
+        return images.joined("augmix"), None, {}
 
     def losses(self, logits: Tensor, text: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
         """[B] each, with ``"total"``, of selected views.
@@ -79,7 +77,7 @@ class PromptTuning(Episodic, abstract=True):
         """[B, n] of the selected views in the loss; None: all alike."""
         return None
 
-    def predict(
+    def combine(
         self, logits: Tensor, features: Tensor, selected: Tensor, stats: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Prediction [B, C] and weights of the views [B, N].
@@ -93,61 +91,44 @@ class PromptTuning(Episodic, abstract=True):
         weights[:, 0] = 1
         return logits[:, 0], weights
 
-    # ------------------------------------------------------------------ the episodes
+    def forward(self, model: VisionLanguageModel, images: Images) -> Seen:
+        pixels, features, stats = self.pixels(model, images)
+        if features is None:
+            features = model.encode_image(pixels)
+        seen = self.seen(model, images, features)
+        uncertain = entropy(seen.logits)
+        count = self.selected_count(uncertain.shape[1])
+        selected = uncertain.argsort(dim=1, stable=True)[:, :count]
+        places = selected[..., None].expand(-1, -1, seen.features.shape[-1])
+        seen.stats = {**stats, "selected": selected}
+        seen.parts = {
+            "chosen": seen.features.gather(1, places),
+            "entropy": uncertain,
+            "pixels": pixels.unflatten(0, uncertain.shape),
+            "text": images.text.expand(len(uncertain), -1, -1),
+        }
+        weights = self.loss_weights(stats, selected)
+        if weights is not None:
+            seen.parts["loss_weights"] = weights
+        return seen
 
-    def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode:
-        b, n = len(views), len(views[0])
-        count, scale = self.selected_count(n), model.logit_scale.exp()
-        with torch.no_grad():
-            start = prompts.linearise()
-            text = unit(start.features)  # [1, C, E]
-            pixels, features, stats = self.pixels(model, text[0], views)
-            features = model.encode_image(pixels) if features is None else features
-            features = unit(features).unflatten(0, (b, n))  # [B, N, E]
-            before = scale * features @ text.transpose(1, 2)  # [B, N, C]
-            uncertain = entropy(before)
-            selected = uncertain.argsort(dim=1, stable=True)[:, :count]
-            chosen = features.gather(1, selected[..., None].expand(-1, -1, features.shape[-1]))
-            weights = self.loss_weights(stats, selected)
-            prompt = torch.nn.Parameter(prompts.initial.repeat(b, 1, 1))
-        optimizer = self.optimizer([prompt])
-        first: dict[str, Tensor] = {}
-        used = torch.ones(b, dtype=torch.bool, device=before.device)
-        for step in range(self.steps):
-            at = start if step == 0 else prompts.linearise(prompt.detach())
-            with torch.enable_grad():
-                leaf = at.features.expand(b, -1, -1).detach().requires_grad_()
-                tuned = unit(leaf)
-                losses = self.losses(scale * chosen @ tuned.transpose(1, 2), tuned, weights)
-                (cotangent,) = torch.autograd.grad(losses["total"].sum(), leaf)
-            with torch.no_grad():
-                grad = at.pullback(cotangent)
-                finite = grad.isfinite().all(2).all(1) & losses["total"].isfinite()
-                prompt.grad, kept = grad, prompt.detach().clone()
-                optimizer.step()
-                prompt.copy_(torch.where(finite[:, None, None], prompt, kept))
-                if step == 0:
-                    first, used = losses, finite
-                    grads = grad
-        with torch.no_grad():
-            tuned = unit(prompts.features(prompt.detach()))
-            after = scale * features @ tuned.transpose(1, 2)
-            scored = after if self.score_at == "after" else before
-            logits, view_weights = self.predict(scored, features, selected, stats)
-        stats = stats | {"selected": selected, "weights": view_weights, "prompt": prompt.detach()}
-        return Episode(
-            logits=logits,
-            logits_before=before[:, 0],
-            used=used,
-            losses={name: x.detach() for name, x in first.items()},
-            stats=stats,
-            grads={"prompt": grads},
-            trace={
-                "features": features, "entropy": uncertain, "logits": before,
-                "logits_after": after, "text": text.expand(b, -1, -1), "text_after": tuned,
-                "pixels": pixels.unflatten(0, (b, n)), "grad_last": grad,
-            } if trace else {},
-        )  # fmt: skip
+    def objective(self, model, features, *, state, constants, valid) -> Objective:
+        seen, text = features, unit(state["tuned"])  # [B, C, E]
+        logits = model.logit_scale.exp() * seen.parts["chosen"] @ text.transpose(1, 2)
+        losses = self.losses(logits, text, seen.parts.get("loss_weights"))
+        return Objective(losses=losses, logits=logits, n_used=len(logits))
+
+    def predict(self, model, seen, state) -> Prediction:
+        text, selected = unit(state["tuned"]), seen.stats["selected"]
+        after = model.logit_scale.exp() * seen.features @ text.transpose(1, 2)
+        scored = after if self.score_at == "after" else seen.logits
+        logits, weights = self.combine(scored, seen.features, selected, seen.stats)
+        trace = {
+            "features": seen.features, "logits": seen.logits, "logits_after": after,
+            "text_after": text,
+        }  # fmt: skip
+        trace |= {name: seen.parts[name] for name in ("entropy", "pixels", "text")}
+        return Prediction(logits, {**seen.stats, "weights": weights}, trace)
 
 
 @dataclass(frozen=True)
@@ -227,7 +208,7 @@ class RTPT(PromptTuning):
         value = entropy(logits).mean(1)
         return {"entropy": value, "total": value}
 
-    def predict(self, logits, features, selected, stats):
+    def combine(self, logits, features, selected, stats):
         return agreement(self, logits, features, self.temperature)
 
 

@@ -64,6 +64,8 @@ class RAda(Method):
     families: ClassVar[tuple[str, ...]] = ("features", "fusion", "vision-language")
     group: ClassVar[str | None] = "head"
     frozen_encoder: ClassVar[bool] = True
+    #: how the first view of an image is cut, as ``fasttta.data.make_views`` takes it
+    base_view: ClassVar[str] = "crop"
 
     loss: Annotated[str, OneOf("views", "entropy")] | None = None
     select: Annotated[float, Share(positive=True)] = 0.1

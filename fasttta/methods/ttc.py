@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import dense
-from .episodic import Episode, Episodic, zero_shot
+from ..protocols import VisionLanguageModel
+from .base import Objective
+from .episodic import Episodic, Images, Prediction, Seen, unit
 from .options import Finite, Positive, Range
 
 
@@ -36,6 +38,7 @@ class TTC(Episodic):
     """
 
     name: ClassVar[str] = "ttc"
+    strategy: ClassVar[str] = "pixels"
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
     eps: Annotated[float, Range(above=0, at_most=1)] = 4 / 255
@@ -46,26 +49,63 @@ class TTC(Episodic):
     lr: Annotated[float, Positive(most=1e6)] = field(default=1 / 255, kw_only=True)
     steps: int = field(default=2, kw_only=True)
 
-    def run(self, model, prompts, views, *, trace=False, resources=None) -> Episode:
-        x = torch.cat([each.base[:1] for each in views])  # [B, 3, R, R]
-        noise = self._noise(x, resources or {})
-        with torch.no_grad():
-            before = zero_shot(model, prompts, x)
-            clean = model.encode_image(x)
-        delta, stability = self._counterattack(model, x, clean, noise)
-        with torch.no_grad():
-            after = zero_shot(model, prompts, x + delta)
-        return Episode(
-            logits=after if self.score_at == "after" else before,
-            logits_before=before,
-            used=after.isfinite().all(1),
-            stats={"perturbation": delta, "stability": stability},
+    def forward(self, model: VisionLanguageModel, images: Images) -> Seen:
+        x = images.anchors()
+        clean = model.encode_image(x)
+        features = unit(clean)
+        logits = model.logit_scale.exp() * features @ images.text[0].T
+        parts = {"pixels": x, "clean": clean, "text": images.text[0]}
+        return Seen(features.unsqueeze(1), logits.unsqueeze(1), parts=parts)
+
+    def start(self, images: Images, seen: Seen) -> Tensor:
+        x = seen.parts["pixels"]
+        return (x + self._noise(x, images)).clamp(0, 1) - x
+
+    def objective(self, model, features, *, state, constants, valid) -> Objective:
+        """The move of the feature, to be made larger: its loss falls."""
+        clean, added = features.parts["clean"], state["tuned"]
+        moved = model.encode_image(features.parts["pixels"] + added) - clean
+        stability = state.get("stability")
+        if stability is None:
+            stability = moved.detach().norm(dim=1) / clean.norm(dim=1)
+        before = [state["steps"]] if "steps" in state else []  # [B, k, 3, R, R]
+        return Objective(
+            losses={"total": -moved.square().sum(dim=1)},
+            logits=features.logits[:, 0],
+            n_used=len(moved),
+            state={
+                "stability": stability,
+                "steps": torch.cat([*before, added.detach().unsqueeze(1)], dim=1),
+            },
         )
 
-    def _noise(self, x: Tensor, resources) -> Tensor:
-        noise = resources.get("noise")
+    def move(self, seen: Seen, added: Tensor, grad: Tensor) -> Tensor:
+        x = seen.parts["pixels"]
+        step = (added - self.lr * grad.sign()).clamp(-self.eps, self.eps)
+        return (x + step).clamp(0, 1) - x
+
+    def predict(self, model, seen, state) -> Prediction:
+        x, stability = seen.parts["pixels"], state["stability"]
+        perturbations = [*state["steps"].unbind(1), state["tuned"]]
+        steps = torch.arange(self.steps + 1, dtype=torch.float64, device=x.device)
+        weights = (self.beta * steps).softmax(0).to(x)
+        first = perturbations[0]
+        total = weights[0] * first
+        for weight, added in zip(weights[1:], perturbations[1:], strict=True):
+            total = total + weight * added
+        attacked = (stability < self.threshold)[:, None, None, None]
+        added = torch.where(attacked, total, first)
+        features = unit(model.encode_image(x + added))
+        after = model.logit_scale.exp() * features @ seen.parts["text"].T
+        return Prediction(
+            logits=after if self.score_at == "after" else seen.logits[:, 0],
+            stats={"perturbation": added, "stability": stability},
+        )
+
+    def _noise(self, x: Tensor, images: Images) -> Tensor:
+        noise = images.noise
         if noise is None:
-            generator = torch.Generator().manual_seed(resources.get("seed", 0))
+            generator = torch.Generator().manual_seed(images.seed)
             row = torch.rand(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
             return (self.eps * (2 * row - 1)).to(x).expand_as(x)
         if isinstance(noise, Tensor):
@@ -78,25 +118,3 @@ class TTC(Episodic):
         if not torch.isfinite(noise).all():
             raise ValueError("noise holds non-finite values (NaN or infinity)")
         return noise.to(x).expand_as(x)
-
-    def _counterattack(
-        self, model, x: Tensor, clean: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Perturbation [B, 3, R, R] and stability [B]."""
-        delta = first = (x + noise).clamp(0, 1) - x
-        steps = torch.arange(self.steps + 1, dtype=torch.float64, device=x.device)
-        weights = (self.beta * steps).softmax(0)
-        total = weights[0].to(x) * first
-        stability = clean.new_zeros(len(clean))
-        for k in range(self.steps):
-            with torch.enable_grad():
-                leaf = delta.detach().requires_grad_()
-                moved = model.encode_image(x + leaf) - clean
-                (grad,) = torch.autograd.grad(moved.square().sum(), leaf)
-            if k == 0:
-                stability = moved.detach().norm(dim=1) / clean.norm(dim=1)
-            step = (delta + self.lr * grad.sign()).clamp(-self.eps, self.eps)
-            delta = (x + step).clamp(0, 1) - x
-            total = total + weights[k + 1].to(x) * delta
-        attacked = (stability < self.threshold)[:, None, None, None]
-        return torch.where(attacked, total, first), stability

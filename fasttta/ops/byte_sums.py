@@ -71,6 +71,11 @@ def byte_sums(tensors: Sequence[Tensor]) -> bytes:
         return b"".join(x.numpy().tobytes() for x in sums)
 
 
+def sums_size(x: Tensor) -> int:
+    """How many of the bytes that ``byte_sums`` returns are of this tensor."""
+    return 16 * -(-x.numel() * x.element_size() // _BYTES)
+
+
 def _bytes_of(x: Tensor) -> Tensor:
     """A tensor's values as uint8 [n]."""
     try:

@@ -111,12 +111,12 @@ def test_order_and_company_do_not_matter(model, method):
 
 
 def test_many_images_are_taken_in_turns(model, method, monkeypatch):
-    images = [image(i) for i in range(5)]
-    whole = adapt(model, method).step(images, trace=True)
-    from fasttta.adapted import images as adapted_clip
+    pictures = [image(i) for i in range(5)]
+    whole = adapt(model, method).step(pictures, trace=True)
+    from fasttta.adapted import images
 
-    monkeypatch.setattr(adapted_clip, "_VIEWS", 16)
-    parts = adapt(model, method).step(images, trace=True)
+    monkeypatch.setattr(images, "_VIEWS", 16)
+    parts = adapt(model, method).step(pictures, trace=True)
     same(whole, parts, **NOISE)
     assert whole.trace.keys() == parts.trace.keys()
 
@@ -221,10 +221,10 @@ def test_each_image_has_its_noise(model, monkeypatch):
     noise = (2 * torch.rand(3, 3, 24, 24, generator=generator) - 1) * 4 / 255
     alone = [adapt(model, "ttc").step(x, noise=n[None]) for x, n in zip(pixels, noise, strict=True)]
     expected = torch.stack([r.stats["perturbation"] for r in alone])
-    from fasttta.adapted import images as adapted_clip
+    from fasttta.adapted import images
 
     for together in (256, 2, 1):
-        monkeypatch.setattr(adapted_clip, "_VIEWS", together)
+        monkeypatch.setattr(images, "_VIEWS", together)
         found = adapt(model, "ttc").step(pixels, noise=noise)
         # float noise decides about the sign of a gradient near 0
         off = (found.stats["perturbation"] - expected).abs() > 1e-6

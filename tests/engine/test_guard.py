@@ -21,7 +21,7 @@ def guarded(model, method, **options):
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "source"])
 def test_begins_anew(tiny_model, tiny_batch, name, monkeypatch):
     """Behind the batch that shows the shift it is as a fresh one, bit for bit; not before."""
-    from fasttta.engine.shift import Guard
+    from fasttta.engine.shift_detector import Guard
 
     monkeypatch.setattr(Guard, "_values", lambda self, result: {"x": next(values)})
     values = iter([1.0, 1.1, 0.9, 1.0, 1.05, 99.0, 1.0, 1.1])

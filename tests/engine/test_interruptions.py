@@ -163,7 +163,11 @@ def test_some_lines(tiny_model, tiny_batch, tmp_path, name, action):
 
 
 @pytest.mark.parametrize(
-    ("action", "files"), [("reset", ("state.py",)), ("source", ("adapted.py", "turn.py"))]
+    ("action", "files"),
+    [
+        ("reset", ("state.py",)),
+        ("source", ("adapted/base.py", "adapted/fusion.py", "interrupts.py")),
+    ],
 )
 def test_every_line_that_puts_the_state(tiny_model, tiny_batch, tmp_path, action, files):
     kind = kinds(tiny_model, tiny_batch)["read"]

@@ -11,8 +11,7 @@ from cases import METHODS, differing, same, snapshot, state_equal
 from safetensors.torch import load_file
 
 import fasttta
-from fasttta.engine.ahead import Ahead
-from fasttta.engine.step import Step
+from fasttta.engine.step import KeptPasses, Step
 
 
 def test_reset_is_bitwise(tiny_model, tiny_batch, method):
@@ -255,7 +254,7 @@ def test_failure_after_the_update_rolls_back(
 
     if place == "forward":
         monkeypatch.setattr(Step, "_logits", dies)
-        monkeypatch.setattr(Ahead, "predict", dies)
+        monkeypatch.setattr(KeptPasses, "predict", dies)
     else:
         monkeypatch.setattr(Step, "_result", dies)
     with pytest.raises(error, match="out of memory"):

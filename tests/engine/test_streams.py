@@ -11,7 +11,7 @@ import torch
 from cases import METHODS, same
 
 import fasttta
-from fasttta.adapted.fusion import Adapted
+from fasttta.adapted.fusion import AdaptedFusion
 from fasttta.data import Batch, FeatureCache
 from fasttta.engine import streaming
 
@@ -35,7 +35,7 @@ class FakeLane:
 def path(request, monkeypatch):
     """Both ways in which a stream runs ahead."""
     if request.param == "lane":
-        monkeypatch.setattr(Adapted, "_lane", lambda self: FakeLane())
+        monkeypatch.setattr(AdaptedFusion, "_lane", lambda self: FakeLane())
     return request.param
 
 

@@ -14,8 +14,8 @@ from cases import METHODS, differing, same, snapshot
 from clips import image, tiny_clip, tiny_ids
 
 import fasttta
+from fasttta.adapted.base import Lock
 from fasttta.engine.step import Step
-from fasttta.engine.turn import Turn
 
 
 def together(*jobs: Callable[[], Any]) -> list[Any]:
@@ -181,9 +181,9 @@ def test_independent_objects_run_side_by_side(tiny_model, tiny_batch):
 
 
 def test_the_lock_is_copied_as_a_new_one():
-    turn = Turn()
-    with turn(), turn():
-        for new in (copy.deepcopy(turn), pickle.loads(pickle.dumps(turn))):
+    lock = Lock()
+    with lock(), lock():
+        for new in (copy.deepcopy(lock), pickle.loads(pickle.dumps(lock))):
 
             def enter(new=new):
                 with new():

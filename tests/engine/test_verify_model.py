@@ -277,8 +277,8 @@ def test_buffers():
     model, batch = Counting().eval(), FUSIONS["three"].batch(3)
     spec = fasttta.ModelSpec("inner.attn", FUSIONS["three"].spec.spans, "qkv")
     adapted = fasttta.adapt(model, "read", spec=spec)
-    verified, verify = [], adapted._known.verify
-    adapted._known.verify = lambda x: verified.append(1) or verify(x)
+    verified, verify = [], adapted._family.verify
+    adapted._family.verify = lambda x: verified.append(1) or verify(x)
     for _ in range(4):
         model(*batch)
         adapted.step(*batch)

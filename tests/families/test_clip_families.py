@@ -201,6 +201,6 @@ def test_transformers(activation, eos):
     adapted = fasttta.adapt(module, classes=tiny_ids(), views=6, select=0.5)
     views = tiny_views()
     assert adapted(views=views).isfinite().all()
-    normalised = adapted._recognised.model._normalised(views.base[:1])
+    normalised = adapted._family.model._normalised(views.base[:1])
     expected = module(pixel_values=normalised, input_ids=tiny_ids()).logits_per_image
     assert (adapted.predict(views=views) - expected).abs().max() < 1e-5

@@ -201,8 +201,8 @@ def test_tied_tensors_are_refused(tiny_model):
 def test_the_check_runs_once(tiny_model, tiny_batch, monkeypatch):
     module = user_module("cav-mae", tiny_model(), 3)
     adapted = fasttta.adapt(module, "read")
-    calls, verify = [], adapted._known.verify
-    monkeypatch.setattr(adapted._known, "verify", lambda x: calls.append(1) or verify(x))
+    calls, verify = [], adapted._family.verify
+    monkeypatch.setattr(adapted._family, "verify", lambda x: calls.append(1) or verify(x))
     for s in range(3):
         adapted(*tiny_batch(seed=s))
     assert calls == [1]

@@ -3,16 +3,16 @@
 FAULTS = [
     (
         "head-losses-sum",
-        "fasttta/adapted/head.py",
-        '{name: x.mean() for name, x in stacked("losses").items()}',
-        '{name: x.sum() for name, x in stacked("losses").items()}',
+        "fasttta/adapted/episodes.py",
+        "torch.cat([loss[name] for loss in losses]).mean()",
+        "torch.cat([loss[name] for loss in losses]).sum()",
         "models/test_rada_models.py::test_several_images_are_as_many_episodes",
     ),
     (
         "head-n-used",
-        "fasttta/adapted/head.py",
-        "torch.stack([part.n_used for part in parts]).sum()",
-        "parts[0].n_used",
+        "fasttta/adapted/episodes.py",
+        "torch.cat([part.used for part in parts]).sum()",
+        "parts[0].used.sum()",
         "models/test_rada_models.py::test_several_images_are_as_many_episodes",
     ),
     (
@@ -25,8 +25,8 @@ FAULTS = [
     (
         "clip-reset-keeps-the-prompt",
         "fasttta/adapted/images.py",
-        "self._publish(self._source_prompt)",
-        "pass",
+        "    def _first_state(self) -> Tensor:\n        return self._source_prompt\n",
+        "    def _first_state(self) -> Tensor:\n        return self._start\n",
         "adapted/test_adapted_clip.py::test_a_prompt_to_start_from",
     ),
     (
@@ -53,9 +53,9 @@ FAULTS = [
     (
         "guard-not-undone",
         "fasttta/adapted/fusion.py",
-        "                result = self._step(inputs, **given)\n",
+        "                result = self._step(inputs, **options)\n",
         (
-            "                result = self._step(inputs, **given)\n"
+            "                result = self._step(inputs, **options)\n"
             "                self._state.commit(values)\n"
             "                self._state.begin()\n"
         ),
@@ -75,7 +75,7 @@ FAULTS = [
     (
         "model-verified-whatever-it-says",
         "fasttta/adapted/fusion.py",
-        "verified = self._known.verify(prepared)",
+        "verified = self._family.verify(prepared)",
         "verified = True",
         "families/test_families.py::test_a_patched_module_is_noticed",
     ),

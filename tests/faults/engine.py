@@ -155,14 +155,14 @@ FAULTS = [
     ),
     (
         "tuned-weights-are-the-user-s",
-        "fasttta/engine/state.py",
+        "fasttta/engine/precision.py",
         "parameter.detach().to(precision.master, copy=True)",
         "parameter.detach().to(precision.master)",
         "adapted/test_adapted.py::test_the_users_model_is_untouched[read]",
     ),
     (
         "tied-weights-untied",
-        "fasttta/engine/state.py",
+        "fasttta/engine/precision.py",
         "if id(parameter) not in shared:",
         "if True:",
         "adapted/test_adapted.py::test_what_is_one_object_stays_one",
@@ -245,10 +245,10 @@ FAULTS = [
     ),
     (
         "shift-biased-std",
-        "fasttta/engine/shift.py",
+        "fasttta/engine/shift_detector.py",
         "statistics.stdev(self.values)",
         "statistics.pstdev(self.values)",
-        "engine/test_shift.py::test_official_sequence",
+        "engine/test_shift_detector.py::test_official_sequence",
     ),
     (
         "update-on-no-sample",
@@ -259,14 +259,14 @@ FAULTS = [
     ),
     (
         "restored-without-the-guard",
-        "fasttta/engine/restore.py",
+        "fasttta/engine/state.py",
         "            guard=guard,\n",
         "            guard={},\n",
         "engine/test_guard.py::test_saved_with_the_state",
     ),
     (
         "inputs-finite-unchecked",
-        "fasttta/engine/inputs.py",
+        "fasttta/engine/step.py",
         "if check_finite and not",
         "if False and not",
         "adapted/test_bad_input.py::test_a_bad_batch_changes_nothing[read]",

@@ -319,7 +319,7 @@ FAULTS = [
         "fasttta/methods/queue.py",
         "for n in (*numbers[-2:-1], *numbers[:-2], numbers[-1])",
         "for n in (*numbers[:-2], *numbers[-2:-1], numbers[-1])",
-        "engine/test_ahead.py::test_one_pass_fewer_and_the_same_bits",
+        "engine/test_kept_passes.py::test_one_pass_fewer_and_the_same_bits",
     ),
     (
         "objective-not-checked",

@@ -1,9 +1,11 @@
 """Faults in what keeps, saves and shares the state."""
 
-STATE, TURN, GRAPH = (f"fasttta/engine/{name}.py" for name in ("state", "turn", "graph"))
+STATE, INTERRUPTS, GRAPH = (
+    f"fasttta/engine/{name}.py" for name in ("state", "interrupts", "graph")
+)
 FOLDER, RECORD = "fasttta/engine/folder.py", "fasttta/engine/record.py"
-RESTORE, STEP, SHIFT = (f"fasttta/engine/{name}.py" for name in ("restore", "step", "shift"))
-STATEFUL, ENTRY = "fasttta/adapted/base.py", "fasttta/adapted/entry.py"
+STEP = "fasttta/engine/step.py"
+BASE, SAVED, ENTRY = (f"fasttta/adapted/{name}.py" for name in ("base", "saved", "entry"))
 
 FAULTS = [
     (
@@ -24,14 +26,14 @@ FAULTS = [
         "engine/test_guard.py::test_begins_anew[read]",
     ),
     (
-        "a cleanup that is interrupted is left", TURN,
-        "    finally:\n        cleanup()\n\n\nclass Turn",
-        "    finally:\n        pass\n\n\nclass Turn",
+        "a cleanup that is interrupted is left", INTERRUPTS,
+        "            cleanup()\n    finally:\n        cleanup()\n",
+        "            cleanup()\n    finally:\n        pass\n",
         "engine/test_interruptions.py::test_every_line_that_puts_the_state[source-files1]",
     ),
     (
-        "no lock", TURN,
-        "        with self._turn():\n            return method(self, *args, **kwargs)",
+        "no lock", BASE,
+        "        with self._lock():\n            return method(self, *args, **kwargs)",
         "        return method(self, *args, **kwargs)",
         "engine/test_threads.py::test_no_step_is_lost[read]", "engine/test_threads.py::test_everything_at_once",
     ),
@@ -83,28 +85,28 @@ FAULTS = [
         "engine/test_records.py::test_one_checksum_over_everything",
     ),
     (
-        "NaN in a saved tensor", RESTORE,
+        "NaN in a saved tensor", STATE,
         "if (x.is_floating_point() or x.is_complex()) and not torch.isfinite(x).all():",
         "if False:",
         "engine/test_records.py::test_tensors", "engine/test_records.py::test_constants",
     ),
     (
-        "a saved method state is taken as it is", RESTORE,
-        '    method.check_state(running, groups["method"])\n', "",
+        "a saved method state is taken as it is", STATE,
+        '    method.check_saved(model, groups["constant"], groups["method"])\n', "",
         "engine/test_records.py::test_tensors",
     ),
     (
-        "a checkpoint of another object is taken", STATEFUL,
+        "a checkpoint of another object is taken", SAVED,
         "if handle._owner is not self._owner:", "if False:",
         "engine/test_state_dict.py::test_checkpoint_and_rollback[read]",
     ),
     (
-        "a state_dict of other settings is taken", STATEFUL,
-        "            self._check_same(record)\n", "",
+        "a state_dict of other settings is taken", SAVED,
+        "                self._check_same(record)\n", "",
         "engine/test_state_dict.py::test_state_dicts_that_do_not_fit",
     ),
     (
-        "damaged tensors in a state_dict", STATEFUL,
+        "damaged tensors in a state_dict", SAVED,
         'if records.tensors_digest(tensors) != record["sha256"]:', "if False:",
         "engine/test_state_dict.py::test_state_dicts_that_do_not_fit",
     ),
@@ -116,7 +118,7 @@ FAULTS = [
     ),
     (
         "a record without its class is read by name", ENTRY,
-        'if cls is None and "class" in record:', "if False:",
+        "if cls is None and path is not None:\n        short", "if False:\n        short",
         "methods/test_custom_methods.py::test_saved_and_loaded_by_its_class",
     ),
 ]  # fmt: skip

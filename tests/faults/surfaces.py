@@ -20,7 +20,7 @@ FAULTS = [
         "data/test_feature_keys.py::test_weights_changed_while_they_are_used",
     ),
     (
-        "inputs of any class are taken", "fasttta/engine/inputs.py",
+        "inputs of any class are taken", "fasttta/engine/step.py",
         "dense(name, x) if isinstance(x, Tensor) else x", "x",
         "ops/test_dense.py::test_refused[coo-fusion]",
     ),

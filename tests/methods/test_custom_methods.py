@@ -18,7 +18,8 @@ from places import README, SUPPORT
 import fasttta
 from fasttta import functional as F
 from fasttta import methods
-from fasttta.methods import Episodic, Method, Objective
+from fasttta.methods import Episodic, Method, Objective, Prediction, Seen
+from fasttta.methods.episodic import unit
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,54 @@ class Counter(Method):
 
 @dataclass(frozen=True)
 class Flip(Episodic):
-    """The mean over the views of an image."""
+    """The image as it is."""
 
     name: ClassVar[str] = "flip"
     prompt: str = "a photo of a"
     prompt_length: int | None = None
     lr: float = 0.0
 
-    def run(self, model, prompts, views, *, trace=False, resources=None):
-        from fasttta.methods.episodic import Episode, joined, zero_shot
+    def forward(self, model, images) -> Seen:
+        features = unit(model.encode_image(images.anchors()))
+        logits = model.logit_scale.exp() * features @ images.text[0].T
+        return Seen(features.unsqueeze(1), logits.unsqueeze(1))
 
-        logits = zero_shot(model, prompts, joined(views, "base"))
-        return Episode(logits, logits.clone(), torch.zeros(len(logits), dtype=torch.bool))
+    def predict(self, model, seen, state) -> Prediction:
+        return Prediction(seen.logits[:, 0])
+
+
+@dataclass(frozen=True)
+class Drift(Episodic):
+    """Pixels that move against the feature's length, which the losses of two steps tell."""
+
+    name: ClassVar[str] = "drift"
+    strategy: ClassVar[str] = "pixels"
+    prompt: str = "a photo of a"
+    prompt_length: int | None = None
+    lr: float = 1e-3
+    steps: int = 2
+
+    def forward(self, model, images) -> Seen:
+        seen = super().forward(model, images)
+        seen.parts["pixels"] = images.anchors()
+        return seen
+
+    def start(self, images, seen):
+        return torch.zeros_like(seen.parts["pixels"])
+
+    def objective(self, model, features, *, state, constants, valid) -> Objective:
+        lengths = model.encode_image(features.parts["pixels"] + state["tuned"]).norm(dim=1)
+        past = [*state["lengths"].unbind(1)] if "lengths" in state else []
+        state = {"lengths": torch.stack([*past, lengths.detach()], dim=1)}
+        return Objective({"total": lengths}, features.logits[:, 0], len(lengths), state=state)
+
+    def move(self, seen, added, grad):
+        x = seen.parts["pixels"]
+        return (x + added - self.lr * grad).clamp(0, 1) - x
+
+    def predict(self, model, seen, state) -> Prediction:
+        logits = seen.logits[:, 0]
+        return Prediction(logits, {"lengths": state["lengths"], "added": state["tuned"]})
 
 
 def test_saved_and_loaded_by_its_class(tiny_model, tiny_batch, tmp_path):
@@ -184,7 +221,7 @@ def test_what_would_not_be_run_is_refused(tiny_model):
             raise RuntimeError("run")
 
     for method in (Mine(), Ours()):
-        with pytest.raises(ValueError, match=r"is not run on .*CLIP.*Episodic and define run"):
+        with pytest.raises(ValueError, match=r"is not run on .*CLIP.*Episodic and define predict"):
             fasttta.adapt(tiny_clip(), method, classes=tiny_ids())
     with pytest.raises(ValueError, match="'mine' adapts vision-language models, found"):
         fasttta.adapt(tiny_model(), Mine())
@@ -202,6 +239,31 @@ def test_one_for_images(tmp_path):
     adapted.save(tmp_path)
     loaded = fasttta.load(clip, tmp_path, method=Flip)
     assert torch.equal(adapted.step(image(2)).logits, loaded.step(image(2)).logits)
+
+
+def test_one_that_moves_pixels():
+    adapted = fasttta.adapt(tiny_clip(), Drift(), classes=tiny_ids())
+    result = adapted.step([image(1), image(2)])
+    lengths = result.stats["lengths"]
+    assert lengths.shape == (2, 2)
+    assert (lengths[:, 1] < lengths[:, 0]).all()
+    assert (result.stats["added"] != 0).any()
+    assert adapted.step(image(2)).stats["lengths"].shape == (2,)  # no leading B of one image
+    assert adapted.tuned == {}
+
+
+def test_episodic_means_one_thing():
+    """What the property says is what the class is, also where options decide."""
+    for method in (
+        methods.TPT(), methods.ATPT(), methods.MTA(), methods.TTC(), methods.RAda(loss="views"),
+    ):  # fmt: skip
+        assert method.episodic
+        assert isinstance(method, Episodic)
+    for method in (methods.RAda(loss="entropy"), methods.RAda(), methods.ABPEM(), methods.Source()):
+        assert not method.episodic
+        assert not isinstance(method, Episodic)
+    assert not isinstance(methods.MTA(), methods.TPT)
+    assert not isinstance("tpt", Episodic)
 
 
 COMPLETE = {
@@ -222,15 +284,25 @@ def test_a_missing_part_is_refused_when_the_class_is_made():
     ):  # fmt: skip
         with pytest.raises(TypeError, match=rf"^Mine\.{part} is "):
             type("Mine", (Method,), {**COMPLETE, part: value})
-    for part in ("run", "prompt", "prompt_length"):
-        parts = {
-            "name": "mine", "run": lambda *args: None, "prompt": "a", "prompt_length": None,
-            "lr": 0.0,
-        }  # fmt: skip
-        type("Mine", (Episodic,), dict(parts))
-        del parts[part]
+    parts = {
+        "name": "mine", "predict": lambda *args: None, "prompt": "a", "prompt_length": None,
+        "lr": 0.0,
+    }  # fmt: skip
+    made = type(Episodic)("Mine", (Episodic,), dict(parts))
+    assert isinstance(made(), Episodic)
+    for part in ("predict", "prompt", "prompt_length"):
+        some = {name: value for name, value in parts.items() if name != part}
         with pytest.raises(TypeError, match=f"^Mine lacks .*{part}: needed"):
-            type("Mine", (Episodic,), parts)
+            type(Episodic)("Mine", (Episodic,), some)
+    for strategy, part in (
+        ("prompt", "objective"), ("pixels", "start"), ("pixels", "objective"), ("pixels", "move"),
+    ):  # fmt: skip
+        needed = {"start": made, "objective": made, "move": made, "strategy": strategy}
+        del needed[part]
+        with pytest.raises(TypeError, match=f"^Mine lacks {part}: needed for .*'{strategy}'"):
+            type(Episodic)("Mine", (Episodic,), {**parts, **needed})
+    with pytest.raises(TypeError, match="strategy is 'none of these': needed"):
+        type(Episodic)("Mine", (Episodic,), {**parts, "strategy": "none of these"})
 
 
 def test_the_method_of_the_readme(tiny_model, tiny_batch, tmp_path):

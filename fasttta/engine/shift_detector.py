@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..functional import entropy
-from .step import StepResult
+from .result import StepResult
 
 
 class ShiftDetector:
@@ -139,8 +139,6 @@ class Guard:
             if not names:
                 return {"entropy": float(entropy(result.logits_before).mean())}
             return {name: float(reported[name].double().mean()) for name in names}
-
-    # ------------------------------------------------------------------ files
 
     def settings(self) -> dict[str, Any]:
         """JSON-ready, without values."""

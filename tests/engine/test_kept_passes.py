@@ -31,7 +31,7 @@ def make(model, **options):
 
 def test_one_pass_fewer_and_the_same_bits(tiny_model, tiny_batch, passes):
     ahead, plain = make(tiny_model()), make(tiny_model())
-    plain._step.ahead = None
+    plain._step.kept_passes = None
     for seed in range(5):
         batch = tiny_batch(seed=seed)
         passes.clear()
@@ -45,7 +45,7 @@ def test_one_pass_fewer_and_the_same_bits(tiny_model, tiny_batch, passes):
 
 @pytest.mark.parametrize("options", [{"window": 1}, {"score_at": "before"}])
 def test_nothing_is_kept_where_it_is_of_no_use(tiny_model, options):
-    assert make(tiny_model(), **options)._step.ahead is None
+    assert make(tiny_model(), **options)._step.kept_passes is None
 
 
 def test_changed_weights_are_noticed(tiny_model, tiny_batch, tmp_path, passes):
@@ -67,7 +67,7 @@ def test_changed_weights_are_noticed(tiny_model, tiny_batch, tmp_path, passes):
         adapted, plain = ran(make(model)), ran(make(model))
         change(adapted)
         change(plain)
-        plain._step.ahead = None
+        plain._step.kept_passes = None
         passes.clear()
         a = adapted.step(*batches[2])
         assert len(passes) == 4
@@ -96,10 +96,10 @@ def test_a_step_that_fails_keeps_nothing(tiny_model, tiny_batch):
     adapted, plain = make(tiny_model()), make(tiny_model())
     adapted.step(*tiny_batch(seed=0))
     plain.step(*tiny_batch(seed=0))
-    adapted._step.ahead._model.mlp_head.register_forward_pre_hook(_fail)
+    adapted._step.kept_passes._model.mlp_head.register_forward_pre_hook(_fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         adapted.step(*tiny_batch(seed=1))
-    adapted._step.ahead._model.mlp_head._forward_pre_hooks.clear()
+    adapted._step.kept_passes._model.mlp_head._forward_pre_hooks.clear()
     for seed in (1, 2):
         assert same(adapted.step(*tiny_batch(seed=seed)), plain.step(*tiny_batch(seed=seed)))
 

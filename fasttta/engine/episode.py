@@ -1,0 +1,219 @@
+"""Episodes: updates that begin at the start with every image, and the results of B of them.
+
+``run_updates`` is the only loop: forward, objective, backward, update, as often as the method has
+steps. What is updated is said by an object: the weights of a model (``engine.step.Weights``), a
+prompt for each image, or the pixels. All of it are tensors of fixed shapes, and nothing in the loop
+reads a value on the host, so that a captured step can replay it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Objective
+from ..methods.episodic import Episodic, Images, Seen, unit
+from ..protocols import VisionLanguageModel
+from ..views import Views
+
+
+class Tuned(Protocol):
+    """What an episode's updates change, at the episode's start when it is made."""
+
+    def values(self) -> dict[str, Tensor]:
+        """What the objective finds in its state: leaves of autograd."""
+
+    def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
+        """Of the objective's total by what is tuned."""
+
+    def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
+        """One update; whether it counted: [B], or 0-d of a single episode."""
+
+
+@dataclass
+class Updates:
+    """What the updates of an episode leave.
+
+    Attributes:
+        first: the objective before any update.
+        grads, last_grads: of the first and the last update.
+        counted: whether the first update was made, [B] or 0-d.
+        state: what the last objective returned as its state.
+    """
+
+    first: Objective
+    grads: tuple[Tensor, ...]
+    last_grads: tuple[Tensor, ...]
+    counted: Tensor
+    state: Mapping[str, Tensor]
+
+
+def run_updates(
+    steps: int, evaluate: Callable[[Mapping[str, Tensor]], Objective], tuned: Tuned
+) -> Updates:
+    """Updates what is tuned so often.
+
+    Args:
+        evaluate: the method's objective; its argument is what is tuned and what the objective
+            before it returned as its state.
+    """
+    state: Mapping[str, Tensor] = {}
+    updates: Updates | None = None
+    for _ in range(steps):
+        with torch.enable_grad():
+            objective = evaluate({**tuned.values(), **state})
+            grads = tuned.gradients(objective)
+        with torch.no_grad():
+            counted = tuned.update(grads, objective)
+        state = {name: x.detach() for name, x in objective.state.items()}
+        if updates is None:
+            updates = Updates(objective, grads, grads, counted, state)
+        updates.last_grads, updates.state = grads, state
+    assert updates is not None  # steps is at least 1
+    return updates
+
+
+class TunedPrompts:
+    """A prompt for each of B images, updated by the method's optimiser.
+
+    The objective is a function of the text features, ``tuned`` [B, C, E]: their derivative by the
+    prompt at the start, which all images share, is taken once.
+    """
+
+    def __init__(self, method: Episodic, prompts: Any, count: int) -> None:
+        self._prompts = prompts
+        self.value = torch.nn.Parameter(prompts.initial.repeat(count, 1, 1))  # [B, n, D]
+        self._optimizer = method.optimizer([self.value])
+        self._at = prompts.linearise()
+
+    def values(self) -> dict[str, Tensor]:
+        if self._at is None:
+            self._at = self._prompts.linearise(self.value.detach())
+        features = self._at.features.expand(len(self.value), -1, -1)
+        self._leaf = features.detach().requires_grad_()
+        return {"tuned": self._leaf}
+
+    def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
+        (cotangent,) = torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
+        with torch.no_grad():
+            return (self._at.pullback(cotangent),)
+
+    def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
+        (grad,) = grads
+        finite = grad.isfinite().all(2).all(1) & objective.losses["total"].isfinite()
+        self.value.grad, before = grad, self.value.detach().clone()
+        self._optimizer.step()
+        self.value.copy_(torch.where(finite[:, None, None], self.value, before))
+        self._at = None
+        return finite
+
+    def last(self) -> Tensor:
+        """Text features [B, C, E] with the prompts as they are."""
+        return self._prompts.features(self.value.detach())
+
+
+class TunedPixels:
+    """What is added to each of B images, moved by the method along the gradient."""
+
+    def __init__(self, method: Episodic, images: Images, seen: Seen) -> None:
+        self._method, self._seen = method, seen
+        self.value = method.start(images, seen)  # [B, 3, R, R]
+
+    def values(self) -> dict[str, Tensor]:
+        self._leaf = self.value.detach().requires_grad_()
+        return {"tuned": self._leaf}
+
+    def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
+
+    def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
+        self.value = self._method.move(self._seen, self.value, grads[0])
+        return torch.ones(len(self.value), dtype=torch.bool, device=self.value.device)
+
+    def last(self) -> Tensor:
+        """[B, 3, R, R] as it is."""
+        return self.value
+
+
+@dataclass
+class Episodes:
+    """Results of B episodes that were computed together.
+
+    Attributes:
+        logits, logits_before: [B, C]; before any update: zero-shot, of the anchor.
+        used: [B], samples that were learnt from: bool, of an image whether it was.
+        losses: [B] each, of the first step.
+        stats: [B, ...] each.
+        grads: [B, ...] each, of the first step, by tuned name.
+        trace: [B, ...] each, intermediates.
+    """
+
+    logits: Tensor
+    logits_before: Tensor
+    used: Tensor
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    grads: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def run_episodes(
+    method: Episodic,
+    model: VisionLanguageModel,
+    prompts: Any,
+    views: Sequence[Views],
+    *,
+    seed: int = 0,
+    noise: Tensor | None = None,
+    trace: bool = False,
+) -> Episodes:
+    """B episodes on images, each from ``prompts.initial``.
+
+    Args:
+        prompts: of ``model.prompts(ids, method.tuned_length)``.
+        views: of each image, alike in number.
+        seed: of random numbers, the same for every image.
+        noise: [B or 1, 3, R, R], where a method that moves pixels begins; None: it draws that.
+        trace: also return gradients and intermediates.
+    """
+    with torch.no_grad():
+        text = unit(prompts.linearise().features)  # [1, C, E]
+        images = Images(views, text, seed, noise)
+        seen = method.forward(model, images)
+        tuned: TunedPrompts | TunedPixels | None = None
+        if method.strategy == "prompt":
+            tuned = TunedPrompts(method, prompts, len(views))
+        elif method.strategy == "pixels":
+            tuned = TunedPixels(method, images, seen)
+    if tuned is None:
+        with torch.no_grad():
+            prediction = method.predict(model, seen, {})
+        used = prediction.logits.isfinite().all(1)
+        return Episodes(
+            prediction.logits, seen.logits[:, 0], used, stats=prediction.stats,
+            trace=prediction.trace if trace else {},
+        )  # fmt: skip
+    ones = torch.ones(len(views), device=text.device, dtype=text.dtype)
+
+    def evaluate(state: Mapping[str, Tensor]) -> Objective:
+        return method.objective(model, seen, state=state, constants={}, valid=ones)
+
+    updates = run_updates(method.steps, evaluate, tuned)
+    with torch.no_grad():
+        prediction = method.predict(model, seen, {**updates.state, "tuned": tuned.last()})
+    episodes = Episodes(
+        prediction.logits, seen.logits[:, 0], prediction.logits.isfinite().all(1),
+        stats=prediction.stats, trace=prediction.trace if trace else {},
+    )  # fmt: skip
+    if isinstance(tuned, TunedPrompts):
+        episodes.used = updates.counted
+        episodes.losses = {name: x.detach() for name, x in updates.first.losses.items()}
+        episodes.stats = {**prediction.stats, "prompt": tuned.value.detach()}
+        episodes.grads = {"prompt": updates.grads[0]}
+        if trace:
+            episodes.trace = {**prediction.trace, "grad_last": updates.last_grads[0]}
+    return episodes
