@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..models import ModelWithHead
 from ..ops.byte_sums import byte_sums
 from ..protocols import FusionModel
 
@@ -50,10 +51,10 @@ def model_key(model: FusionModel, precision: str, dtype: str) -> str:
         TypeError: the values of a weight cannot be read.
     """
     behind = set()
-    group = "head" if hasattr(model, "head") else "fusion_qkv"
+    group = "head" if isinstance(model, ModelWithHead) else "fusion_qkv"
     for slot in model.tunable(group).values():
         path, _, leaf = slot.parameter.rpartition(".")
-        behind.add((id(model.get_submodule(path)), leaf))
+        behind.add((id(cast(nn.Module, model).get_submodule(path)), leaf))
     contents = _Contents(behind)
     for value in (FORMAT, __version__, torch.__version__, precision, dtype, model):
         contents.add(value)

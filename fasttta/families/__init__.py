@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..methods import Episodic, Method, RAda, Source, names
-from ..models import RationalModel
+from ..models import ModelWithHead
 from ..models.copies import own_buffers, structural_copy
 from ..models.specified.spec import ModelSpec
 from . import cavmae, clip
@@ -35,7 +35,7 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Family:
     family: Family
     if spec is not None:
         family = SpecifiedFamily.of(inner, prefix, spec)
-    elif isinstance(inner, RationalModel):
+    elif isinstance(inner, ModelWithHead):
         family = RationalFamily.of(inner, prefix)
     elif _has(inner, cavmae.PARTS):
         family = CavmaeFamily.of(inner, prefix, holder)

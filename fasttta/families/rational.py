@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-from ..models import RationalCLIP, RationalModel
+from ..models import ModelWithHead, RationalCLIP
 from ..protocols import FusionModel
 from .base import FusionFamily
 from .refusals import altered
@@ -18,7 +18,7 @@ class RationalFamily(FusionFamily):
     default_method: ClassVar[str] = "rada"
 
     @classmethod
-    def of(cls, model: RationalModel, prefix: str) -> RationalFamily:
+    def of(cls, model: ModelWithHead, prefix: str) -> RationalFamily:
         """The family of a model of fasttta's own."""
         module = model if altered(model) else None
         # "rada" asks for no attention, which is what it lacks of a fusion model

@@ -3,9 +3,15 @@
 from .cavmae.model import CAVMAE
 from .clip.model import CLIP
 from .rational.head import FeatureAdapter, RationalHead
-from .rational.models import FeatureClassifier, RationalCAVMAE, RationalCLIP, RationalModel
+from .rational.models import FeatureClassifier, ModelWithHead, RationalCAVMAE, RationalCLIP
 
 __all__ = [
-    "CAVMAE", "CLIP", "FeatureAdapter", "FeatureClassifier", "RationalCAVMAE", "RationalCLIP",
-    "RationalHead", "RationalModel",
-]  # fmt: skip
+    "CAVMAE",
+    "CLIP",
+    "FeatureAdapter",
+    "FeatureClassifier",
+    "ModelWithHead",
+    "RationalCAVMAE",
+    "RationalCLIP",
+    "RationalHead",
+]

@@ -16,10 +16,10 @@ from ...ops.checks import class_labels
 from ..clip.model import CLIP
 from ..copies import structural_copy
 from .head import RationalHead
-from .models import RationalCAVMAE, RationalCLIP, RationalModel
+from .models import ModelWithHead, RationalCAVMAE, RationalCLIP
 
 _OPTIMIZERS, _PENALTIES, _OBJECTIVES = ("adam", "sgd"), (None, "mse", "linf"), ("ce", "sigmoid")
-Tuned = TypeVar("Tuned", bound=RationalHead | RationalModel)
+Tuned = TypeVar("Tuned", bound=RationalHead | ModelWithHead)
 WARM_UP = 1e-5  # learning rate of the first epoch, whatever ``lr`` is
 
 
@@ -213,22 +213,22 @@ def finetune(
     of_model = ("bias", "image", "score", "also", "also_lr")
     if is_model and (names := [name for name in of_model if name in options]):
         raise ValueError(f"{', '.join(names)}: {type(model).__name__} has its own")
-    if isinstance(model, RationalModel):
+    if isinstance(model, ModelWithHead):
         num_classes = model.num_classes
     else:
         assert text is not None  # _check_model
         num_classes = len(text)
     labels = _labels(labels, len(inputs[0]), num_classes)
     with torch.inference_mode(False):
-        tuned: RationalHead | RationalModel
+        tuned: RationalHead | ModelWithHead
         class_text: Callable[[], Tensor] | None = None
-        if not isinstance(model, RationalModel):
+        if not isinstance(model, ModelWithHead):
             assert text is not None  # _check_model
             tuned = copy.deepcopy(model).requires_grad_(True)
             scale = 100.0 if scale is None else scale
             tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
         else:
-            tuned = cast(RationalModel, structural_copy(model, _copier(encoders)))
+            tuned = cast(ModelWithHead, structural_copy(model, _copier(encoders)))
             with torch.no_grad():
                 inputs = inputs if encoders else (_encoded(tuned, inputs, batch),)
             also = _encoder_parameters(tuned, classes) if encoders else []
@@ -269,7 +269,7 @@ def _labels(labels: Tensor, samples: int, classes: int) -> Tensor:
 
 def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
     """Whether it is a model with a head, and not a head alone; raises what does not fit."""
-    is_model = isinstance(model, RationalModel)
+    is_model = isinstance(model, ModelWithHead)
     if not is_model and not isinstance(model, RationalHead):
         raise TypeError(f"model must be a RationalHead or a model with one, found {model!r:.80}")
     if is_model:
@@ -310,12 +310,12 @@ def _copier(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter
     return copied
 
 
-def _encoded(model: RationalModel, inputs: tuple[Tensor, ...], batch: int) -> Tensor:
+def _encoded(model: ModelWithHead, inputs: tuple[Tensor, ...], batch: int) -> Tensor:
     parts = zip(*(x.split(batch) for x in inputs), strict=True)
     return torch.cat([model.encode(*part) for part in parts])
 
 
-def _encoder_parameters(model: RationalModel, classes: Tensor | None) -> list[nn.Parameter]:
+def _encoder_parameters(model: ModelWithHead, classes: Tensor | None) -> list[nn.Parameter]:
     """The parameters in front of the head that are trained."""
     if isinstance(model, RationalCLIP):
         clip = cast(CLIP, model.model)

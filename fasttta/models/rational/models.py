@@ -39,7 +39,7 @@ def fresh_head(
     return head.to(like.device, dtype).requires_grad_(False)
 
 
-class RationalModel(FusionDefaults, nn.Module):
+class ModelWithHead(FusionDefaults, nn.Module):
     """Features of an encoder, scored against class features by a rational head.
 
     Subclasses say what ``encode`` takes. All of them are what ``fasttta.adapt`` takes for "rada".
@@ -92,7 +92,7 @@ class RationalModel(FusionDefaults, nn.Module):
         names = ("heads", "temperature", "scale_multiplier")
         return {name: getattr(self.head, name) for name in names}
 
-    def rational(self, **options: Any) -> RationalModel:
+    def rational(self, **options: Any) -> ModelWithHead:
         """The model itself: it has a head, and ``options`` are those of a fresh one."""
         return self
 
@@ -125,8 +125,8 @@ class RationalModel(FusionDefaults, nn.Module):
         return self.fuse(self.encode(*inputs, **named))
 
 
-class FeatureClassifier(RationalModel):
-    """A head over features that an encoder has made before. Arguments as of ``RationalModel``."""
+class FeatureClassifier(ModelWithHead):
+    """A head over features that an encoder has made before. Arguments as of ``ModelWithHead``."""
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ class PooledCAVMAE(FusionModel, Protocol):
         """Tokens [B, T, D] -> what the classifier reads [B, D]; and q, k, scale."""
 
 
-class RationalCLIP(RationalModel):
+class RationalCLIP(ModelWithHead):
     """CLIP whose scores over a list of classes a rational head weighs: pixels in, logits out.
 
     Args:
@@ -206,7 +206,7 @@ class RationalCLIP(RationalModel):
         return self.model.encode_image(images).to(self.text.dtype)
 
 
-class RationalCAVMAE(RationalModel):
+class RationalCAVMAE(ModelWithHead):
     """CAV-MAE whose linear classifier a rational head weighs: audio and video in, logits out.
 
     A linear classifier's logit is |x| |w_k| cos(x, w_k) + b_k: the mask weighs the terms of the
