@@ -102,7 +102,8 @@ class FusionDefaults:
     if TYPE_CHECKING:  # which the model itself defines
 
         @property
-        def input_names(self) -> tuple[str, ...]: ...
+        def input_names(self) -> tuple[str, ...]:
+            """Names of the inputs in their order."""
 
     @property
     def required_inputs(self) -> int:

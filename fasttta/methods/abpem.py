@@ -73,13 +73,20 @@ class ABPEM(WindowedMethod):
 
     @property
     def updates(self) -> bool:
+        """Whether any of the three terms has a weight."""
         return any((self.entropy_weight, self.balance_weight, self.attention_weight))
 
     @property
     def single_sample(self) -> str:
+        """A warning, if the class-balance term has a weight."""
         return balance_warning(self, self.window) if self.balance_weight != 0 else ""
 
     def fitted(self, model: FusionModel) -> Self:
+        """Settles the default of ``k``.
+
+        Raises:
+            ValueError: the model has fewer than two spans, or fewer than ``k`` classes.
+        """
         super().fitted(model)
         if len(model.spans) < 2 and self.attention_weight != 0:
             raise ValueError(
@@ -96,6 +103,11 @@ class ABPEM(WindowedMethod):
         return self
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``"anchor_mean"`` and ``"anchor_std"``, [M] or [H, M] each, with ``anchor="source"``.
+
+        Raises:
+            TypeError, ValueError: ``source_stats`` is missing, not needed, or of another model.
+        """
         source_stats = resources.get("source_stats")
         if self.anchor == "self":
             if source_stats is not None:
@@ -121,6 +133,7 @@ class ABPEM(WindowedMethod):
     def check_saved(
         self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> None:
+        """Checks the anchors and the queue of batches."""
         needed = set() if self.anchor == "self" else {"anchor_mean", "anchor_std"}
         if constants.keys() != needed:
             odd = sorted(constants.keys() ^ needed)[0]
@@ -135,7 +148,16 @@ class ABPEM(WindowedMethod):
             sample = sum(model.spans), model.feature_shapes()["joint"][1]
         check_queue(state, self.window, sample)
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """The three terms over the batches of the window."""
         valid = valid * torch.isfinite(features).all()
         window = self.batches(model, features, valid, state)
         anchor = None
@@ -150,7 +172,7 @@ class ABPEM(WindowedMethod):
                     return_moments=True,
                 )  # fmt: skip
             passes[i] = logits, gap, *moments, q, k
-        *results, q, k = zip(*passes, strict=True)
+        *results, queries, keys = zip(*passes, strict=True)
         logits, gap, mean, std = map(joined, results)
         weight = window.weight
         total, entropy, balance = F.adaptation_head(
@@ -175,7 +197,7 @@ class ABPEM(WindowedMethod):
             trace={
                 "tokens": features,
                 "window_logits": logits,
-                "q": lambda: joined(q),
-                "k": lambda: joined(k),
+                "q": lambda: joined(queries),
+                "k": lambda: joined(keys),
             },
         )  # fmt: skip

@@ -94,11 +94,13 @@ class ATPT(PromptTuning):
         settle_drop_self(self)
 
     def fitted(self, model: Any) -> Self:
+        """Checks that the model has attention maps."""
         super().fitted(model)
         model.check_maps()
         return self
 
     def pixels(self, model, images):
+        """Views mixed with their augmented copies where the model does not attend."""
         views, (text,) = images.views, images.text
         regions = [each.region for each in views]
         all_given = all(region is not None for region in regions)
@@ -130,17 +132,20 @@ class ATPT(PromptTuning):
         return torch.cat(mixed), None, stats
 
     def loss_weights(self, stats, selected):
+        """Weights by reliability, with ``tv_loss``."""
         return self._weights(stats, selected) if self.tv_loss else None
 
     def _weights(self, stats, selected):
         return reliability_weights(stats["tv"].gather(1, selected), self.tv_temperature)
 
     def losses(self, logits, text, weights):
+        """Mean entropy of the selected views, weighted with ``tv_loss``."""
         each = entropy(logits)
         value = each.mean(1) if weights is None else (weights * each).sum(1)
         return {"entropy": value, "total": value}
 
     def combine(self, logits, features, selected, stats):
+        """The ensemble of the views that ``ensemble`` names."""
         if self.ensemble == "similarity":
             return agreement(self, logits, features, self.similarity_temperature)
         part = torch.full_like(selected, 1, dtype=logits.dtype) / selected.shape[1]

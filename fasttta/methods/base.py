@@ -150,7 +150,8 @@ class Method:
     if TYPE_CHECKING:  # a field of every subclass, which decides its position
 
         @property
-        def lr(self) -> float | None: ...
+        def lr(self) -> float | None:
+            """The learning rate, an option of every method that tunes something."""
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         """Checks the class when it is made. ``class Base(Method, abstract=True)`` is a base of
@@ -319,7 +320,7 @@ class Method:
             TypeError, ValueError: ``keep`` cannot be used.
         """
         if keep is not None:
-            raise TypeError(f"keep: {type(self).__name__} masks no tokens; known to brimpr")
+            raise TypeError(f"keep: {type(self).__name__} masks no tokens; only brimpr does")
         return ()
 
     @property
@@ -340,11 +341,11 @@ class TwoPassMethod(Method, abstract=True):
     Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equation 2.
     """
 
-    #: length of the perturbation, a positive option of every subclass
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # a field of every subclass, which decides its position
 
         @property
-        def rho(self) -> float: ...
+        def rho(self) -> float:
+            """Length of the perturbation, a positive option."""
 
     def second_objective(
         self, model: FusionModel, features: Any, first: Objective, *, state: Mapping[str, Tensor]

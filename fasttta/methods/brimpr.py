@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
 from ..ops.checks import dense
-from ..protocols import FusionModel, Promptable
+from ..protocols import FusionModel, Promptable, Prompted
 from ..source_stats import SourceStats
 from . import brimpr_losses
 from .base import Method, Objective, sample_weight, samples_used
@@ -31,7 +31,7 @@ class BriMPR(Method):
     Args:
         prompts: prompts a block, audio and video.
         mask_ratio: part of each modality's tokens that is masked away, drawn anew for each batch;
-            0: none, masked streams are the whole ones. ``step(..., keep=(audio_ids, video_ids))``
+            0: nothing is masked. ``step(..., keep=(audio_ids, video_ids))``
             gives the ids [B, K] of the kept tokens in place of the draw.
         temperature: of the contrast.
         teacher_scale, teacher_offset: a and b of the teacher's temperature
@@ -85,16 +85,24 @@ class BriMPR(Method):
 
     @property
     def updates(self) -> bool:
+        """Whether any of the three terms has a weight."""
         return any((self.alignment_weight, self.recombination_weight, self.contrast_weight))
 
     @property
     def single_sample(self) -> str:
+        """A warning: one sample has no spread."""
         return (
             "BriMPR on a single sample: it has no spread to align and nothing to be contrasted "
             "with; only its mean is aligned. Give larger batches"
         )
 
     def fitted(self, model: FusionModel) -> Self:
+        """Takes the number of prompts of a model that came with tuned ones.
+
+        Raises:
+            ValueError: the encoders take no prompts, the mask leaves no token of a modality, or
+                ``prompts`` differs from the tuned prompts of the model.
+        """
         if not isinstance(model, Promptable):
             raise ValueError(
                 f"BriMPR puts prompts into the encoders' blocks, which are not known of "
@@ -121,6 +129,7 @@ class BriMPR(Method):
         return self  # fresh ones hold nothing that drawing others would lose
 
     def extend(self, model: FusionModel, seed: int) -> FusionModel:
+        """The model with its own prompts, if their number fits, else with fresh ones."""
         assert isinstance(model, Promptable)  # fitted
         # another sequence than the one that masks are drawn from
         generator = torch.Generator().manual_seed((seed + 0x5EED) % 2**63)
@@ -139,7 +148,13 @@ class BriMPR(Method):
         return model.prompted(prompts)
 
     def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
-        assert isinstance(model, Promptable)  # fitted
+        """Source moments of every feature, ``"<name>.std"`` and ``"<name>.mean"`` [blocks, D].
+
+        Raises:
+            TypeError, ValueError: ``source_stats`` is missing or of another model.
+        """
+        self.fitted(model)  # adapt asks for constants first
+        assert isinstance(model, Promptable)
         source_stats = resources.get("source_stats")
         if source_stats is None:
             raise ValueError(
@@ -155,6 +170,7 @@ class BriMPR(Method):
     def check_saved(
         self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> None:
+        """Checks the source moments; there is no state."""
         assert isinstance(model, Promptable)  # fitted
         shapes = model.feature_shapes()
         needed = {f"{name}.{part}" for name in shapes for part in ("std", "mean")}
@@ -228,11 +244,21 @@ class BriMPR(Method):
         return tuple(checked)
 
     def logits(self, model: FusionModel, features: tuple[Tensor, ...]) -> Tensor:
+        """The prediction [B, C] from all tokens of the inputs."""
         return model.fuse(model.encode(*features[: len(model.input_names)]))
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Alignment, recombination and contrast of one batch."""
         names, weight, grad = model.input_names, sample_weight(valid), torch.is_grad_enabled()
-        streams = model.streams(*features)
+        streams = cast(Prompted, model).streams(*features)
 
         def moved(name: str, of: Tensor) -> Tensor:
             source = constants[f"{name}.std"], constants[f"{name}.mean"]

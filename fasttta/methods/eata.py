@@ -13,6 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from .. import functional as F
+from ..protocols import FusionModel
 from .base import Method, Objective
 from .fisher import fitted, read_official
 from .options import AtLeast, Positive
@@ -59,7 +60,12 @@ class EATA(Method):
     fisher_weight: Annotated[float, AtLeast(0)] = 1.0
     lr: float = 1e-4
 
-    def constants(self, model, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+    def constants(self, model: FusionModel, resources: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``"fisher.<name>"`` and ``"source.<name>"`` of every tuned tensor, given ``fisher``.
+
+        Raises:
+            TypeError, ValueError: ``fisher`` is of another model, not finite or negative.
+        """
         fisher = resources.get("fisher")
         if fisher is None:
             return {}
@@ -73,13 +79,14 @@ class EATA(Method):
         return constants
 
     def check_saved(
-        self, model, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
+        self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> None:
+        """Checks Fisher weights and source values against the model, and the moving average."""
         if constants:
             self._check_fisher(model, constants)
         super().check_saved(model, constants, state)
 
-    def _check_fisher(self, model, constants: Mapping[str, Tensor]) -> None:
+    def _check_fisher(self, model: FusionModel, constants: Mapping[str, Tensor]) -> None:
         fisher = {
             name.removeprefix("fisher."): x
             for name, x in constants.items()
@@ -107,10 +114,20 @@ class EATA(Method):
         """
         return read_official(path)
 
-    def blank_state(self, features, num_classes) -> dict[str, Tensor]:
+    def blank_state(self, features: Tensor, num_classes: int) -> dict[str, Tensor]:
+        """``"average"`` [C]: the moving average of predictions, zeros before the first."""
         return {"average": features.new_zeros(num_classes)}
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Weighted entropy of the samples that count, and the Fisher penalty."""
         logits = self.logits(model, features)
         margin = 0.4 * math.log(logits.shape[1]) if self.e_margin is None else self.e_margin
         entropy = F.entropy(logits)

@@ -26,7 +26,8 @@ class WindowedMethod(Method, abstract=True):
     if TYPE_CHECKING:  # a field of every subclass, which decides its position
 
         @property
-        def window(self) -> int: ...
+        def window(self) -> int:
+            """Number of batches in the loss, an option of every subclass."""
 
     def batches(
         self, model: FusionModel, tokens: Tensor, valid: Tensor, state: Mapping[str, Tensor]

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from .. import functional as F
+from ..protocols import FusionModel
 from .base import Method, Objective, balance_warning, sample_weight, samples_used
 
 
@@ -38,9 +41,19 @@ class READ(Method):
 
     @property
     def single_sample(self) -> str:
+        """A warning: the class balance of one sample works against its confidence."""
         return balance_warning(self)
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Confidence loss and class balance of one batch."""
         logits = self.logits(model, features)
         total, entropy, balance = F.adaptation_head(
             logits, 1, balance="softmax-sum", eps=0.0, weight=sample_weight(valid)

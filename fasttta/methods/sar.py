@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from ..protocols import FusionModel
 from .base import Objective, TwoPassMethod
 from .options import Finite, Positive
 
@@ -61,10 +62,20 @@ class SAR(TwoPassMethod):
         used = (entropy.detach() < margin) & among
         return torch.where(used, entropy, 0).sum() / used.sum().clamp_min(1), used
 
-    def blank_state(self, features, num_classes) -> dict[str, Tensor]:
+    def blank_state(self, features: Tensor, num_classes: int) -> dict[str, Tensor]:
+        """``"average"``, 0-d: the moving average of the second loss, -1 before the first."""
         return {"average": -features.new_ones(())}
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Mean entropy of the reliable samples."""
         logits = self.logits(model, features)
         loss, used = self._mean_entropy(logits, valid > 0)
         return Objective(
@@ -74,7 +85,10 @@ class SAR(TwoPassMethod):
             stats={"used": used},
         )
 
-    def second_objective(self, model, features, first: Objective, *, state):
+    def second_objective(
+        self, model: FusionModel, features: Any, first: Objective, *, state: Mapping[str, Tensor]
+    ) -> tuple[Objective, Tensor]:
+        """Mean entropy of those that are still reliable, and whether to recover."""
         logits = self.logits(model, features)
         loss, used = self._mean_entropy(logits, first.stats["used"])
         average = state.get("average", -torch.ones_like(loss.detach()))  # below 0: none yet

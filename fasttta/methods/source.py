@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from ..protocols import FusionModel
 from .base import Method, Objective
 from .prompt_text import split_prompt
 
@@ -32,5 +35,14 @@ class Source(Method):
         super().__post_init__()
         split_prompt(self.prompt)
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """The prediction, without a loss."""
         return Objective(losses={}, logits=self.logits(model, features), n_used=0)

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from .. import functional as F
+from ..protocols import FusionModel
 from .base import Method, Objective, sample_weight, samples_used, weighted_mean
 
 
@@ -31,7 +34,16 @@ class Tent(Method):
 
     lr: float = 1e-4
 
-    def objective(self, model, features, *, state, constants, valid) -> Objective:
+    def objective(
+        self,
+        model: FusionModel,
+        features: Any,
+        *,
+        state: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        valid: Tensor,
+    ) -> Objective:
+        """Mean entropy of one batch."""
         logits = self.logits(model, features)
         entropy = weighted_mean(F.entropy(logits), sample_weight(valid))
         return Objective(
