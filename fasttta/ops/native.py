@@ -29,11 +29,11 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
 
-from .. import csrc
 from . import native_cache
 
 #: Operators that the library has kernels of; ``registry.define`` adds to it.
@@ -143,7 +143,8 @@ def _flags() -> tuple[str, ...]:
 
 
 def _sources() -> list[Path]:
-    return sorted(p for p in Path(csrc.__file__).parent.iterdir() if p.suffix in (".cpp", ".h"))
+    folder = Path(str(resources.files("fasttta.csrc")))
+    return sorted(p for p in folder.iterdir() if p.suffix in (".cpp", ".h"))
 
 
 def version(compiler: str) -> str:

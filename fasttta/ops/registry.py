@@ -216,13 +216,11 @@ def differentiate(
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [x if x is None else x.clone() if x.is_inference() else x.detach() for x in inputs]
-        for leaf in leaves[:wanted]:
-            assert leaf is not None
-            leaf.requires_grad_()
+        differentiated = [x.requires_grad_() for x in leaves[:wanted] if x is not None]
         results = formula(*leaves)
         results = results if isinstance(results, tuple) else (results,)
         up = None if upstream is None else upstream.to(results[0].dtype)
-        grads = torch.autograd.grad(results[0], leaves[:wanted], up)
+        grads = torch.autograd.grad(results[0], differentiated, up)
     return tuple(x.detach() for x in results), tuple(x.contiguous() for x in grads)
 
 

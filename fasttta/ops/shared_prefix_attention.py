@@ -267,11 +267,11 @@ def _default_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor,
     lse: Tensor, starts: Tensor, tiles: Tensor, longest: int, heads: int, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    def formula(*tensors: Tensor) -> Tensor:
-        return _default(*tensors, starts, tiles, longest, heads, scale)[0]
+    def formula(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+        layout = starts, tiles, longest
+        return _default(q, k, v, prefix_k, prefix_v, *layout, heads, scale)[0]
 
-    tensors = q, k, v, prefix_k, prefix_v
-    return differentiate(formula, *tensors, wanted=5, upstream=grad)[1]
+    return differentiate(formula, q, k, v, prefix_k, prefix_v, wanted=5, upstream=grad)[1]
 
 
 def _no_triton(

@@ -129,6 +129,7 @@ class Prompts:
         """Features [B, c, E] where there is one chunk: its tokens and the shared ones go through in
         one pass, which reads the weights once and starts half as many kernels on a GPU."""
         model, (chunk,), p = self.model, self.chunks, self.prefix
+        assert self.shared is not None  # as _at_once says
         *blocks, last = model.transformer.blocks
         x = torch.cat((self._start(prompt), chunk.tokens.expand(len(prompt), -1, -1)), 1)
         for block in blocks:
