@@ -253,14 +253,14 @@ def test_grad_cam():
     model = tiny_clip(resnet=True).double()
     pixels = torch.rand(5, 3, 64, 64, dtype=torch.float64)
     text = F.normalize(model.encode_text(tiny_ids()), dim=-1)
-    maps = model.attention_maps(pixels, text)
+    attention = model.attention_maps(pixels, text)
     maps = model.visual.features(model._normalised(pixels)).requires_grad_()
     features = model.visual.attnpool(maps)
     logits = model.logit_scale.exp() * F.normalize(features, dim=-1) @ text.T
     (grad,) = torch.autograd.grad(logits.max(1).values.sum(), maps)
     cam = (grad.mean((2, 3), keepdim=True) * maps).sum(1).clamp_min(0)
-    assert (maps.rows - cam.flatten(1)).abs().max() < 1e-12
-    assert maps.grid.shape == (5, 2, 2)
+    assert (attention.rows - cam.flatten(1)).abs().max() < 1e-12
+    assert attention.grid.shape == (5, 2, 2)
 
 
 def test_attention_errors():
