@@ -54,8 +54,8 @@ def look_up(index, TABLE: tl.constexpr, FIELD: tl.constexpr):
 
 @triton.jit
 def bootstrap_loss(
-    mean,
-    variance,
+    b_mean,
+    b_variance,
     p_anchor_mean,
     p_anchor_std,
     M: tl.constexpr,
@@ -72,17 +72,17 @@ def bootstrap_loss(
     i, j = i_b // M, i_b % M
     s = i if PAIR_QUERY else j
     if p_anchor_mean is not None:
-        mean_s = tl.load(p_anchor_mean + s, mask=i_b < M * M, other=0.0)
-        std_s = tl.load(p_anchor_std + s, mask=i_b < M * M, other=1.0)
-        variance_s = std_s * std_s
+        b_mean_s = tl.load(p_anchor_mean + s, mask=i_b < M * M, other=0.0)
+        b_std_s = tl.load(p_anchor_std + s, mask=i_b < M * M, other=1.0)
+        b_variance_s = b_std_s * b_std_s
     else:
-        anchor = (s * (M + 1))[:, None] == tl.arange(0, BB)[None, :]
-        mean_s = tl.sum(tl.where(anchor, mean[None, :], 0.0), axis=1)
-        variance_s = tl.sum(tl.where(anchor, variance[None, :], 0.0), axis=1)
-    r = variance / variance_s
-    shift = mean - mean_s
-    kl = 0.5 * (r - 1.0 - tl.log(r)) + shift * shift / (2.0 * variance_s)
-    return tl.sum(tl.where((i_b < M * M) & (i != j), kl, 0.0), axis=0)
+        b_anchor = (s * (M + 1))[:, None] == tl.arange(0, BB)[None, :]
+        b_mean_s = tl.sum(tl.where(b_anchor, b_mean[None, :], 0.0), axis=1)
+        b_variance_s = tl.sum(tl.where(b_anchor, b_variance[None, :], 0.0), axis=1)
+    b_r = b_variance / b_variance_s
+    b_shift = b_mean - b_mean_s
+    b_kl = 0.5 * (b_r - 1.0 - tl.log(b_r)) + b_shift * b_shift / (2.0 * b_variance_s)
+    return tl.sum(tl.where((i_b < M * M) & (i != j), b_kl, 0.0), axis=0)
 
 
 @triton.jit

@@ -2,10 +2,10 @@
 
     A = sum over heads of q k',  S = c A,  c = scale / heads           [T, T], never stored
 
-mean and unbiased variance by block (i, j) of modalities. A tile of A is complete in registers when
-the loop over heads ends, so it is centred on its own mean there, and tiles are merged by Chan's
-rule in a fixed order: 1e-7 of the variance at any mean, where sums of squares lose 1.7e-3 at
-mean = 100 std (float32, 512 x 196).
+Mean and unbiased variance of each block (i, j) of modalities. When the loop over heads ends, a tile
+of A is complete in registers: it is centred on its own mean there, and tiles are merged by Chan's
+rule in a fixed order. The variance is exact to 1e-7 at any mean, where sums of squares lose 1.7e-3
+at mean = 100 std (float32, 512 x 196).
 
 Source: ABPEM, attention bootstrapping, whose official code forms the [H, T, T] scores.
 """
@@ -51,7 +51,7 @@ def _products(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A of BM query and BN key tokens; 0 where a mask is off."""
+    """A of BM query tokens and BN key tokens; 0 where a mask is off."""
     CHUNKS: tl.constexpr = (D + BD - 1) // BD
     o_d = tl.arange(0, BD)
     p_q += o_m[:, None] * sq_t + o_d[None, :] * sq_d  # [BM, BD]
@@ -82,7 +82,7 @@ def _tiles_kernel(
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's mean and sum of squares about it, to tiles [B, tiles, 2]."""
+    """A tile's mean and its sum of squares about that mean, to tiles [B, tiles, 2]."""
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_block = row_of(i_t, BLOCKS)
     o_m, o_n = _tile_offsets(i_t, i_block, BLOCKS, BM, BN)
@@ -107,37 +107,38 @@ def _merge_kernel(
     BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
     M: tl.constexpr, BB: tl.constexpr, BT: tl.constexpr, PAIR_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """One sample: tiles of a block to its mean and std, all blocks to the loss.
+    """Merges one sample's tiles to the mean and std of each block, and all blocks to the loss.
 
     mean = sum n_t mean_t / N, variance = sum [M2_t + n_t (mean_t - mean)^2] / (N - 1).
     """
     i_s = tl.program_id(0).to(tl.int64)
     i_t, i_b = tl.arange(0, BT), tl.arange(0, BB)
     m_t = i_t < TILES
-    tile_mean = tl.load(p_tiles + (i_s * TILES + i_t) * 2, mask=m_t, other=0.0)
-    squares = tl.load(p_tiles + (i_s * TILES + i_t) * 2 + 1, mask=m_t, other=0.0)
+    b_tile_mean = tl.load(p_tiles + (i_s * TILES + i_t) * 2, mask=m_t, other=0.0)
+    b_squares = tl.load(p_tiles + (i_s * TILES + i_t) * 2 + 1, mask=m_t, other=0.0)
     i_block = row_of(i_t, BLOCKS)
     i_in_block = i_t - look_up(i_block, BLOCKS, FIRST_TILE)
     across = look_up(i_block, BLOCKS, COLUMN_TILES)
-    rows = tl.minimum(look_up(i_block, BLOCKS, ROWS) - i_in_block // across * BM, BM)
-    columns = tl.minimum(look_up(i_block, BLOCKS, COLUMNS) - i_in_block % across * BN, BN)
+    b_rows = tl.minimum(look_up(i_block, BLOCKS, ROWS) - i_in_block // across * BM, BM)
+    b_columns = tl.minimum(look_up(i_block, BLOCKS, COLUMNS) - i_in_block % across * BN, BN)
     # tiles of other blocks are left out by selection: nan times 0 would spread
     m_own = (i_block[None, :] == i_b[:, None]) & m_t[None, :]  # [BB, BT]
-    count = tl.where(m_own, (rows * columns).to(tl.float32)[None, :], 0.0)
-    total = tl.sum(count, axis=1)
-    tile_mean = tl.where(m_own, tile_mean[None, :], 0.0)
-    mean = tl.sum(count * tile_mean, axis=1) / total
-    # once more on what is left: the first sum rounds at the size of the mean
-    mean += tl.sum(count * tl.where(m_own, tile_mean - mean[:, None], 0.0), axis=1) / total
-    shift = tl.where(m_own, tile_mean - mean[:, None], 0.0)
-    squares = tl.where(m_own, squares[None, :], 0.0) + count * shift * shift
-    variance = c * c * (tl.sum(squares, axis=1) / (total - 1.0))
-    mean *= c
+    b_count = tl.where(m_own, (b_rows * b_columns).to(tl.float32)[None, :], 0.0)
+    b_total = tl.sum(b_count, axis=1)
+    b_tile_mean = tl.where(m_own, b_tile_mean[None, :], 0.0)
+    b_mean = tl.sum(b_count * b_tile_mean, axis=1) / b_total
+    # correct the mean by what it leaves: the first sum rounds at the size of the mean
+    b_shift = tl.where(m_own, b_tile_mean - b_mean[:, None], 0.0)
+    b_mean += tl.sum(b_count * b_shift, axis=1) / b_total
+    b_shift = tl.where(m_own, b_tile_mean - b_mean[:, None], 0.0)
+    b_squares = tl.where(m_own, b_squares[None, :], 0.0) + b_count * b_shift * b_shift
+    b_variance = c * c * (tl.sum(b_squares, axis=1) / (b_total - 1.0))
+    b_mean *= c
     m_b = i_b < M * M
-    tl.store(p_mean + i_s * M * M + i_b, mean, mask=m_b)
-    tl.store(p_std + i_s * M * M + i_b, tl.sqrt(variance), mask=m_b)
+    tl.store(p_mean + i_s * M * M + i_b, b_mean, mask=m_b)
+    tl.store(p_std + i_s * M * M + i_b, tl.sqrt(b_variance), mask=m_b)
     if p_loss is not None:
-        loss = bootstrap_loss(mean, variance, p_anchor_mean, p_anchor_std, M, BB, PAIR_QUERY)
+        loss = bootstrap_loss(b_mean, b_variance, p_anchor_mean, p_anchor_std, M, BB, PAIR_QUERY)
         tl.store(p_loss + i_s, loss)
 
 
@@ -148,7 +149,7 @@ def _weighted_scores_kernel(
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, PAIR_QUERY: tl.constexpr,
 ):  # fmt: skip
-    """dL/dA of a tile over its block's scale, in the type of q, and the scale [B, blocks]."""
+    """dL/dA of a tile, divided by its block's scale, in the type of q; the scale to [B, blocks]."""
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_block = row_of(i_t, BLOCKS)
     i, j = look_up(i_block, BLOCKS, BLOCK_I), look_up(i_block, BLOCKS, BLOCK_J)
@@ -232,7 +233,7 @@ def _token_gradients_kernel(
     BLOCKS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every row of dq and dk is written once, by the program that sums it: no order to lose."""
+    """BM rows times BN columns of dq or dk: one program sums and writes them, in a fixed order."""
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     across = tl.cdiv(H * D, BN)
     i_row, i_column = i_t // 2 // across, i_t // 2 % across
@@ -260,6 +261,18 @@ def moments_and_loss(
     q: Tensor, k: Tensor, spans: list[int], scale: float, loss: Tensor | None,
     pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the forward of the head mean.
+
+    Args:
+        q, k: [B, H, T, d] of any strides, of one type.
+        spans, scale: tokens of each of M modalities, and the factor of q·k.
+        loss: [B] in float32, where the bootstrap loss is written; None: it is not computed.
+        pair_query: whether block (i, j) is compared with (i, i), not with (j, j).
+        anchor_mean, anchor_std: [M] in float32, in place of the self blocks' moments, or None.
+
+    Returns:
+        Mean and std [B, M, M] in float32.
+    """
     batch, heads, _, d = q.shape
     mean = torch.empty((batch, len(spans), len(spans)), dtype=torch.float32, device=q.device)
     std = torch.empty_like(mean)
@@ -280,6 +293,14 @@ def gradients(
     grad: Tensor | None, grad_mean: Tensor | None, grad_std: Tensor | None,
     pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the backward of the head mean: dq and dk, as q and k.
+
+    Args:
+        mean, std: of the forward.
+        grad: [B], of the bootstrap loss, which has a gradient in the cross blocks alone; or None.
+        grad_mean, grad_std: [B, M, M], of the moments of all blocks, where grad is None.
+        pair_query, anchor_mean, anchor_std: as in ``moments_and_loss``.
+    """
     batch, heads, _, d = q.shape
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     if not batch:

@@ -1,6 +1,6 @@
 """Statistics of every head's attention scores, the bootstrap loss, and their gradients.
 
-Per head d is small against the tokens, so no score is formed. With mean tokens q, k and population
+A head has few channels and many tokens, so no score is formed. With mean tokens q, k and population
 covariances C_Q, C_K of a block's queries and keys, N = |I| |J| scores S = c q k':
 
     mean = c q.k,  variance = c^2 (q' C_K q + k' C_Q k + <C_Q, C_K>) N / (N - 1)
@@ -26,8 +26,11 @@ from .score_blocks import block_gradient, bootstrap_loss
 
 @triton.jit
 def _span(m, SPANS: tl.constexpr):
-    """First token and token count of modality m. Opaque to the compiler, which would unroll loops
-    of known length until registers spill."""
+    """First token and token count of modality m.
+
+    The compiler does not see their values: it would unroll loops of a constant length until
+    registers spill.
+    """
     first, count = m * 0, m * 0
     for n in tl.static_range(len(SPANS)):
         first = tl.where(m > n, first + SPANS[n], first)
@@ -37,26 +40,26 @@ def _span(m, SPANS: tl.constexpr):
 
 @triton.jit
 def _mean_token(p_x, s_t, s_d, first, count, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
-    """[BD]"""
+    """Mean [BD] of count tokens from first on."""
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
     b_sum = tl.zeros([BT, BD], tl.float32)
     for o in range(0, count, BT):
         m_x = (o + o_t < count)[:, None] & (o_d < D)[None, :]
-        p = p_x + (first + o + o_t)[:, None] * s_t + o_d[None, :] * s_d
-        b_sum += tl.load(p, mask=m_x, other=0.0).to(tl.float32)
+        p_tokens = p_x + (first + o + o_t)[:, None] * s_t + o_d[None, :] * s_d
+        b_sum += tl.load(p_tokens, mask=m_x, other=0.0).to(tl.float32)
     return tl.sum(b_sum, axis=0) / count
 
 
 @triton.jit
 def _covariance(
-    p_x, s_t, s_d, first, count, mean, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    p_x, s_t, s_d, first, count, b_mean, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     HALF: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Population covariance [BD, BD] of count tokens from first on.
 
-    Half types multiply centred tokens split into two of their own type, high + low: rounded to
-    one, 2e-5 of the variance would be lost at 512 x 196, and more on fewer tokens. Both operands
-    are loaded: transposing a computed one fails to compile for sm_100 with Triton 3.6.
+    With EXACT, half types split centred tokens into two numbers, high + rest: rounded to one, they
+    would lose 2e-5 of the variance at 512 x 196, and more on fewer tokens. Both operands are
+    loaded: transposing a computed one fails to compile for sm_100 with Triton 3.6.
     """
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
     b_c = tl.zeros([BD, BD], tl.float32)
@@ -65,20 +68,20 @@ def _covariance(
         m_t, m_d = o + o_t < count, o_d < D
         o_x = (first + o + o_t) * s_t
         m_x = m_t[:, None] & m_d[None, :]
-        x = tl.load(p_x + o_x[:, None] + (o_d * s_d)[None, :], mask=m_x, other=0.0)
+        b_x = tl.load(p_x + o_x[:, None] + (o_d * s_d)[None, :], mask=m_x, other=0.0)
         m_y = m_d[:, None] & m_t[None, :]
-        y = tl.load(p_x + o_x[None, :] + (o_d * s_d)[:, None], mask=m_y, other=0.0)
-        dtype = x.dtype
-        x = tl.where(m_x, x.to(tl.float32) - mean[None, :], 0.0)
-        y = tl.where(m_y, y.to(tl.float32) - mean[:, None], 0.0)
+        b_y = tl.load(p_x + o_x[None, :] + (o_d * s_d)[:, None], mask=m_y, other=0.0)
+        dtype = b_x.dtype
+        b_x = tl.where(m_x, b_x.to(tl.float32) - b_mean[None, :], 0.0)
+        b_y = tl.where(m_y, b_y.to(tl.float32) - b_mean[:, None], 0.0)
         if HALF:
-            high = x.to(dtype)
-            b_c = tl.dot(y.to(dtype), high, b_c)
+            b_high = b_x.to(dtype)
+            b_c = tl.dot(b_y.to(dtype), b_high, b_c)
             if EXACT:
-                low = (x - high.to(tl.float32)).to(dtype)
-                b_low = tl.dot(y.to(dtype), low, b_low)
+                b_rest = (b_x - b_high.to(tl.float32)).to(dtype)
+                b_low = tl.dot(b_y.to(dtype), b_rest, b_low)
         else:
-            b_c = tl.dot(y, x, b_c, input_precision=PRECISION)
+            b_c = tl.dot(b_y, b_x, b_c, input_precision=PRECISION)
     if HALF and EXACT:
         b_c += b_low + tl.trans(b_low)
     return b_c / count
@@ -98,24 +101,24 @@ def _moments_kernel(
     p_k += i_b * sk_b + i_h * sk_h
     o_b = tl.arange(0, BB)
     b_mean, b_variance = tl.zeros([BB], tl.float32), tl.zeros([BB], tl.float32)
-    # a key's covariance is computed again for every i: kept, those of all j would spill
+    # compute a key's covariance again for every i: those of all j together would spill
     for i in range(M):
         first, rows = _span(i, SPANS)
-        q_mean = _mean_token(p_q, sq_t, sq_d, first, rows, D, BD, BT)
-        b_q = _covariance(p_q, sq_t, sq_d, first, rows, q_mean, D, BD, BT, HALF, True, PRECISION)
+        b_q_mean = _mean_token(p_q, sq_t, sq_d, first, rows, D, BD, BT)
+        b_q = _covariance(p_q, sq_t, sq_d, first, rows, b_q_mean, D, BD, BT, HALF, True, PRECISION)
         for j in range(M):
             first, columns = _span(j, SPANS)
-            k_mean = _mean_token(p_k, sk_t, sk_d, first, columns, D, BD, BT)
+            b_k_mean = _mean_token(p_k, sk_t, sk_d, first, columns, D, BD, BT)
             b_k = _covariance(
-                p_k, sk_t, sk_d, first, columns, k_mean, D, BD, BT, HALF, True, PRECISION
+                p_k, sk_t, sk_d, first, columns, b_k_mean, D, BD, BT, HALF, True, PRECISION
             )
-            b_terms = b_q * (b_k + k_mean[:, None] * k_mean[None, :])
-            variance = tl.sum(b_terms + b_k * (q_mean[:, None] * q_mean[None, :]))
+            b_terms = b_q * (b_k + b_k_mean[:, None] * b_k_mean[None, :])
+            variance = tl.sum(b_terms + b_k * (b_q_mean[:, None] * b_q_mean[None, :]))
             variance = tl.where(variance < 0, 0.0, variance)  # of round-off; nan stays
             count = (rows * columns).to(tl.float32)
-            here = o_b == i * M + j
-            b_mean = tl.where(here, c * tl.sum(q_mean * k_mean, axis=0), b_mean)
-            b_variance = tl.where(here, c * c * variance * (count / (count - 1.0)), b_variance)
+            m_block = o_b == i * M + j
+            b_mean = tl.where(m_block, c * tl.sum(b_q_mean * b_k_mean, axis=0), b_mean)
+            b_variance = tl.where(m_block, c * c * variance * (count / (count - 1.0)), b_variance)
     index = i_b * tl.num_programs(0) + i_h
     o_stats = index * M * M + o_b
     tl.store(p_mean + o_stats, b_mean, mask=o_b < M * M)
@@ -135,7 +138,7 @@ def _head_gradient(
     SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_QUERY: tl.constexpr, SELF: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq of one head of one sample from x = q and y = k, or with KEYS dk from x = k and y = q."""
+    """dq of one head of one sample, from x = q and y = k; with KEYS dk, from x = k and y = q."""
     M: tl.constexpr = len(SPANS)
     o_stats = (i_b * H + i_h) * M * M
     upstream = 0.0
@@ -148,12 +151,12 @@ def _head_gradient(
         p_anchor_mean += i_h * M
         p_anchor_std += i_h * M
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
-    eye = o_d[:, None] == o_d[None, :]
+    m_diagonal = o_d[:, None] == o_d[None, :]
     for a in range(M):
         first, rows = _span(a, SPANS)
-        x_mean = _mean_token(p_x, sx_t, sx_d, first, rows, D, BD, BT)
-        constant, scale = tl.zeros([BD], tl.float32), 0.0
-        matrix = tl.zeros([BD, BD], tl.float32)
+        b_x_mean = _mean_token(p_x, sx_t, sx_d, first, rows, D, BD, BT)
+        b_constant, scale = tl.zeros([BD], tl.float32), 0.0
+        b_matrix = tl.zeros([BD, BD], tl.float32)
         for n in range(M if SELF else M - 1):
             o = n if SELF else n + (n >= a)
             other, columns = _span(o, SPANS)
@@ -166,30 +169,30 @@ def _head_gradient(
             alpha = c * grad_mean / rows  # a |J| and b |J| of the formula above
             beta = c * c * tl.where(std > 0, grad_std / std, 0.0)
             beta *= columns / ((rows * columns).to(tl.float32) - 1.0)
-            y_mean = _mean_token(p_y, sy_t, sy_d, other, columns, D, BD, BT)
+            b_y_mean = _mean_token(p_y, sy_t, sy_d, other, columns, D, BD, BT)
             b_c = _covariance(
-                p_y, sy_t, sy_d, other, columns, y_mean, D, BD, BT, HALF, False, PRECISION
+                p_y, sy_t, sy_d, other, columns, b_y_mean, D, BD, BT, HALF, False, PRECISION
             )
-            constant += alpha * y_mean + beta * tl.sum(x_mean[:, None] * b_c, axis=0)
-            b_c += y_mean[:, None] * y_mean[None, :]
-            matrix += beta * b_c
+            b_constant += alpha * b_y_mean + beta * tl.sum(b_x_mean[:, None] * b_c, axis=0)
+            b_c += b_y_mean[:, None] * b_y_mean[None, :]
+            b_matrix += beta * b_c
             # no entry of a positive semi-definite matrix exceeds its trace
-            scale += tl.abs(beta) * tl.sum(tl.where(eye, b_c, 0.0))
+            scale += tl.abs(beta) * tl.sum(tl.where(m_diagonal, b_c, 0.0))
         none = scale < 1e-37  # false for nan
-        matrix = tl.where(none, 0.0, matrix / scale)
+        b_matrix = tl.where(none, 0.0, b_matrix / scale)
         for o in range(0, rows, BT):
             m_x = (o + o_t < rows)[:, None] & (o_d < D)[None, :]
             o_x = first + o + o_t
-            x = tl.load(p_x + o_x[:, None] * sx_t + (o_d * sx_d)[None, :], mask=m_x, other=0.0)
-            dtype = x.dtype
-            x = tl.where(m_x, x.to(tl.float32) - x_mean[None, :], 0.0)
+            b_x = tl.load(p_x + o_x[:, None] * sx_t + (o_d * sx_d)[None, :], mask=m_x, other=0.0)
+            dtype = b_x.dtype
+            b_x = tl.where(m_x, b_x.to(tl.float32) - b_x_mean[None, :], 0.0)
             if HALF:
-                b_out = tl.dot(x.to(dtype), matrix.to(dtype))
+                b_out = tl.dot(b_x.to(dtype), b_matrix.to(dtype))
             else:
-                b_out = tl.dot(x, matrix, input_precision=PRECISION)
-            b_out = scale * b_out + constant[None, :]
-            p = p_out + o_x[:, None] * so_t + (o_d * so_d)[None, :]
-            tl.store(p, b_out.to(p_out.dtype.element_ty), mask=m_x)
+                b_out = tl.dot(b_x, b_matrix, input_precision=PRECISION)
+            b_out = scale * b_out + b_constant[None, :]
+            p_rows = p_out + o_x[:, None] * so_t + (o_d * so_d)[None, :]
+            tl.store(p_rows, b_out.to(p_out.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -200,8 +203,10 @@ def _gradient_kernel(
     SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, HALF: tl.constexpr,
     PRECISION: tl.constexpr, PAIR_QUERY: tl.constexpr, SELF: tl.constexpr,
 ):  # fmt: skip
-    """Even programs dq, odd ones dk. Two bodies: with pointers that are selected at run time Triton
-    3.6 fails to compile for gfx942."""
+    """Even programs compute dq, odd ones dk.
+
+    Two calls: with pointers that are selected at run time Triton 3.6 fails to compile for gfx942.
+    """
     i_h = (tl.program_id(0) // 2).to(tl.int64)
     i_b = tl.program_id(1).to(tl.int64)
     p_q += i_b * sq_b + i_h * sq_h
@@ -228,6 +233,10 @@ def moments_and_loss(
     q: Tensor, k: Tensor, spans: list[int], scale: float, loss: Tensor | None,
     pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the forward of each head: mean and std [B, H, M, M] in float32.
+
+    Arguments as in score_moments.moments_and_loss, but loss [B, H] and anchors [H, M].
+    """
     batch, heads, _, d = q.shape
     shape = (batch, heads, len(spans), len(spans))
     mean = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -247,6 +256,10 @@ def gradients(
     grad: Tensor | None, grad_mean: Tensor | None, grad_std: Tensor | None,
     pair_query: bool, anchor_mean: Tensor | None, anchor_std: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the backward of each head: dq and dk, as q and k.
+
+    Arguments as in score_moments.gradients, but moments [B, H, M, M] and anchors [H, M].
+    """
     batch, heads, _, d = q.shape
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     if batch:

@@ -1,10 +1,10 @@
-"""Compiles the kernels for a GPU that need not be there and reports what each one uses, as JSON.
+"""Compiles the kernels for a family of GPUs, without one, and reports what each kernel uses.
 
     python tests/compile_ahead.py sm_90 [--all] [--only NAME] [--json]
 
-Exits with 1 if a kernel spills registers or asks for more than a block of the GPU has. Needs torch
-and triton alone. The launchers run on tensors without memory, so what is compiled is what they
-would start: kernels, plans and specialisations. --all adds shapes and types to the core.
+Exits with 1 if a kernel spills registers or needs more than a block of the GPU has. Needs torch and
+triton alone. The launchers run on tensors without memory, so the compiled kernels are those that
+they would start, with the same plans and specialisations. --all adds shapes and types to the core.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AUDIO_VIDEO = [512, 196]  # tokens of a ViT-B's two modalities; 12 heads of 64
 
 
 def _kernels(name: str):
-    """A module of kernels/, whether or not the package is installed."""
+    """Imports a module of kernels/, whether or not the package is installed."""
     package = types.ModuleType("kernels_ahead")
     package.__path__ = [str(ROOT / "kernels")]
     sys.modules.setdefault("kernels_ahead", package)
@@ -48,7 +48,7 @@ def _kernels(name: str):
 
 
 def _packed(batch, heads, spans, d, dtype):
-    """q and k as views of a packed qkv product."""
+    """q and k [B, H, T, d] as views of a packed qkv product."""
     qkv = torch.empty(batch, sum(spans), 3, heads, d, dtype=dtype, device="meta")
     return qkv.permute(2, 0, 3, 1, 4)[:2]
 
@@ -58,6 +58,7 @@ def _float(*shape):
 
 
 def attention(batch, heads, spans, d, dtype, moments=False, each=False):
+    """attention_bootstrap, and score_moments if asked for, of the head mean or of each head."""
     loss, ops = _kernels("attention_bootstrap"), _kernels("score_moments")
     q, k = _packed(batch, heads, spans, d, dtype)
     options = spans, d**-0.5, each
@@ -69,6 +70,7 @@ def attention(batch, heads, spans, d, dtype, moments=False, each=False):
 
 
 def head(n, classes, dtype, weighted=False):
+    """adaptation_head and the entropies."""
     head, rows = _kernels("adaptation_head"), _kernels("entropies")
     logits = torch.empty(n, classes, dtype=dtype, device="meta")
     weight = _float(n) if weighted else None
@@ -79,6 +81,7 @@ def head(n, classes, dtype, weighted=False):
 
 
 def maps(n, height, width, classes, dtype=FP32):
+    """total_variation and reliability_ensemble."""
     ops = _kernels("total_variation")
     x = torch.empty(n, height, width, dtype=dtype, device="meta")
     ops.total_variation(x)
@@ -87,6 +90,7 @@ def maps(n, height, width, classes, dtype=FP32):
 
 
 def flat(batch, classes, d, dtype=FP32, shared=True):
+    """flat_attention of 8 heads, whose queries the batch may share."""
     ops = _kernels("flat_attention")
     k, v = torch.empty(2, batch, 8, classes, d, dtype=dtype, device="meta")
     q = k[:1] if shared else k
@@ -95,7 +99,7 @@ def flat(batch, classes, d, dtype=FP32, shared=True):
 
 
 def prefix(batch, sequences, prefix, d, dtype=FP32, last=False):
-    """Sequences of four tokens, 16 a tile, packed views, and 8 heads."""
+    """shared_prefix_attention of 8 heads and of sequences of four tokens, 16 in a tile."""
     ops = _kernels("shared_prefix_attention")
     rows, tokens = 3 * 8 * d, 4 * sequences
     q, k, v = torch.empty(batch, tokens, rows, dtype=dtype, device="meta").chunk(3, dim=-1)
@@ -158,7 +162,7 @@ ALL = {
 
 
 class Offline:
-    """A Triton driver that only says for what to compile."""
+    """A Triton driver that only names the target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -177,7 +181,7 @@ class Offline:
 
 
 def _cubin_usage(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack, which is where spilled registers go."""
+    """Registers of a thread, and bytes of stack, where spilled registers go."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -185,8 +189,8 @@ def _cubin_usage(cubin: bytes) -> dict[str, int]:
         out = subprocess.run(
             [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
-    found = dict(re.findall(r"(REG|STACK):(\d+)", out))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"])}
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", out))
+    return {"registers": int(usage["REG"]), "spilled": int(usage["STACK"])}
 
 
 def _amd_usage(assembly: str) -> dict[str, int]:
@@ -200,17 +204,19 @@ def _amd_usage(assembly: str) -> dict[str, int]:
 
 
 def usage(kernel) -> dict[str, int]:
+    """Uses of a compiled kernel: registers, spilled and shared bytes, columns of tensor memory."""
     if "cubin" in kernel.asm:
-        found = _cubin_usage(kernel.asm["cubin"])
+        registers = _cubin_usage(kernel.asm["cubin"])
     else:
-        found = _amd_usage(kernel.asm["amdgcn"])
+        registers = _amd_usage(kernel.asm["amdgcn"])
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
-    return found | {"shared": kernel.metadata.shared, "tensor_memory": columns}
+    return registers | {"shared": kernel.metadata.shared, "tensor_memory": columns}
 
 
 def compile_all(target: str, cases: dict) -> list[dict]:
+    """Compiles the kernels of some cases, each once; a row for each kernel."""
     triton.runtime.driver.set_active(Offline(TARGETS[target]))
-    launch, seen, found, case = _kernels("launch"), set(), [], ""
+    launch, seen, rows, case = _kernels("launch"), set(), [], ""
 
     def record(kernel, plan, *args):
         start = time.perf_counter()
@@ -221,7 +227,7 @@ def compile_all(target: str, cases: dict) -> list[dict]:
         seen.add(compiled.hash)
         seconds = time.perf_counter() - start
         blocks = {n: v for n, v in plan.constants.items() if re.fullmatch("B[A-Z]", n)}
-        found.append(
+        rows.append(
             {
                 "case": case, "kernel": kernel.__name__, "blocks": blocks, "warps": plan.warps,
                 "stages": plan.stages, **usage(compiled), "seconds": round(seconds, 1),
@@ -231,28 +237,31 @@ def compile_all(target: str, cases: dict) -> list[dict]:
     launch.run, launch.architecture = record, lambda x: target
     for case, (build, *sizes) in cases.items():  # noqa: B007 - record reads case
         build(*sizes)
-    return found
+    return rows
 
 
 def problems(target: str, rows: list[dict]) -> list[str]:
+    """What kernels use beyond what the target has, and what they spill."""
     limit = _kernels("launch_plan").SHARED_MEMORY[target]
     lanes = TARGETS[target].warp_size
-    found = []
+    messages = []
     for row in rows:
         name = f"{target} {row['case']} {row['kernel']} {row['blocks']}"
         if row["spilled"]:
-            found.append(f"{name}: {row['spilled']} bytes of registers spilled")
+            messages.append(f"{name}: {row['spilled']} bytes of registers spilled")
         if row["shared"] > limit:
-            found.append(f"{name}: {row['shared']} bytes of shared memory, a block has {limit}")
+            shared = f"{row['shared']} bytes of shared memory"
+            messages.append(f"{name}: {shared}, a block has {limit}")
         if row["tensor_memory"] > TENSOR_MEMORY:  # such a kernel is compiled to nothing
             columns = row["tensor_memory"]
-            found.append(f"{name}: {columns} columns of tensor memory, an SM has {TENSOR_MEMORY}")
+            memory = f"{columns} columns of tensor memory"
+            messages.append(f"{name}: {memory}, an SM has {TENSOR_MEMORY}")
         # registers of an SM of NVIDIA's, and of each of the four SIMDs of a CU of AMD's
         nvidia = target.startswith("sm")
         threads = row["warps"] * lanes // (1 if nvidia else 4)
         if row["registers"] * threads > (65536 if nvidia else 32768):
-            found.append(f"{name}: {row['registers']} registers a thread")
-    return found
+            messages.append(f"{name}: {row['registers']} registers a thread")
+    return messages
 
 
 if __name__ == "__main__":
@@ -264,12 +273,12 @@ if __name__ == "__main__":
     options = parser.parse_args()
     chosen = {n: c for n, c in (ALL if options.all else CORE).items() if options.only in n}
     rows = compile_all(options.target, chosen)
-    found = problems(options.target, rows)
+    messages = problems(options.target, rows)
     if options.json:
-        print(json.dumps({"triton": triton.__version__, "kernels": rows, "problems": found}))
+        print(json.dumps({"triton": triton.__version__, "kernels": rows, "problems": messages}))
     else:
         print(f"Triton {triton.__version__}, {options.target}: {len(rows)} kernels")
         for row in rows:
             print(*row.values())
-        print(*found, sep="\n")
-    sys.exit(bool(found))
+        print(*messages, sep="\n")
+    sys.exit(bool(messages))

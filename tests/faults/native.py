@@ -4,9 +4,9 @@ FAULTS = [
     (
         "triton-diagonal-not-excluded",
         "kernels/score_blocks.py",
-        "tl.where((i_b < M * M) & (i != j), kl, 0.0)",
-        "tl.where(i_b < M * M, kl, 0.0)",
-        "kernels/test_score_moments.py::test_pairs_and_anchors[mean-False]",
+        "tl.where((i_b < M * M) & (i != j), b_kl, 0.0)",
+        "tl.where(i_b < M * M, b_kl, 0.0)",
+        "kernels/test_attention_bootstrap.py::test_pairs_and_anchors[mean-False]",
     ),
     (
         "triton-pair-query-for-key",
@@ -14,28 +14,28 @@ FAULTS = [
         (
             "    s = i if PAIR_QUERY else j\n"
             "    if p_anchor_mean is not None:\n"
-            "        mean_s = tl.load(p_anchor_mean + s, mask"
+            "        b_mean_s = tl.load(p_anchor_mean + s, mask"
         ),
         (
             "    s = j if PAIR_QUERY else i\n"
             "    if p_anchor_mean is not None:\n"
-            "        mean_s = tl.load(p_anchor_mean + s, mask"
+            "        b_mean_s = tl.load(p_anchor_mean + s, mask"
         ),
-        "kernels/test_score_moments.py::test_equal_the_composite[mean-(2, 3, (20, 13), 6)]",
+        "kernels/test_attention_bootstrap.py::test_shapes[mean-(2, 3, (20, 13), 6)]",
     ),
     (
         "triton-gradient-without-weight",
         "kernels/score_blocks.py",
         "grad_mean = tl.where(upstream != 0, upstream * (mean - mean_s) / variance_s, 0.0)",
         "grad_mean = upstream * (mean - mean_s) / variance_s",
-        "kernels/test_score_moments.py::test_undefined_statistics[mean]",
+        "kernels/test_attention_bootstrap.py::test_undefined_statistics[mean]",
     ),
     (
         "triton-gradient-of-no-spread",
         "kernels/score_blocks.py",
         "beta = tl.where(std > 0, grad_std * tl.abs(c) / (count - 1.0), 0.0)",
         "beta = grad_std * tl.abs(c) / (count - 1.0)",
-        "kernels/test_score_moments.py::test_undefined_statistics[mean]",
+        "kernels/test_score_moments.py::test_equal_scores_have_no_direction[mean]",
     ),
     (
         "triton-top-k-ties",

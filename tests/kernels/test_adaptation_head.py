@@ -1,11 +1,12 @@
-"""Adaptation head kernels against the composite: sizes, ties, extremes, rows whole or in chunks."""
+"""Kernels of the adaptation head against the default: sizes, ties, extremes, rows in chunks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fasttta.kernels import adaptation_head_plan, entropies_plan, launch_plan
-from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, among_nan, check, poisoned  # noqa: F401
+from fasttta.kernels import adaptation_head_plan
+from kernel_cases import chunked_fixture, logits  # noqa: F401
+from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, check, poisoned  # noqa: F401
 
 # every kind of row at a length of several chunks, fewer of the short ones
 CASES = [
@@ -13,50 +14,17 @@ CASES = [
     ((3, 50), "random"), ((3, 50), "ties"), ((1, 2), "random"), ((1, 2), "equal"),
     ((3, 1), "random"),
 ]  # fmt: skip
-FLOOR = 6e-8  # of gradients, which are differences of terms of up to 1: a rounding of these
-
-
-def _logits(n, c, kind="random", dtype=torch.float32):
-    generator = torch.Generator("cpu").manual_seed(n * c)
-    x = torch.randn(n, c, generator=generator, device="cpu")
-    if kind == "ties":
-        x = x.round() * torch.tensor([1.0, -1.0])[: n * c % 2 + 1][-1]  # -0 and 0 are one value
-    elif kind == "extreme":
-        x = x * 400
-    elif kind == "equal":
-        x = torch.zeros_like(x)
-    elif kind == "masked":
-        x[:, ::3] = -torch.inf
-    return among_nan(x.to(DEVICE, dtype))
+FLOOR = 6e-8  # rounding of gradients, which are differences of terms of up to 1
 
 
 def _weight(n):
     return torch.linspace(1.5, 0.5, n, device=DEVICE)
 
 
-@pytest.fixture(params=[False, True], ids=["in-one-piece", "in-chunks"])
-def chunked(request, monkeypatch):
-    """Rows that stay in registers, or the kernels of rows that do not, with short chunks."""
-    if request.param:
-        monkeypatch.setattr(entropies_plan, "ROW_CLASSES", 0)
-        for module, name in (
-            (entropies_plan, "long_rows"),
-            (entropies_plan, "long_row_gradient"),
-            (adaptation_head_plan, "long_gradient"),
-        ):
-            full = getattr(module, name)
-
-            def small(*args, full=full):
-                plan = full(*args)
-                return launch_plan.Plan(plan.grid, plan.constants | {"BC": 128}, plan.warps)
-
-            monkeypatch.setattr(module, name, small)
-
-
 @pytest.mark.parametrize(("shape", "kind"), CASES, ids=str)
 def test_head(shape, kind, chunked):
     """Every k at which something ends; forms and weights take turns."""
-    z, weight = _logits(*shape, kind), _weight(shape[0])
+    z, weight = logits(*shape, kind), _weight(shape[0])
     for n, k in enumerate(sorted({1, max(1, shape[1] - 1), shape[1]})):
         check(
             "adaptation_head", z, k, 1.5, 0.5, n % 2 == 1, 1e-6, weight if n else None, floor=FLOOR
@@ -65,83 +33,50 @@ def test_head(shape, kind, chunked):
     check("balance_entropy", z, True, floor=FLOOR)
 
 
-@pytest.mark.parametrize("kind", ["ties", "masked"])
-def test_principal_entropy(kind, chunked):
-    z = _logits(2, 150, kind)
-    upstream = torch.tensor([0.5, -1.0], device=DEVICE)
-    for k, eps in ((1, 0.0), (8, 1e-6), (150, 0.0)):
-        check("principal_entropy", z, k, eps)
-        check("principal_entropy_backward", upstream, z, k, eps)
-    check("entropy", z)
-    check("entropy_backward", upstream, z)
-    check("entropy_backward", upstream[:1].expand(2), z.T.contiguous().T)
-
-
-def test_ties_go_to_the_lowest_index(chunked):
-    z = torch.zeros(1, 200, device=DEVICE)
-    z[0, [7, 127, 128, 199]] = 1.0
-    (grad,) = check("principal_entropy_backward", torch.ones(1, device=DEVICE), z, 3, 1e-6)
-    assert grad[0, 7] == grad[0, 127] == grad[0, 128] != grad[0, 199]
-    z[0, 8] = -0.0
-    check("principal_entropy_backward", torch.ones(1, device=DEVICE), z, 20, 1e-6)
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision(dtype, chunked):
     """Keys of fewer bits select the same; rounded logits tie."""
-    z = _logits(2, 300, dtype=dtype)
+    z = logits(2, 300, dtype=dtype)
     z[:, 100:200] = z[:, :100]
     *_, grad = check("adaptation_head", z, 28, 1.0, 1.0, False, 1e-6)
     assert grad.dtype == torch.float32
-    (grad,) = check("principal_entropy_backward", torch.ones(2, device=DEVICE), z, 29, 1e-6)
-    assert grad.dtype == dtype
 
 
 def test_bfloat16_logits_without_products(chunked):
     """No product is taken in bfloat16, so the interpreter can be trusted with it here."""
-    z = _logits(2, 140, dtype=torch.bfloat16)
+    z = logits(2, 140, dtype=torch.bfloat16)
     z[:, 70:] = z[:, :70]
     check("adaptation_head", z, 17, 1.0, 1.0, True, 1e-6, _weight(2))
 
 
 def test_more_than_1023_classes():
-    """Counts no longer fit into ten bits; and a row ends within the second chunk."""
-    z = _logits(2, 1100, "ties")
-    check("adaptation_head", z, 100, 1.0, 1.0, False, 1e-6)
-    check("principal_entropy", z[:1], 1099, 1e-6)
+    """Counts no longer fit into ten bits."""
+    check("adaptation_head", logits(2, 1100, "ties"), 100, 1.0, 1.0, False, 1e-6)
 
 
 def test_rows_of_several_chunks():
-    z = _logits(1, 5000, "ties", torch.bfloat16)
+    z = logits(1, 5000, "ties", torch.bfloat16)
     check("adaptation_head", z, 450, 1.0, 1.0, True, 1e-6)
 
 
 def test_many_samples_a_program(monkeypatch):
     """Sums over samples in parts, the last of them not full."""
     monkeypatch.setattr(adaptation_head_plan, "MOST_PARTS", 3)
-    check("adaptation_head", _logits(8, 9), 3, 1.0, 1.0, False, 1e-6, _weight(8))
+    check("adaptation_head", logits(8, 9), 3, 1.0, 1.0, False, 1e-6, _weight(8))
 
 
 def test_nan_is_never_hidden(chunked):
-    z = _logits(3, 6).clone()
+    z = logits(3, 6).clone()
     z[1, 2] = torch.nan
     for k in (3, 6):
-        assert torch.isnan(KERNELS["principal_entropy"](z, k, 1e-6)).tolist() == [
-            False,
-            True,
-            False,
-        ]
         *losses, grad = KERNELS["adaptation_head"](z, k, 1.0, 1.0, False, 1e-6)
         assert all(torch.isnan(x) for x in losses)
         assert torch.isnan(grad[1]).all()
     assert torch.isnan(KERNELS["balance_entropy"](z, True)[0])
-    rows = _logits(2, 6).clone()
-    rows[0] = -torch.inf
-    assert torch.isnan(KERNELS["entropy"](rows)).tolist() == [True, False]
 
 
 def test_same_bits_twice(chunked):
-    z = _logits(3, 150)
+    z = logits(3, 150)
     runs = [KERNELS["adaptation_head"](z, 9, 1.0, 1.0, True, 1e-6) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
@@ -150,17 +85,14 @@ def test_same_bits_twice(chunked):
 def test_goldens(golden, case):
     g = golden.load("kernels")
     z = g[f"{case}.logits"].to(DEVICE)
-    n = len(z)
-    upstream = torch.full((n,), 1 / n, device=DEVICE)
-    found = {
+    results = {
         "balance_mean": KERNELS["balance_entropy"](z, False),
         "balance_softmax_of_sum": KERNELS["balance_entropy"](z, True),
-        "tent_entropy": (KERNELS["entropy"](z).mean(), KERNELS["entropy_backward"](upstream, z)),
     }
     for k in golden.json["kernels"][case]["ks"]:
         *_, entropy, _, grad = KERNELS["adaptation_head"](z, k, 1.0, 0.0, False, 1e-6)
-        found[f"principal_entropy_k{k}"] = entropy, grad
-    for name, (value, grad) in found.items():
+        results[f"principal_entropy_k{k}"] = entropy, grad
+    for name, (value, grad) in results.items():
         expected, slope = g[f"{case}.{name}"], g[f"{case}.{name}.grad"]
         assert abs(value.item() - expected) < 2e-6 * abs(expected), name
         # eps 1e-6 is 17 units of float32 at 1: what rounding leaves of ln(p + eps)
@@ -171,4 +103,4 @@ def test_goldens(golden, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_at_full_size_on_a_gpu(dtype):
     for n, c in ((128, 309), (64, 1000), (700, 4096), (64, 100_000)):
-        check("adaptation_head", _logits(n, c, dtype=dtype), c // 11, 1.0, 1.0, False, 1e-6)
+        check("adaptation_head", logits(n, c, dtype=dtype), c // 11, 1.0, 1.0, False, 1e-6)

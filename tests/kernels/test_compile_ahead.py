@@ -1,6 +1,6 @@
 """Kernels compile for every GPU family without one: no spilled register, memory that a block has.
 
-The core set here; tests/compile_ahead.py --all is the whole.
+The core cases run here; tests/compile_ahead.py --all has all of them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_core(target):
-    """In a process a target, so that a crash of the compiler is one target's and says whose."""
+    """A process for each target, so that a crash of the compiler names its target."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", str(SCRIPT), "--json", target]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert done.stdout.startswith("{"), done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert found["problems"] == []
-    assert {row["kernel"] for row in found["kernels"]} == {
+    report = json.loads(done.stdout)
+    assert report["problems"] == []
+    assert {row["kernel"] for row in report["kernels"]} == {
         "_tiles_kernel", "_merge_kernel", "_weighted_scores_kernel", "_token_gradients_kernel",
         "_moments_kernel", "_gradient_kernel", "_rows_kernel", "_balance_kernel", "_samples_kernel",
         "_columns_kernel", "_strips_kernel", "_ensemble_kernel", "_small_kernel",

@@ -1,50 +1,18 @@
-"""Attention kernels against the composite: shapes, strides, numerics, undefined statistics."""
+"""Kernels of score_moments against the default: shapes, numerics, undefined statistics."""
 
 from __future__ import annotations
 
 import kernels_here
 import pytest
 import torch
-from fasttta.kernels import score_moments_per_head_plan
-from fasttta.kernels import score_moments_plan as plan
-from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, among_nan, check, poisoned  # noqa: F401
-
-# batch, heads, spans, head dim: odd on every axis, sizes of 1 and 2, three modalities, one
-SHAPES = [
-    (2, 3, (20, 13), 6),
-    (1, 1, (2, 2), 1),
-    (2, 2, (7, 2, 5), 5),
-    (1, 2, (9,), 4),
-    (1, 2, (35, 18), 40),
-]
-
-
-def _qk(batch, heads, spans, d, dtype=torch.float32, offset=0.0, seed=0):
-    """Views of a packed qkv product [B, T, 3, H, d] that lies among nan."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    qkv = torch.randn(batch, sum(spans), 3, heads, d, generator=generator, device="cpu") + offset
-    q, k, _ = among_nan(qkv.to(DEVICE, dtype)).permute(2, 0, 3, 1, 4)
-    return q, k
-
-
-def _anchors(heads, spans, per_head):
-    shape = (heads, len(spans)) if per_head else (len(spans),)
-    std = torch.linspace(0.5, 1.5, len(spans), device=DEVICE).expand(shape)
-    return torch.full(shape, 0.1, device=DEVICE), std
-
-
-def _options(q, spans, per_head, scale=None):
-    return list(spans), q.shape[3] ** -0.5 if scale is None else scale, per_head
-
-
-def _bootstrap(q, k, options, pair_query=False, anchors=(), check=check):
-    """Loss, mean, std, dq, dk, held against the composite."""
-    loss, mean, std = check("attention_bootstrap", q, k, *options, pair_query, *anchors)
-    upstream = torch.linspace(0.5, 1.5, max(len(q), 2), device=DEVICE)[: len(q)]
-    dq, dk = check(
-        "attention_bootstrap_backward", upstream, q, k, mean, std, *options, pair_query, *anchors
-    )
-    return loss, mean, std, dq, dk
+from kernel_cases import (  # noqa: F401
+    SCORE_SHAPES,
+    per_head_fixture,
+    qk,
+    score_options,
+    small_tiles_fixture,
+)
+from kernels_here import DEVICE, HALVES, KERNELS, NATIVE, check, poisoned  # noqa: F401
 
 
 def _moments(q, k, options):
@@ -54,174 +22,50 @@ def _moments(q, k, options):
     check("score_moments_backward", *grads, q, k, std, *options)
 
 
-def _launch(name, *args):
-    return KERNELS[name](*args)
-
-
-@pytest.fixture(params=[False, True], ids=["mean", "each"])
-def per_head(request):
-    return request.param
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several tiles on short spans."""
-    monkeypatch.setattr(plan, "score_tile", lambda *_: plan.Tile(16, 32, 4, 1))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equal_the_composite(shape, per_head, small_tiles):
-    q, k = _qk(*shape)
-    options = _options(q, shape[2], per_head)
-    _bootstrap(q, k, options)
-    _moments(q, k, options)
-
-
-def test_tiles_of_every_plan():
-    """Blocks of 64 x 128 and 128 x 256, and more than one of them."""
-    spans = [140, 66]
-    for tile in (plan.Tile(64, 128, 4, 3), plan.Tile(128, 256, 8, 3)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "score_tile", lambda *_, tile=tile: tile)
-            q, k = _qk(1, 2, spans, 20)
-            _bootstrap(q, k, _options(q, spans, False))
-
-
-def test_long_heads():
-    """Head dims that are taken in chunks, with a last one that is not full; of single heads the
-    composite serves."""
-    q, k = _qk(1, 2, (12, 9), 130)
-    _bootstrap(q, k, _options(q, (12, 9), False))
-    assert "64 channels" in score_moments_per_head_plan.unsuitable(130)
-    _bootstrap(q, k, _options(q, (12, 9), True))
-
-
-@pytest.mark.parametrize("pair_query", [False, True])
-def test_pairs_and_anchors(per_head, pair_query, small_tiles):
-    spans = (9, 4, 20)
-    q, k = _qk(1, 2, spans, 8)
-    options = _options(q, spans, per_head)
-    _bootstrap(q, k, options, pair_query, _anchors(2, spans, per_head))
-    _bootstrap(q, k, _options(q, spans, per_head, scale=-0.3), pair_query)
+@pytest.mark.parametrize("shape", SCORE_SHAPES, ids=str)
+def test_shapes(shape, per_head, small_tiles):
+    q, k = qk(*shape)
+    _moments(q, k, score_options(q, shape[2], per_head))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision(dtype, per_head):
-    q, k = _qk(2, 2, (40, 18), 24, dtype)
-    options = _options(q, (40, 18), per_head)
-    loss, mean, std, dq, dk = _bootstrap(q, k, options)
-    _moments(q, k, options)
-    assert {loss.dtype, mean.dtype, std.dtype} == {torch.float32}
-    assert {dq.dtype, dk.dtype} == {dtype}
-
-
-def test_strides(per_head):
-    """Dense, tokens before heads, transposed channels, and one head for all."""
-    q, k = _qk(1, 2, (6, 5), 8)
-    options = _options(q, (6, 5), per_head)
-    right = _bootstrap(q, k, options)
-    layouts = (
-        lambda x: x.contiguous(),
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    )
-    for layout in layouts:
-        found = _bootstrap(layout(q), layout(k), options, check=_launch)
-        assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
-    _bootstrap(q[:, :1].expand_as(q), k, options)
+    q, k = qk(2, 2, (40, 18), 24, dtype)
+    _moments(q, k, score_options(q, (40, 18), per_head))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 100.0, 1000.0])
 def test_statistics_do_not_cancel(ratio, per_head):
     """Mean of the scores many times their std: one channel is the same for all tokens."""
     spans, heads, d = [40, 24], 2, 16
-    q, k = _qk(1, heads, spans, d)
+    q, k = qk(1, heads, spans, d)
     q, k = q.clone(), k.clone()
     spread = 4.0 * (1 if per_head else heads**0.5)  # std of a sum of d or H d products
     height = (ratio * spread / (1 if per_head else heads)) ** 0.5
     q[..., 0], k[..., 0] = height, height
     mean, std = KERNELS["score_moments"](q, k, spans, 1.0, per_head)
-    right = kernels_here.composite.score_moments(q.double(), k.double(), spans, 1.0, per_head)
-    assert (right[0] / right[1]).min() > 0.6 * ratio
-    assert ((std - right[1]).abs() / right[1]).max() < 1e-5
-    assert ((mean - right[0]).abs() / right[0]).max() < 2e-6
+    exact = kernels_here.composite.score_moments(q.double(), k.double(), spans, 1.0, per_head)
+    assert (exact[0] / exact[1]).min() > 0.6 * ratio
+    assert ((std - exact[1]).abs() / exact[1]).max() < 1e-5
+    assert ((mean - exact[0]).abs() / exact[0]).max() < 2e-6
     check("attention_bootstrap_backward", torch.ones(1, device=DEVICE), q, k, *(
-        x.float() for x in right), spans, 1.0, per_head, False, slack=ratio)  # fmt: skip
+        x.float() for x in exact), spans, 1.0, per_head, False, slack=ratio)  # fmt: skip
 
 
-def test_undefined_statistics(per_head):
-    spans = [4, 3]
-    q, k = _qk(3, 1, spans, 4)
+def test_equal_scores_have_no_direction(per_head):
+    q, k = qk(3, 1, [4, 3], 4)
     q, k = q.clone(), k.clone()
     q[0], k[2] = 0.0, 1.0
-    options = spans, 0.5, per_head, False
-    loss, mean, std = check("attention_bootstrap", q, k, *options)
-    assert not torch.isfinite(loss[0])
-    # a sample that is not used may have no statistics
-    upstream = torch.tensor([0.0, 1.0, 0.0], device=DEVICE)
-    found = check("attention_bootstrap_backward", upstream, q, k, mean, std, *options)
-    assert all((x[0] == 0).all() and torch.isfinite(x).all() for x in found)
-    # equal scores have no direction
+    options = [4, 3], 0.5, per_head
+    _, std = check("score_moments", q, k, *options)
     ones = torch.ones_like(std)
-    found = check("score_moments_backward", 0 * ones, ones, q, k, std, *options[:3])
-    assert all((x[0] == 0).all() for x in found)
-
-
-def test_nan_is_never_hidden(per_head):
-    q, k = _qk(2, 2, (4, 3), 4)
-    q = q.clone()
-    q[1, 0, 2, 1] = torch.nan
-    options = [4, 3], 0.5, per_head, False
-    loss, mean, std = KERNELS["attention_bootstrap"](q, k, *options)
-    assert torch.isnan(loss).tolist() == [False, True]
-    upstream = torch.ones(2, device=DEVICE)
-    for x in KERNELS["attention_bootstrap_backward"](upstream, q, k, mean, std, *options):
-        assert torch.isfinite(x[0]).all()
-        assert torch.isnan(x[1]).any()
-
-
-def test_upstream_of_any_stride(per_head):
-    q, k = _qk(3, 1, (4, 3), 4)
-    options = [4, 3], 0.5, per_head, False
-    _, mean, std = KERNELS["attention_bootstrap"](q, k, *options)
-    for upstream in (torch.ones(1, device=DEVICE).expand(3), torch.rand(6, device=DEVICE)[::2]):
-        check("attention_bootstrap_backward", upstream, q, k, mean, std, *options)
+    grads = check("score_moments_backward", 0 * ones, ones, q, k, std, *options)
+    assert all((x[0] == 0).all() for x in grads)
 
 
 def test_no_samples(per_head):
-    q, k = _qk(0, 2, (4, 3), 4)
-    options = _options(q, (4, 3), per_head)
-    _bootstrap(q, k, options)
-    _moments(q, k, options)
-
-
-def test_same_bits_twice(per_head, small_tiles):
-    q, k = _qk(1, 2, (20, 33), 8)
-    options = _options(q, (20, 33), per_head)
-    runs = [_bootstrap(q, k, options, check=_launch) for _ in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("case", ["attn_small", "attn_full"])
-def test_goldens(golden, case, per_head):
-    g, spans = golden.load("kernels"), [golden.json["kernels"][case][n] for n in ("Ta", "Tv")]
-    prefix = "perhead_" if per_head else ""
-    q, k = (g[f"{case}.{name}"].to(DEVICE) for name in "qk")
-    options = spans, q.shape[3] ** -0.5, per_head, False
-    loss, mean, std = KERNELS["attention_bootstrap"](q, k, *options)
-    total = g[f"{case}.{prefix}loss" if prefix else f"{case}.loss_attn"]
-    assert abs(loss.mean().item() - total) < 2e-6 * total
-    for i, row in enumerate("av"):
-        for j, column in enumerate("av"):
-            right = g[f"{case}.{prefix}mean_{row}{column}"], g[f"{case}.{prefix}std_{row}{column}"]
-            for found, expected in zip((mean, std), right, strict=True):
-                # a mean near 0 is compared in units of the std
-                assert (found[..., i, j].cpu() - expected).abs().max() < 1e-6 * right[1].max()
-    upstream = torch.full((len(q),), 1 / len(q), device=DEVICE)
-    grads = KERNELS["attention_bootstrap_backward"](upstream, q, k, mean, std, *options)
-    for name, found in zip("qk", grads, strict=True):
-        expected = g[f"{case}.{prefix}grad_{name}"].double()
-        assert (found.cpu() - expected).abs().max() < 5e-6 * expected.abs().max()
+    q, k = qk(0, 2, (4, 3), 4)
+    _moments(q, k, score_options(q, (4, 3), per_head))
 
 
 @pytest.mark.skipif(not NATIVE, reason="needs a CUDA GPU")
@@ -229,7 +73,5 @@ def test_goldens(golden, case, per_head):
 def test_at_full_size_on_a_gpu(dtype, per_head):
     """8 and 40 samples of ViT-B: both tile sizes, all waves."""
     for batch in (8, 40):
-        q, k = _qk(batch, 12, (512, 196), 64, dtype)
-        options = _options(q, (512, 196), per_head)
-        _bootstrap(q, k, options)
-        _moments(q, k, options)
+        q, k = qk(batch, 12, (512, 196), 64, dtype)
+        _moments(q, k, score_options(q, (512, 196), per_head))

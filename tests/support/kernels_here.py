@@ -65,20 +65,20 @@ def exact(x):
 
 
 def run(name: str, *args):
-    """An operation's results: the launcher's, and the composite's at the same and at full width."""
-    found, naive = KERNELS[name](*args), getattr(composite, name)(*args)
-    right = getattr(composite, name)(*map(exact, args))
-    return [x if isinstance(x, tuple) else (x,) for x in (found, naive, right)]
+    """Results of an operation: the launcher's, the composite's, and the composite's in float64."""
+    results, naive = KERNELS[name](*args), getattr(composite, name)(*args)
+    expected = getattr(composite, name)(*map(exact, args))
+    return [x if isinstance(x, tuple) else (x,) for x in (results, naive, expected)]
 
 
 def check(name: str, *args, slack: float = 1.0, floor: float = 0.0) -> tuple[torch.Tensor, ...]:
-    """Holds a launcher against the composite; returns what it found.
+    """Compares a launcher's results with those of the composite, and returns the launcher's.
 
     Tolerance: TOLERANCES times slack, twice what the composite in the inputs' type loses against
     itself in float64, and a floor for results that are 0 by cancellation.
     """
-    found, naive, right = run(name, *args)
-    for n, (x, y, z) in enumerate(zip(found, naive, right, strict=True)):
+    results, naive, expected = run(name, *args)
+    for n, (x, y, z) in enumerate(zip(results, naive, expected, strict=True)):
         assert (x.shape, x.dtype) == (y.shape, y.dtype), (name, n)
         if not z.numel():
             continue
@@ -90,7 +90,7 @@ def check(name: str, *args, slack: float = 1.0, floor: float = 0.0) -> tuple[tor
         allowed = 2 * (y - z).abs().max() + slack * TOLERANCES[x_type] * z.abs().max() + floor
         error = (x - z).abs().max()
         assert error <= allowed, f"{name} result {n}: off by {error:.1e}, allowed {allowed:.1e}"
-    return found
+    return results
 
 
 @pytest.fixture(autouse=True)
