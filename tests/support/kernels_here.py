@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 
 import pytest
 import torch
@@ -23,23 +24,16 @@ if not NATIVE:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # ruff: noqa: E402
+import fasttta.kernels
 import triton
-from fasttta.kernels import (
-    adaptation_head,
-    adaptation_head_large,
-    attention_bootstrap,
-    entropies,
-    entropies_large,
-    flat_attention,
-    score_moments,
-    score_moments_per_head,
-    shared_prefix_attention,
-    total_variation,
-)
 from op_cases import composite
 
 from fasttta.ops import registry
 
+MODULES = {
+    x.name: importlib.import_module(f"fasttta.kernels.{x.name}")
+    for x in pkgutil.iter_modules(fasttta.kernels.__path__)
+}
 KERNELS = {name: x.on_cuda for name, x in registry.OPERATORS.items() if x.on_cuda is not None}
 
 if not NATIVE:
@@ -48,7 +42,7 @@ if not NATIVE:
         del os.environ["TRITON_INTERPRET"]
     else:
         os.environ["TRITON_INTERPRET"] = _before
-    if isinstance(score_moments._merge_kernel, triton.runtime.JITFunction):
+    if isinstance(MODULES["score_moments"]._merge_kernel, triton.runtime.JITFunction):
         raise RuntimeError("something imported Triton before tests/kernels_here.py did")
 
 # bfloat16 products are silently wrong in the interpreter
@@ -118,12 +112,9 @@ def poisoned(monkeypatch):
         meta = empty_like(x, device="meta")
         return guarded(tuple(x.shape), meta.stride(), x.dtype, x.device)
 
-    for module in (
-        adaptation_head, adaptation_head_large, attention_bootstrap, entropies, entropies_large,
-        flat_attention, score_moments, score_moments_per_head, shared_prefix_attention,
-        total_variation,
-    ):  # fmt: skip
-        monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
+    for module in MODULES.values():
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", _Torch(empty=new, empty_like=like))
     yield
     for base in made:
         edges = torch.cat((base[:_MARGIN], base[-_MARGIN:]))
