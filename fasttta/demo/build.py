@@ -60,7 +60,7 @@ class Take(NamedTuple):
 
 
 def find_espeak() -> str:
-    """The path of espeak-ng; ends the program with advice where it is not installed."""
+    """The path of the program espeak-ng; exits with what to type where there is none."""
     program = shutil.which("espeak-ng")
     if program is None:
         raise SystemExit("no program espeak-ng on PATH; install it: apt-get install espeak-ng")
@@ -68,7 +68,7 @@ def find_espeak() -> str:
 
 
 def ask(program: str, *arguments: str) -> str:
-    """What a program prints, called with these arguments."""
+    """What a program prints."""
     return subprocess.run((program, *arguments), capture_output=True, check=True, text=True).stdout
 
 
@@ -94,7 +94,7 @@ def split_speakers(speakers: list[str], rng: random.Random) -> tuple[list[str], 
 
 
 def plan(speakers: list[str], takes: int, rng: random.Random) -> list[Take]:
-    """Takes of every digit by every speaker, with accents, speeds and pitches drawn at random."""
+    """Every digit by every speaker, ``takes`` times each, in random accent, pitch and speed."""
     return [
         Take(
             digit=digit,
@@ -166,7 +166,7 @@ def clean_accuracy() -> dict[str, float]:
 
 
 def main() -> None:
-    """Speaks the digits, trains the model and writes the demo's assets."""
+    """Writes the demo's data, model and statistics again; takes three minutes."""
     import sklearn
     from sklearn.datasets import load_digits
 

@@ -21,8 +21,6 @@ Corruption = Callable[[Tensor, float, torch.Generator], Tensor]
 SAMPLE_RATE = 16000
 FRAME_SHIFT = 0.01  # seconds
 
-# ---- video
-
 
 def gaussian_noise(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
     """Adds normal noise of standard deviation 0.06 severity to every pixel."""
@@ -69,9 +67,6 @@ def occlusion(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
         torch.arange(32, dtype=torch.float32) + 0.5 - centre
     ).abs() < 2 * severity  # [n, 2, 32]
     return torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0.5, x)
-
-
-# ---- audio
 
 
 def _mel(frequency: Tensor | float) -> Tensor:

@@ -50,13 +50,15 @@ def prototypes(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def shifted(features: Tensor, size: float, seed: int) -> Tensor:
-    """Features [N, D] with noise that is half their own and half common to all, altogether
-    ``size`` times as long as they are spread about their mean."""
+    """Features [N, D] with noise, ``size`` times as long as they are spread about their mean.
+
+    One half of the noise differs for each feature, the other half is common to all.
+    """
     generator = torch.Generator().manual_seed(seed)
     spread = (features - features.mean(dim=0)).square().mean().sqrt()
-    own = torch.randn(features.shape, generator=generator, dtype=torch.float32)
+    single = torch.randn(features.shape, generator=generator, dtype=torch.float32)
     common = torch.randn(1, features.shape[1], generator=generator, dtype=torch.float32)
-    return features + size * spread * (own + common) / 2**0.5
+    return features + size * spread * (single + common) / 2**0.5
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -88,11 +90,11 @@ def run(
     train, labels = load_features(Path(folder) / "train.npz")
     test, truth = load_features(Path(folder) / "val.npz")
     text = prototypes(train, labels)
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     seconds: list[float] = []
 
     def note(what: str, value: float) -> None:
-        found.setdefault(what, []).append(value)
+        values.setdefault(what, []).append(value)
 
     for seed in seeds:
         torch.manual_seed(seed)
@@ -117,24 +119,24 @@ def run(
                 note(f"{name}, shift {size}, adapted", _accuracy(logits, y))
     spread = {
         what: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else 0.0)
-        for what, x in found.items()
+        for what, x in values.items()
     }
     return {**spread, "seconds": max(seconds)}
 
 
-def table(found: dict[str, Any]) -> str:
-    """What ``run`` found, a line each."""
+def table(numbers: dict[str, Any]) -> str:
+    """The results of ``run`` as text, one line each."""
     lines = [
         f"{what:<32}{value[0]:6.1f} ±{value[1]:.1f}"
-        for what, value in found.items()
+        for what, value in numbers.items()
         if what != "seconds"
     ]
     return "\n".join([f"{'accuracy, %':<32}  mean over seeds", *lines,
-                      f"longest fine-tuning: {found['seconds']:.1f} s"])  # fmt: skip
+                      f"longest fine-tuning: {numbers['seconds']:.1f} s"])  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table of a folder of features; returns the exit status."""
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fasttta.demo.features", description=__doc__)
     parser.add_argument("folder", help="of train.npz and val.npz")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")

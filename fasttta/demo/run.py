@@ -83,12 +83,12 @@ def adapt_stream(
     if method.name == "brimpr":  # ABPEM takes statistics too, but not with the options here
         resources = {"source_stats": load_statistics(), **resources}
     adapted = adapt(model, method, **resources)
-    found = measure_stream(adapted, batches, len(CLASSES))
+    result = measure_stream(adapted, batches, len(CLASSES))
     if not method.updates or method.group == "head":  # attention is the source model's
-        return found, encoded.gap
+        return result, encoded.gap
     merged = adapted.unwrap(merge=True)
     tokens = encoded.tokens if method.frozen_encoder else _tokens(merged, batches)
-    return found, attention_gap(merged, tokens)
+    return result, attention_gap(merged, tokens)
 
 
 def run(
@@ -138,8 +138,8 @@ def run(
             encoded = encode_stream(model, batches)
             for method, options in objects.items():
                 progress(done, total, f"{name}, {method}")
-                found, gap = adapt_stream(model, options, batches, encoded)
-                runs[name][method].append(found | gap_numbers(encoded.gap, gap))
+                result, gap = adapt_stream(model, options, batches, encoded)
+                runs[name][method].append(result | gap_numbers(encoded.gap, gap))
                 done += 1
     progress(done, total, "done")
     return {
@@ -164,7 +164,7 @@ def run(
         "machine": machine(),
         "classes": list(CLASSES),
         "streams": {
-            name: {method: over_seeds(found) for method, found in by_method.items()}
+            name: {method: over_seeds(results) for method, results in by_method.items()}
             for name, by_method in runs.items()
         },
         "seconds": time.perf_counter() - start,

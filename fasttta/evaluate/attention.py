@@ -49,8 +49,8 @@ def attention_gap(model: FusionModel, tokens: Iterable[Tensor]) -> dict[str, flo
                 )
     if not parts["va|aa"]:
         raise ValueError("tokens: no batch; needed at least one sample")
-    found = {name: torch.cat(values).double().mean().item() for name, values in parts.items()}
-    return {"gap": found["va|aa"] + found["av|vv"], **found}
+    means = {name: torch.cat(values).double().mean().item() for name, values in parts.items()}
+    return {"gap": means["va|aa"] + means["av|vv"], **means}
 
 
 def gap_numbers(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

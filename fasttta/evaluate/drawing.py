@@ -103,7 +103,7 @@ def svg(chart: Chart) -> str:
     """One <svg> element for a page that defines the colours as ``markup.style_sheet`` does.
 
     Args:
-        chart: to be drawn. What a mark stands for is told to those who point at it.
+        chart: to be drawn. A mark's title, which browsers show at the pointer, is its number.
     """
     with _settings(repr(chart)):
         figure = Figure(figsize=(WIDTH / 72, _height(chart) / 72))
@@ -358,7 +358,7 @@ def _heat(chart: Heat, canvas: _Canvas) -> None:
 
 def _cells(panel: Panel, full: float, level: int) -> list[Path]:
     """The cells of a map that have one level of darkness; one path for all of them, because
-    neighbours in paths of their own show seams."""
+    neighbours in separate paths show seams."""
     return [
         Path.unit_rectangle().transformed(Affine2D().translate(c, r))
         for r, row in enumerate(panel.shares)

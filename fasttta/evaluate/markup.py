@@ -53,15 +53,15 @@ def markup(
         label = element.attrib.pop("id", "") if element.tag == "g" else ""
         for name, value in list(element.attrib.items()):
             del element.attrib[name]
-            value = re.sub(r"-?\d+\.\d{3,}", lambda found: _rounded(found[0]), value)
-            value = re.sub(r"#[0-9a-f]{6}\b", lambda found: names.get(found[0], found[0]), value)
+            value = re.sub(r"-?\d+\.\d{3,}", lambda match: _rounded(match[0]), value)
+            value = re.sub(r"#[0-9a-f]{6}\b", lambda match: names.get(match[0], match[0]), value)
             value = re.sub(r" font-family: [^;]*;", "", value)
             if not value.startswith("rotate(-0"):
                 element.set(name.rpartition("}")[2], " ".join(value.split()))
         if label in titles:
-            whole, *marks = titles[label]
+            first, *others = titles[label]
             uses = [each for each in element.iter() if each.tag.endswith("use")]
-            for target, title in ((element, whole), *zip(uses, marks, strict=True)):
+            for target, title in ((element, first), *zip(uses, others, strict=True)):
                 if title:
                     target.insert(0, ET.Element("title"))
                     target[0].text = title
@@ -97,7 +97,7 @@ def _inline(root: ET.Element) -> None:
 
 def _flatten(element: ET.Element) -> None:
     """Removes groups that say nothing, shapes that show nothing, and matplotlib's style sheet,
-    which would be the whole page's."""
+    which would apply to all of the page."""
     kept: list[ET.Element] = []
     for child in element:
         _flatten(child)

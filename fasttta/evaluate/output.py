@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, at places that were checked before the work."""
+"""Writes a file completely or not at all; checks before the work that it can be written."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def measure_stream(
         if result.logits.is_cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
-        known = method.score_at == "after" or not method.updates
-        after = result.logits if known else adapted.predict(*inputs)
+        is_final = method.score_at == "after" or not method.updates
+        after = result.logits if is_final else adapted.predict(*inputs)
         labels = labels.to(after.device)
         series["samples"].append(len(labels))
         series["hits_before"].append(_hits(result.logits_before, labels))
@@ -63,12 +63,12 @@ def measure_stream(
     samples = sum(series["samples"])
     if not samples:
         raise ValueError("batches: the stream is empty; needed at least one batch")
-    found = {
+    accuracy = {
         when: 100 * sum(series[f"hits_{when}"]) / samples for when in ("before", "after")
     }  # fmt: skip
     return {
-        **found,
-        "score": found["after" if method.score_at == "after" else "before"],
+        **accuracy,
+        "score": accuracy["after" if method.score_at == "after" else "before"],
         "samples_per_s": samples / seconds,
         "series": series,
     }
@@ -77,8 +77,8 @@ def measure_stream(
 def _split(batch: Any) -> tuple[list, Any]:
     """Inputs and labels of a batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        found = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise TypeError(f"a batch is (*inputs, labels), found {found}")
+        what = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(f"a batch is (*inputs, labels), found {what}")
     *inputs, labels = batch
     return inputs, labels
 
@@ -118,10 +118,10 @@ def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if not len(runs):
         raise ValueError("runs: needed at least one result of measure_stream, found none")
-    found: dict[str, Any] = {
+    means: dict[str, Any] = {
         key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "series"
     }
     scores = [run["score"] for run in runs]
-    found["score_std"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
-    found["series"] = [run["series"] for run in runs]
-    return found
+    means["score_std"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    means["series"] = [run["series"] for run in runs]
+    return means

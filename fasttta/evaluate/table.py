@@ -12,20 +12,20 @@ _WIDTH, _FIRST, _SOURCE = 80, 16, 8  # of a line, of streams' names, of the sour
 
 def several_seeds(data: Mapping[str, Any]) -> bool:
     """Whether there is a spread over seeds to show."""
-    return any(len(each["series"]) > 1 for found in data["streams"].values()
-               for each in found.values())  # fmt: skip
+    return any(len(each["series"]) > 1 for records in data["streams"].values()
+               for each in records.values())  # fmt: skip
 
 
 def mean_over_streams(data: Mapping[str, Any], method: str, key: str) -> float:
     """A method's number, averaged over streams that count alike."""
-    return statistics.fmean(found[method][key] for found in data["streams"].values())
+    return statistics.fmean(records[method][key] for records in data["streams"].values())
 
 
 def mean_spread(data: Mapping[str, Any], method: str) -> float:
     """Standard deviation over seeds (n - 1) of a method's accuracy averaged over streams."""
-    streams = [found[method] for found in data["streams"].values()]
+    streams = [records[method] for records in data["streams"].values()]
     when = data["protocol"].get("score_at", {}).get(method)
-    if when not in ("before", "after"):  # the source model, or own data without that word
+    if when not in ("before", "after"):  # the source model, or data without that setting
         when = "after" if streams[0]["score"] == streams[0]["after"] else "before"
     of_seeds = [
         statistics.fmean(100 * sum(run[f"hits_{when}"]) / sum(run["samples"]) for run in runs)
@@ -37,7 +37,7 @@ def mean_spread(data: Mapping[str, Any], method: str) -> float:
 def table(data: Mapping[str, Any]) -> str:
     """Accuracy before and after the update, spread over seeds, speed, and the protocol.
 
-    No line is longer than 80 characters: methods that do not fit get a table of their own below.
+    No line is longer than 80 characters: methods that do not fit get another table below.
 
     Args:
         data: as ``Report`` takes it.
@@ -77,9 +77,9 @@ def _lines(data: Mapping[str, Any], adapting: list[str], source: bool) -> list[s
 
     lines = [line("accuracy, %", "source", adapting)]
     lines.append("-" * len(lines[0]))
-    for name, found in data["streams"].items():
-        cells = [cell(*(found[m][k] for k in ("before", "after", "score_std"))) for m in adapting]
-        lines.append(line(name, f"{found['source']['score']:.1f}" if source else "", cells))
+    for name, records in data["streams"].items():
+        cells = [cell(*(records[m][k] for k in ("before", "after", "score_std"))) for m in adapting]
+        lines.append(line(name, f"{records['source']['score']:.1f}" if source else "", cells))
     lines.append("-" * len(lines[0]))
     means = [cell(mean(m, "before"), mean(m, "after"), mean_spread(data, m)) for m in adapting]
     lines.append(row("mean", "score", 1, means))
@@ -120,9 +120,9 @@ def _protocol(data: Mapping[str, Any]) -> str:
     parts = [", ".join(text.format(p[name]) for name, text in texts.items() if name in p)]
     for method in next(iter(data["streams"].values())):
         lr, when = p.get("lr", {}).get(method), p.get("score_at", {}).get(method)
-        known = ([f"lr {lr:g}"] if lr is not None else []) + ([f"scored {when}"] if when else [])
-        if known:
-            parts.append(f"{method} {' '.join(known)}")
+        settings = ([f"lr {lr:g}"] if lr is not None else []) + ([f"scored {when}"] if when else [])
+        if settings:
+            parts.append(f"{method} {' '.join(settings)}")
     if "seeds" in p:
         parts.append(f"seeds {', '.join(map(str, p['seeds']))}")
     return "; ".join(filter(None, [*parts, p.get("order"), p.get("reset")]))

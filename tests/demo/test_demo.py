@@ -20,11 +20,11 @@ from fasttta.evaluate.table import mean_spread
 @pytest.fixture(scope="module")
 def report():
     calls = []
-    found = demo.run(["contrast"], samples=448, progress=lambda *call: calls.append(call))
+    result = demo.run(["contrast"], samples=448, progress=lambda *call: calls.append(call))
     count = len(demo.METHODS)
     assert [done for done, _, _ in calls] == list(range(count + 1))
     assert {total for _, total, _ in calls} == {count}
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def several():
 
 def test_every_method_has_settings():
     assert demo.SETTINGS.keys() == set(fasttta.methods.names("fusion"))
-    found = demo.run(["fog"], ["eata", "sar", "rada"], samples=64)
-    assert list(found["streams"]["fog"]) == ["eata", "sar", "rada"]
-    assert found["protocol"]["score_at"]["rada"] == "before"
+    result = demo.run(["fog"], ["eata", "sar", "rada"], samples=64)
+    assert list(result["streams"]["fog"]) == ["eata", "sar", "rada"]
+    assert result["protocol"]["score_at"]["rada"] == "before"
 
 
 def test_shipped_statistics_are_of_the_shipped_model():
@@ -56,10 +56,10 @@ def test_report(report):
     assert json.loads(json.dumps(report)) == report
     assert list(report["streams"]) == ["contrast"]
     assert list(report["streams"]["contrast"]) == list(demo.METHODS)
-    for name, found in report["streams"]["contrast"].items():
-        assert found["score"] == found["after" if name in ("read", "abpem") else "before"]
-        assert 0 < found["before"] < 100
-        assert found["samples_per_s"] > 0
+    for name, result in report["streams"]["contrast"].items():
+        assert result["score"] == result["after" if name in ("read", "abpem") else "before"]
+        assert 0 < result["before"] < 100
+        assert result["samples_per_s"] > 0
     source = report["streams"]["contrast"]["source"]
     assert source["before"] == source["after"]
     protocol = report["protocol"]
@@ -72,14 +72,16 @@ def test_report(report):
 
 def test_adapting_helps_against_low_contrast(report):
     """Seeded; the margins are a third of what it gains (source 80 %, others above 88 %)."""
-    scores = {name: found["score"] for name, found in report["streams"]["contrast"].items()}
+    scores = {name: result["score"] for name, result in report["streams"]["contrast"].items()}
     for name in ("tent", "read", "abpem", "brimpr"):
         assert scores[name] > scores["source"] + 3, scores
 
 
 def test_same_seed_same_numbers(report):
-    def accuracies(found):
-        return {name: (x["before"], x["after"]) for name, x in found["streams"]["contrast"].items()}
+    def accuracies(result):
+        return {
+            name: (x["before"], x["after"]) for name, x in result["streams"]["contrast"].items()
+        }
 
     two = demo.run(["contrast"], ["source", "read"], samples=448, seeds=(0, 1))
     one = accuracies(report)
@@ -118,7 +120,7 @@ def test_mean_has_its_spread(several):
     for method, when in {"tent": "before", "read": "after", "source": "before"}.items():
         of_seeds = []
         for seed in range(2):
-            runs = [found[method]["series"][seed] for found in several["streams"].values()]
+            runs = [result[method]["series"][seed] for result in several["streams"].values()]
             shares = [100 * sum(run[f"hits_{when}"]) / sum(run["samples"]) for run in runs]
             of_seeds.append(statistics.fmean(shares))
         expected = statistics.stdev(of_seeds)
@@ -142,9 +144,9 @@ def test_nothing_to_run():
 def test_command(capsys):
     assert cli.main(["demo", "--quick", "--samples", "64", "--methods", "source", "--json"]) == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert list(found["streams"]) == list(demo.QUICK["streams"])
-    assert found["protocol"]["samples"] == 64
+    result = json.loads(out)
+    assert list(result["streams"]) == list(demo.QUICK["streams"])
+    assert result["protocol"]["samples"] == 64
     assert err == ""  # no bar where nobody watches
     assert cli.main(["demo", "--streams", "white,fog", "--samples", "64", "--methods", "read"]) == 0
     out = capsys.readouterr().out

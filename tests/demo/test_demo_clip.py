@@ -22,15 +22,12 @@ QUICK = {"methods": ["source", "r-tpt", "a-tpt"], "samples": 16}
 
 
 @pytest.fixture(scope="module")
-def found():
+def results():
     calls = []
     data = demo.run(**QUICK, examples=1, progress=lambda *call: calls.append(call))
     assert [done for done, _, _ in calls] == list(range(8))
     assert {total for _, total, _ in calls} == {7}
     return data
-
-
-# ------------------------------------------------------------------ scenes, words, model
 
 
 def test_words():
@@ -107,36 +104,33 @@ def test_the_shipped_model():
     assert (files / "clip.safetensors").is_file()
 
 
-# ------------------------------------------------------------------ the run
-
-
-def test_report(found):
-    assert json.loads(json.dumps(found)) == found
-    assert list(found["streams"]) == ["clean", "attacked"]
-    for by_method in found["streams"].values():
+def test_report(results):
+    assert json.loads(json.dumps(results)) == results
+    assert list(results["streams"]) == ["clean", "attacked"]
+    for by_method in results["streams"].values():
         assert list(by_method) == QUICK["methods"]
         for result in by_method.values():
             assert 0 <= result["score"] <= 100
             assert result["samples_per_s"] > 0
             assert sum(result["series"][0]["samples"]) == 16
-    assert found["threat"]["steps"] == 10
-    assert found["threat"]["label_source"] == "true"
-    assert found["threat"]["eps"] == pytest.approx(4 / 255)
-    assert "nothing of an adaptation" in found["threat"]["knowledge"]
-    assert found["protocol"]["seeds"] == [0]
+    assert results["threat"]["steps"] == 10
+    assert results["threat"]["label_source"] == "true"
+    assert results["threat"]["eps"] == pytest.approx(4 / 255)
+    assert "nothing of an adaptation" in results["threat"]["knowledge"]
+    assert results["protocol"]["seeds"] == [0]
 
 
-def test_the_attack_breaks_it_and_views_bring_it_back(found):
+def test_the_attack_breaks_it_and_views_bring_it_back(results):
     """Seeded; the margin is less than half of what they recover."""
-    scores = {m: x["score"] for m, x in found["streams"]["attacked"].items()}
-    assert found["streams"]["clean"]["source"]["score"] > 75
+    scores = {m: x["score"] for m, x in results["streams"]["attacked"].items()}
+    assert results["streams"]["clean"]["source"]["score"] > 75
     assert scores["source"] < 15
-    assert found["success"] > 85
+    assert results["success"] > 85
     for name in ("r-tpt", "a-tpt"):
         assert scores[name] > scores["source"] + 25, scores
 
 
-def test_the_numbers_are_those_of_the_public_api(found):
+def test_the_numbers_are_those_of_the_public_api(results):
     """The same images, attack and methods, without the demo's code."""
     model, drawn = scenes.load_clip(), scenes.test_scenes(16, 0)
     attacked = pgd(model, drawn.pixels, drawn.digits, eps=4 / 255, steps=10,
@@ -147,11 +141,11 @@ def test_the_numbers_are_those_of_the_public_api(found):
     )  # fmt: skip
     for stream, pixels in (("clean", drawn.pixels), ("attacked", attacked.pixels)):
         hits = (adapted(pixels).argmax(1) == drawn.digits).double().mean().item()
-        assert found["streams"][stream]["r-tpt"]["score"] == pytest.approx(100 * hits)
+        assert results["streams"][stream]["r-tpt"]["score"] == pytest.approx(100 * hits)
 
 
-def test_examples_show_what_happened(found):
-    (shown,) = found["examples"]
+def test_examples_show_what_happened(results):
+    (shown,) = results["examples"]
     assert shown["clean"]["says"] == shown["digit"] != shown["attacked"]["says"]
     weights = [x["weight"] for x in shown["views"]]
     assert sum(weights) == pytest.approx(1, abs=1e-5)
@@ -163,16 +157,16 @@ def test_examples_show_what_happened(found):
     assert [x["weight"] for x in smooth] == sorted((x["weight"] for x in chosen), reverse=True)
 
 
-def test_table_and_page(found, tmp_path):
-    text = pages.table(found)
+def test_table_and_page(results, tmp_path):
+    text = pages.table(results)
     for word in (*QUICK["methods"], "clean", "attacked", "PGD-10 in L-infinity, eps 4/255",
                  "white box", "true label", "a toy"):  # fmt: skip
         assert word in " ".join(text.split())
-    score = found["streams"]["attacked"]["a-tpt"]["score"]
+    score = results["streams"]["attacked"]["a-tpt"]["score"]
     row = next(line for line in text.splitlines() if line.startswith("a-tpt"))
     assert f"{score:.1f}" in row.split()
-    page = pages.document(found).to_html(tmp_path / "out.html").read_text()
-    assert page.count("<img ") == 3 + 4 * len(found["examples"][0]["views"])
+    page = pages.document(results).to_html(tmp_path / "out.html").read_text()
+    assert page.count("<img ") == 3 + 4 * len(results["examples"][0]["views"])
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     for word in ("Threat model", "Inside A-TPT", "L-infinity", "not selected"):
         assert word in page

@@ -32,13 +32,13 @@ def ablation(model):
     wanted = ("full", "V1: no attention term", "k = 2", "query", "source")
     variants = [v for v in ablate.VARIANTS if v.label in wanted]
     calls = []
-    found = ablate.run(
+    data = ablate.run(
         model, seeds=(0, 1), streams=("white",), variants=variants, samples=SAMPLES,
         progress=lambda *call: calls.append(call),
     )  # fmt: skip
     # full and k = 2 are one method: source model and four methods, two seeds
     assert [done for done, _, _ in calls] == list(range(11))
-    return found
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +50,18 @@ def _rows(ablation):
     return {row["label"]: row for row in ablation["streams"]["white"]["variants"]}
 
 
-# ------------------------------------------------------------------ ablate
-
-
 def test_full_is_a_plain_run_of_abpem(model, ablation):
     plain = demo.run(["white"], ["source", "abpem"], samples=SAMPLES, seeds=(0, 1))
-    found = plain["streams"]["white"]
+    data = plain["streams"]["white"]
     full = _rows(ablation)["full"]
     assert full["accuracy"] == {
-        "mean": pytest.approx(found["abpem"]["score"]),
-        "std": pytest.approx(found["abpem"]["score_std"]),
+        "mean": pytest.approx(data["abpem"]["score"]),
+        "std": pytest.approx(data["abpem"]["score_std"]),
     }
-    assert full["gap"]["mean"] == pytest.approx(found["abpem"]["gap_after"])
+    assert full["gap"]["mean"] == pytest.approx(data["abpem"]["gap_after"])
     source = ablation["streams"]["white"]["source"]
-    assert source["accuracy"]["mean"] == pytest.approx(found["source"]["score"])
-    assert source["gap"]["mean"] == pytest.approx(found["source"]["gap_before"])
+    assert source["accuracy"]["mean"] == pytest.approx(data["source"]["score"])
+    assert source["gap"]["mean"] == pytest.approx(data["source"]["gap_before"])
 
 
 def test_differences_are_to_the_default(ablation):
@@ -97,9 +94,6 @@ def test_variants_change_one_thing():
     assert sorted(defaults) == sorted({v.group for v in ablate.VARIANTS})  # one in every group
 
 
-# ------------------------------------------------------------------ gap
-
-
 def test_gap_grows_where_contrast_shrinks(gaps):
     """Seeded; at severity 8 the gap is 30 times the clean one and ABPEM closes 4 tenths of it."""
     points = gaps["streams"]["contrast"]
@@ -119,9 +113,6 @@ def test_gap_grows_where_contrast_shrinks(gaps):
             parts = point[which]
             whole = parts["va|aa"]["mean"] + parts["av|vv"]["mean"]
             assert parts["gap"]["mean"] == pytest.approx(whole)
-
-
-# ------------------------------------------------------------------ gradients
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +166,6 @@ def test_gradients_change_nothing(model, batch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# ------------------------------------------------------------------ the whole
-
-
 def test_readme_shows_todays_variants():
     """Its figures are measured; at least its rows are variants, its streams those of ablate."""
     text = (ROOT / "fasttta/demo/study/README.md").read_text()
@@ -198,19 +186,19 @@ def test_command(capsys, tmp_path, monkeypatch):
     out = tmp_path / "study.html"
     arguments = ["study", "--quick", "--seeds", "0,1", "--json", "--report", str(out)]
     assert cli.main(arguments) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["studies"]) == ["gap", "ablate", "gradients"]
-    for result in found["studies"].values():
+    data = json.loads(capsys.readouterr().out)
+    assert list(data["studies"]) == ["gap", "ablate", "gradients"]
+    for result in data["studies"].values():
         assert result["protocol"]["seeds"] == [0, 1]
         assert result["protocol"]["samples"] == 64
     html = out.read_text()
-    assert html == study.document(found).html()
+    assert html == study.document(data).html()
     for word in ("http", "//", "<script"):
         assert word not in html
     assert "url(" not in html.replace('clip-path="url(#', "")
-    text = study.table(found)
-    full = found["studies"]["ablate"]["streams"]["white"]["variants"][0]
-    cosine = found["studies"]["gradients"]["streams"]["white"]["cosine"]["entropy"]
+    text = study.table(data)
+    full = data["studies"]["ablate"]["streams"]["white"]["variants"][0]
+    cosine = data["studies"]["gradients"]["streams"]["white"]["cosine"]["entropy"]
     for value in (shown(full["accuracy"]), shown(cosine, 2)):
         assert value in text
         assert value in html
@@ -224,8 +212,8 @@ def test_spreads_are_shown_of_several_seeds_only(model, monkeypatch, seeds):
         monkeypatch.setitem(module.QUICK, "samples", 64)
     monkeypatch.setitem(ablate.QUICK, "variants", ablate.VARIANTS[:2])
     monkeypatch.setitem(gap.QUICK, "streams", ("white",))
-    found = study.run(seeds=seeds, quick=True)
-    for text in (study.table(found), study.document(found).html()):
+    data = study.run(seeds=seeds, quick=True)
+    for text in (study.table(data), study.document(data).html()):
         assert ("±" in text) == (len(seeds) > 1)
         assert ("over seeds" in text or "all seeds" in text) == (len(seeds) > 1)
         assert "source" in text

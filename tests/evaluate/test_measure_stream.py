@@ -30,16 +30,16 @@ def test_every_sample_is_counted(tiny_model, tiny_batch, name):
         assert any(differ), "the update changes no prediction"
     adapted = fasttta.adapt(tiny_model(), name, **options)
     stream = [(*batch, label) for batch, label in zip(batches, labels, strict=True)]
-    found = measure_stream(adapted, stream, 7)
+    measured = measure_stream(adapted, stream, 7)
 
     def hits(which):
         return [int((r[which].argmax(1) == y).sum()) for r, y in zip(results, labels, strict=True)]
 
-    assert found["before"] == pytest.approx(100 * sum(hits(0)) / 10)
-    assert found["after"] == pytest.approx(100 * sum(hits(1)) / 10)
-    assert found["score"] == found["after" if name == "read" else "before"]
-    assert found["samples_per_s"] > 0
-    series = found["series"]
+    assert measured["before"] == pytest.approx(100 * sum(hits(0)) / 10)
+    assert measured["after"] == pytest.approx(100 * sum(hits(1)) / 10)
+    assert measured["score"] == measured["after" if name == "read" else "before"]
+    assert measured["samples_per_s"] > 0
+    series = measured["series"]
     assert series["samples"] == list(SIZES)
     assert (series["hits_before"], series["hits_after"]) == (hits(0), hits(1))
     scored = [r[2].argmax(1).bincount(minlength=7).tolist() for r in results]
@@ -49,8 +49,8 @@ def test_every_sample_is_counted(tiny_model, tiny_batch, name):
 
 def test_over_seeds():
     runs = [{"score": s, "before": 2 * s, "series": [s]} for s in (1.0, 2.0, 6.0)]
-    found = over_seeds(runs)
-    assert (found["score"], found["before"]) == (3.0, 6.0)
-    assert found["score_std"] == pytest.approx(7**0.5)  # n - 1
-    assert found["series"] == [[1.0], [2.0], [6.0]]
+    measured = over_seeds(runs)
+    assert (measured["score"], measured["before"]) == (3.0, 6.0)
+    assert measured["score_std"] == pytest.approx(7**0.5)  # n - 1
+    assert measured["series"] == [[1.0], [2.0], [6.0]]
     assert over_seeds(runs[:1])["score_std"] == 0.0

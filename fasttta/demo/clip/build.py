@@ -24,7 +24,7 @@ def clean_accuracy(n: int = 597, seed: int = SEED) -> float:
 
 
 def main() -> None:
-    """Draws the scenes, trains the CLIP and writes it."""
+    """Trains the demo's CLIP again and writes it; takes ten minutes."""
     import sklearn
     from sklearn.datasets import load_digits
 

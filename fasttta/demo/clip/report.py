@@ -1,4 +1,4 @@
-"""What ``fasttta demo clip`` found, as text and as a page."""
+"""The results of ``fasttta demo clip``, as text and as a page."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def table(data: dict[str, Any]) -> str:
     streams, several = data["streams"], _several(data)
 
     def cell(method: str, stream: str) -> str:
-        found = streams[stream][method]
-        return f"{found['score']:.1f}" + (f" ±{found['score_std']:.1f}" if several else "")
+        record = streams[stream][method]
+        return f"{record['score']:.1f}" + (f" ±{record['score_std']:.1f}" if several else "")
 
     head = f"{'accuracy, %':<12}" + "".join(f"{name:>14}" for name in streams)
     lines = [f"{head}{'images/s':>12}"]
@@ -62,7 +62,7 @@ def table(data: dict[str, Any]) -> str:
 
 def speed(data: dict[str, Any], method: str) -> float:
     """Images a second, over all streams."""
-    return statistics.fmean(found[method]["samples_per_s"] for found in data["streams"].values())
+    return statistics.fmean(x[method]["samples_per_s"] for x in data["streams"].values())
 
 
 def notes(data: dict[str, Any]) -> list[str]:
@@ -84,7 +84,7 @@ def document(data: dict[str, Any]) -> Document:
     """The results as a report: ``.to_html(path)``, ``.to_png(folder)``."""
     methods = _methods(data)
     styles = {m: 0 if m == "source" else i for i, m in enumerate(methods, "source" not in methods)}
-    scores = {m: {s: found[m]["score"] for s, found in data["streams"].items()} for m in methods}
+    scores = {m: {s: x[m]["score"] for s, x in data["streams"].items()} for m in methods}
     best = max(methods, key=lambda m: scores[m]["attacked"])
     lead = (
         f"{best} is right on {scores[best]['attacked']:.1f} % of the attacked images and on "
@@ -108,7 +108,7 @@ def document(data: dict[str, Any]) -> Document:
     ]
     if data["examples"]:
         parts.append(Heading("Inside A-TPT"))
-        parts += [part for found in data["examples"] for part in _example(found)]
+        parts += [part for example in data["examples"] for part in _example(example)]
     threat = {name: readable(x) for name, x in data["threat"].items() if name != "text"}
     parts += [
         Heading("Threat model"),
@@ -127,12 +127,12 @@ def document(data: dict[str, Any]) -> Document:
 def _table(data: dict[str, Any], methods: list[str]) -> Table:
     several = _several(data)
     rows: list[list[str | Cell]] = []
-    best = {s: max(x["score"] for x in found.values()) for s, found in data["streams"].items()}
+    best = {s: max(x["score"] for x in records.values()) for s, records in data["streams"].items()}
     for m in methods:
         cells: list[str | Cell] = []
-        for stream, found in data["streams"].items():
-            spread = f" ±{found[m]['score_std']:.1f}" if several else ""
-            score = found[m]["score"]
+        for stream, records in data["streams"].items():
+            spread = f" ±{records[m]['score_std']:.1f}" if several else ""
+            score = records[m]["score"]
             cells.append(Cell(f"{score:.1f}", "", spread, score == best[stream]))
         rows.append([m, *cells, f"{speed(data, m):,.0f}"])
     caption = (
@@ -147,8 +147,8 @@ def _chart(data: dict[str, Any], methods: list[str]) -> Figure:
     marks = {"clean": 2, "attacked": 1}
     rows = [
         Row(m, [
-            Mark(s, marks[s], found[m]["score"], found[m]["score_std"])
-            for s, found in data["streams"].items()
+            Mark(s, marks[s], records[m]["score"], records[m]["score_std"])
+            for s, records in data["streams"].items()
         ])
         for m in methods
     ]  # fmt: skip
@@ -161,13 +161,13 @@ def _chart(data: dict[str, Any], methods: list[str]) -> Figure:
     )
 
 
-def _example(found: dict[str, Any]) -> list[Gallery]:
-    digit = found["digit"]
+def _example(example: dict[str, Any]) -> list[Gallery]:
+    digit = example["digit"]
     pair = [
-        [Picture(found["clean"]["picture"], f"the clean image, a {digit}"),
-         Picture(found["attacked"]["picture"], "the attacked image"),
-         Picture(found["perturbation"], "the perturbation, stretched"),
-         found["clean"]["says"], found["attacked"]["says"], found["adapted"]],
+        [Picture(example["clean"]["picture"], f"the clean image, a {digit}"),
+         Picture(example["attacked"]["picture"], "the attacked image"),
+         Picture(example["perturbation"], "the perturbation, stretched"),
+         example["clean"]["says"], example["attacked"]["says"], example["adapted"]],
     ]  # fmt: skip
     rows = [
         [
@@ -180,7 +180,7 @@ def _example(found: dict[str, Any]) -> list[Gallery]:
             Share(x["weight"]) if x["selected"] else "not selected",
             x["says"],
         ]
-        for x in found["views"]
+        for x in example["views"]
     ]  # fmt: skip
     return [
         Gallery(

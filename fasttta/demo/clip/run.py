@@ -139,7 +139,7 @@ def run(
         "machine": machine(),
         "classes": list(DIGITS),
         "streams": {
-            name: {method: over_seeds(found) for method, found in by_method.items()}
+            name: {method: over_seeds(results) for method, results in by_method.items()}
             for name, by_method in runs.items()
         },
         "examples": shown,

@@ -54,10 +54,10 @@ def run(
     studies = {}
     for name in dict.fromkeys(names):
         begin = time.perf_counter()
-        found = STUDIES[name].run(
+        result = STUDIES[name].run(
             model, seeds=seeds, progress=progress, **(STUDIES[name].QUICK if quick else {})
         )
-        studies[name] = found | {"seconds": time.perf_counter() - begin}
+        studies[name] = result | {"seconds": time.perf_counter() - begin}
     return {
         "title": "fasttta study: what adapts, and why",
         "toy": "real handwritten digits with the same digit in synthetic speech and a model of "
@@ -68,15 +68,15 @@ def run(
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(data: dict[str, Any]) -> str:
     """The results as text."""
-    texts = [STUDIES[name].table(result) for name, result in found["studies"].items()]
+    texts = [STUDIES[name].table(result) for name, result in data["studies"].items()]
     return "\n\n".join(
-        [*texts, f"A toy: {found['toy']}; no evidence about models of published size."]
+        [*texts, f"A toy: {data['toy']}; no evidence about models of published size."]
     )
 
 
-def document(found: dict[str, Any]) -> Document:
+def document(data: dict[str, Any]) -> Document:
     """The results as a report: ``.to_html(path)``, ``.to_png(folder)``."""
     parts: list = [
         Text(
@@ -85,17 +85,17 @@ def document(found: dict[str, Any]) -> Document:
             "lead",
         ),
         Text(
-            f"A toy: {found['toy']}. It shows how the mechanism behaves here and is no evidence "
+            f"A toy: {data['toy']}. It shows how the mechanism behaves here and is no evidence "
             "about models of published size.",
             "note",
         ),
     ]
-    for name, result in found["studies"].items():
+    for name, result in data["studies"].items():
         parts += STUDIES[name].parts(result)
         protocol = result["protocol"] | {"took": f"{result['seconds']:.1f} s"}
         parts.append(Heading(f"Protocol of {name}"))
         parts.append(Facts({key: readable(value) for key, value in protocol.items()}))
     parts.append(Heading("Machine"))
-    shown = {name: readable(value) for name, value in found["machine"].items()}
-    parts.append(Facts(shown | {"whole run": f"{found['seconds']:.1f} s"}))
-    return Document(found["title"], parts)
+    shown = {name: readable(value) for name, value in data["machine"].items()}
+    parts.append(Facts(shown | {"whole run": f"{data['seconds']:.1f} s"}))
+    return Document(data["title"], parts)

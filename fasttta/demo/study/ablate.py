@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
     @property
     def method(self) -> ABPEM:
-        """ABPEM with the demo's settings and this variant's options."""
+        """ABPEM with the demo's settings and what differs from them."""
         return ABPEM(**{**SETTINGS["abpem"], **self.options})
 
 
@@ -96,19 +96,19 @@ def run(
                 progress(done, total, f"ablate: {name}, seed {seed}")
                 fixed = getattr(method, "anchor", "self") == "source"
                 resources = {"source_stats": stats} if fixed else {}
-                found, gap = adapt_stream(model, method, batches, encoded, **resources)
-                measured = {"accuracy": found["score"], "gap": gap["gap"]}
+                result, gap = adapt_stream(model, method, batches, encoded, **resources)
+                measured = {"accuracy": result["score"], "gap": gap["gap"]}
                 runs.setdefault((name, method), []).append(measured)
                 done += 1
     progress(done, total, "done")
 
     def numbers(name: str, method: Method) -> dict[str, Any]:
-        found, base = runs[name, method], runs[name, default]
-        pairs = zip(found, base, strict=True)
+        measured, base = runs[name, method], runs[name, default]
+        pairs = zip(measured, base, strict=True)
         return {
-            "accuracy": spread([one["accuracy"] for one in found]),
+            "accuracy": spread([one["accuracy"] for one in measured]),
             "difference": spread([a["accuracy"] - b["accuracy"] for a, b in pairs]),
-            "gap": spread([one["gap"] for one in found]),
+            "gap": spread([one["gap"] for one in measured]),
         }
 
     return {
@@ -138,11 +138,11 @@ def run(
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(data: dict[str, Any]) -> str:
     """As text: accuracy, difference to the default, gap at the end."""
-    show = partial(shown, several=several_seeds(found))
+    show = partial(shown, several=several_seeds(data))
     lines = ["ablate: ABPEM with one thing changed at a time", ""]
-    for name, result in found["streams"].items():
+    for name, result in data["streams"].items():
         source = result["source"]
         lines.append(f"{name:<30}{'accuracy, %':>14}{'to default':>14}{'gap, nats':>16}")
         lines.append(f"{'source':<30}{show(source['accuracy']):>14}{'':>14}"
@@ -160,9 +160,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "* the default setting"])
 
 
-def parts(found: dict[str, Any]) -> list:
+def parts(data: dict[str, Any]) -> list:
     """What the report shows."""
-    streams, several = found["streams"], several_seeds(found)
+    streams, several = data["streams"], several_seeds(data)
     over_seeds = "mean ± standard deviation over seeds; " if several else ""
     charts = []
     for name, result in streams.items():
@@ -218,12 +218,12 @@ def _rows(streams: dict[str, Any], several: bool) -> list[list[str | Cell]]:
             rows.append([Cell(group), *[""] * (3 * len(streams))])
         row: list[str | Cell] = [variant["label"]]
         for result in streams.values():
-            found = result["variants"][i]
-            accuracy = show(found["accuracy"])
+            measured = result["variants"][i]
+            accuracy = show(measured["accuracy"])
             row += [
-                Cell(accuracy) if found["default"] else accuracy,
-                "" if found["default"] else show(found["difference"], sign=True),
-                show(found["gap"], 2),
+                Cell(accuracy) if measured["default"] else accuracy,
+                "" if measured["default"] else show(measured["difference"], sign=True),
+                show(measured["gap"], 2),
             ]
         rows.append(row)
     return rows
@@ -231,9 +231,9 @@ def _rows(streams: dict[str, Any], several: bool) -> list[list[str | Cell]]:
 
 def _summary(streams: dict[str, Any], several: bool) -> str:
     """What each loss term is worth, from the numbers."""
-    told, show = [], partial(shown, several=several)
+    sentences, show = [], partial(shown, several=several)
     for name, result in streams.items():
         terms = [r for r in result["variants"] if r["group"] == "loss terms" and not r["default"]]
         changes = ", ".join(f"{r['label']} {show(r['difference'], sign=True)}" for r in terms)
-        told.append(f"On {name}, points against the full loss: {changes}.")
-    return " ".join(told)
+        sentences.append(f"On {name}, points against the full loss: {changes}.")
+    return " ".join(sentences)

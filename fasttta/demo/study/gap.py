@@ -50,8 +50,8 @@ def run(
         encoded = encode_stream(model, batches)
         for which, method in methods.items():
             progress(done, total, f"gap: {name} {severity:g}, {which}")
-            found, gap = adapt_stream(model, method, batches, encoded)
-            numbers = {"accuracy": found["score"], **gap}
+            result, gap = adapt_stream(model, method, batches, encoded)
+            numbers = {"accuracy": result["score"], **gap}
             runs.setdefault((name, severity, which), []).append(numbers)
             done += 1
 
@@ -66,8 +66,8 @@ def run(
         stream_name = name if severity else "clean"
         by_method = {which: runs[stream_name, severity, which] for which in methods}
         return {"severity": severity} | {
-            which: {key: spread([run[key] for run in found]) for key in found[0]}
-            for which, found in by_method.items()
+            which: {key: spread([run[key] for run in measured]) for key in measured[0]}
+            for which, measured in by_method.items()
         }
 
     return {
@@ -97,29 +97,29 @@ def correlations(points: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(data: dict[str, Any]) -> str:
     """As text: accuracy and gap, source → adapted, at every severity."""
-    show = partial(shown, several=several_seeds(found))
+    show = partial(shown, several=several_seeds(data))
     lines = ["gap: attention gap in nats and accuracy in %, source → abpem", ""]
-    for name, points in found["streams"].items():
+    for name, points in data["streams"].items():
         lines.append(f"{name:<10}{'gap':>32}{'accuracy':>34}")
         for point in points:
             source, adapted = point["source"], point["adapted"]
             gaps = f"{show(source['gap'], 2)} → {show(adapted['gap'], 2)}"
             scores = f"{show(source['accuracy'])} → {show(adapted['accuracy'])}"
             lines.append(f"{point['severity']:>5g}     {gaps:>32}{scores:>34}")
-        found_ = correlations(points)
+        correlation = correlations(points)
         lines.append(
-            f"  rank correlation of the source's gap with severity {found_['severity']:+.2f}, "
-            f"with accuracy {found_['accuracy']:+.2f}"
+            f"  rank correlation of the source's gap with severity {correlation['severity']:+.2f}, "
+            f"with accuracy {correlation['accuracy']:+.2f}"
         )
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
-def parts(found: dict[str, Any]) -> list:
+def parts(data: dict[str, Any]) -> list:
     """What the report shows."""
-    streams, several = found["streams"], several_seeds(found)
+    streams, several = data["streams"], several_seeds(data)
     legend = [("source", 0), ("abpem", 3)]
 
     def lines(key: str, label: str, log: bool) -> list[Lines]:

@@ -95,7 +95,7 @@ def run(
     for seed in seeds:
         for name in streams:
             progress(done, total, f"gradients: {name}, seed {seed}")
-            found: dict[str, list[float]] = {}
+            by_loss: dict[str, list[float]] = {}
             for audio, video, labels in stream(
                 name, severity=severity, samples=samples, batch=batch, seed=seed
             ):
@@ -104,8 +104,8 @@ def run(
                 vectors = loss_gradients(model, tokens, labels)
                 for loss, vector in vectors.items():
                     if loss != "labels":
-                        found.setdefault(loss, []).append(cosine(vectors["labels"], vector))
-            cosines[name].append(found)
+                        by_loss.setdefault(loss, []).append(cosine(vectors["labels"], vector))
+            cosines[name].append(by_loss)
             done += 1
     progress(done, total, "done")
     return {
@@ -119,19 +119,19 @@ def run(
             "gradient": "of the fusion block's q, k, v weights and biases, one vector",
             "compared with": "cross-entropy with the true labels of the same batch",
         },
-        "streams": {name: _numbers(found) for name, found in cosines.items()},
+        "streams": {name: _numbers(by_loss) for name, by_loss in cosines.items()},
     }
 
 
 def _numbers(by_seed: list[dict[str, list[float]]]) -> dict[str, Any]:
-    pooled = {loss: [c for found in by_seed for c in found[loss]] for loss in by_seed[0]}
+    pooled = {loss: [c for seed in by_seed for c in seed[loss]] for loss in by_seed[0]}
     closer = {
         str(k): sum(p > e for p, e in zip(pooled[f"principal {k}"], pooled["entropy"], strict=True))
         / len(pooled["entropy"])
         for k in range(1, len(CLASSES))
     }
     means = {
-        loss: [sum(found[loss]) / len(found[loss]) for found in by_seed] for loss in pooled
+        loss: [sum(seed[loss]) / len(seed[loss]) for seed in by_seed] for loss in pooled
     }  # fmt: skip
     return {
         "batches": len(pooled["entropy"]),
@@ -141,9 +141,9 @@ def _numbers(by_seed: list[dict[str, list[float]]]) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(data: dict[str, Any]) -> str:
     """As text: cosine with the cross-entropy's gradient."""
-    streams, several = found["streams"], several_seeds(found)
+    streams, several = data["streams"], several_seeds(data)
     lines = ["gradients: cosine with the gradient of the cross-entropy with labels", ""]
     lines.append(f"{'loss':<32}" + "".join(f"{name:>16}" for name in streams))
     for loss, label in TERMS.items():
@@ -165,9 +165,9 @@ def _over_batches(several: bool) -> str:
     return "mean (standard deviation) over the batches of one seed"
 
 
-def parts(found: dict[str, Any]) -> list:
+def parts(data: dict[str, Any]) -> list:
     """What the report shows."""
-    streams, several = found["streams"], several_seeds(found)
+    streams, several = data["streams"], several_seeds(data)
     legend = [(name, i) for i, name in enumerate(streams, 1)]
     curves = [
         Line(
@@ -225,12 +225,14 @@ def _mark(value: dict[str, float]) -> dict[str, float]:
 
 
 def _summary(streams: dict[str, Any]) -> str:
-    told = []
+    changes = []
     for name, result in streams.items():
         plain, principal = (result["cosine"][x]["mean"] for x in ("entropy", f"principal {K}"))
         share = 100 * result["principal_closer"][str(K)]
-        told.append(f"{plain:.2f} → {principal:.2f} on {name} (closer on {share:.0f} % of batches)")
+        changes.append(
+            f"{plain:.2f} → {principal:.2f} on {name} (closer on {share:.0f} % of batches)"
+        )
     return (
         f"From the entropy of all classes to the principal entropy with k = {K}, the cosine with "
-        f"the cross-entropy's gradient goes {', '.join(told)}."
+        f"the cross-entropy's gradient goes {', '.join(changes)}."
     )
