@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import differing, same, snapshot
 from clips import image, tiny_clip, tiny_ids
-from places import README, SUPPORT
+from places import SUPPORT
 
 import fasttta
 from fasttta import functional as F
@@ -303,22 +303,6 @@ def test_a_missing_part_is_refused_when_the_class_is_made():
             type(Episodic)("Mine", (Episodic,), {**parts, **needed})
     with pytest.raises(TypeError, match="strategy is 'none of these': needed"):
         type(Episodic)("Mine", (Episodic,), {**parts, "strategy": "none of these"})
-
-
-def test_the_method_of_the_readme(tiny_model, tiny_batch, tmp_path):
-    """The example is run as it stands there, saved and loaded."""
-    readme = README.read_text()
-    text = readme.split("<!-- method-example -->")[1].split("<!-- /method-example -->")[0]
-    names: dict[str, Any] = {"__name__": "builtins"}  # dataclass looks it up
-    exec(text.strip().removeprefix("```python").removesuffix("```"), names)
-    model, mine = tiny_model(), names["Mine"]
-    adapted = fasttta.adapt(model, mine(k=2, lr=1e-2))
-    before = snapshot(adapted)
-    adapted(*tiny_batch())
-    assert differing(before, adapted)
-    adapted.save(tmp_path)
-    again = fasttta.load(model, tmp_path, method=mine)
-    assert torch.equal(again(*tiny_batch(seed=2)), adapted(*tiny_batch(seed=2)))
 
 
 def test_frozen_encoders_give_their_layers_no_gradient():
