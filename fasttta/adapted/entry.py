@@ -336,13 +336,13 @@ def _recorded_method(
     path = record.get("class")
     if cls is None and path is not None:
         cls = registry.registered_at(record["method"], path)
-    if cls is None and path is not None:
-        short = path.rpartition(".")[2]
-        raise ValueError(
-            f"class: the method is {path}, which load does not import; pass the class: "
-            f"fasttta.load(model, {os.fspath(folder)!r}, method={path}) after importing {short}, "
-            "or register it"
-        )
+        if cls is None:
+            short = path.rpartition(".")[2]
+            raise ValueError(
+                f"class: the method is {path}, which load does not import; pass the class: "
+                f"fasttta.load(model, {os.fspath(folder)!r}, method={path}) after importing "
+                f"{short}, or register it"
+            )
     if cls is None:
         cls = methods.by_name(record["method"])
     if cls.name != record["method"]:

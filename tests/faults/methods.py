@@ -248,8 +248,8 @@ FAULTS = [
     (
         "abpem-default-k",
         "fasttta/methods/abpem.py",
-        "k: int = DefaultInt(8)",
-        "k: int = DefaultInt(9)",
+        "= DefaultInt(8)",
+        "= DefaultInt(9)",
         "methods/test_published.py::test_defaults[abpem]",
     ),
     (

@@ -118,7 +118,7 @@ FAULTS = [
     ),
     (
         "a record without its class is read by name", ENTRY,
-        "if cls is None and path is not None:\n        short", "if False:\n        short",
+        "if cls is None and path is not None:", "if False:",
         "methods/test_custom_methods.py::test_saved_and_loaded_by_its_class",
     ),
 ]  # fmt: skip
