@@ -244,7 +244,7 @@ def _open(path: Path) -> None:
     except OSError as error:
         raise BuildError(f"{path} does not load: {error}") from error
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [name for name in NAMES if not has_kernel(f"fasttta::{name}", "CPU")]
+    missing = [name for name in sorted(NAMES) if not has_kernel(f"fasttta::{name}", "CPU")]
     if missing:
         _close(path)
         raise BuildError(f"{path} has no kernel of {', '.join(missing[:3])}")

@@ -43,11 +43,11 @@ def test_head_equals_reference(shape, kind, balance, weighted, implementation, m
                 grads.append(torch.autograd.grad(rows @ up, logits)[0])
             results.append((*values, *grads))
         names = "total", "entropy", "balance", "alone", "principal", "entropies"
-        for name, found, expected in zip(
+        for name, computed, expected in zip(
             (*names, *(f"d{name}" for name in names)), *results, strict=True
         ):
-            assert torch.isfinite(found).all(), name
-            assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14), (name, k)
+            assert torch.isfinite(computed).all(), name
+            assert torch.allclose(computed, expected, rtol=1e-12, atol=1e-14), (name, k)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -71,9 +71,9 @@ def test_weights_select_samples(implementation, monkeypatch):
     backend = using(implementation, monkeypatch)
     logits, weight = logits_of(6, 9), torch.tensor([1.0, 0, 1, 0, 0, 1]).double()
     for form in ("mean", "softmax-sum"):
-        found = F.adaptation_head(logits, 4, balance=form, weight=weight, backend=backend)
+        computed = F.adaptation_head(logits, 4, balance=form, weight=weight, backend=backend)
         expected = F.adaptation_head(logits[weight > 0], 4, balance=form, backend=backend)
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(computed, expected, strict=True):
             assert torch.allclose(a, b)
         alone = F.balance_entropy(logits, form, weight=weight, backend=backend)
         assert torch.allclose(alone, expected[2])
@@ -89,8 +89,8 @@ def test_logits_in_lower_precision(dtype, implementation, monkeypatch):
     grad = torch.autograd.grad(head[0], logits)[0]
     exact = logits.detach().double().requires_grad_()
     expected = F.adaptation_head(exact, 28, backend="reference")
-    for found, right in zip(head, expected, strict=True):
-        close(found, right, torch.float32, "value")
+    for computed, right in zip(head, expected, strict=True):
+        close(computed, right, torch.float32, "value")
     assert grad.dtype == dtype
     close(grad, torch.autograd.grad(expected[0], exact)[0], dtype, "gradient")
     up = torch.linspace(-1, 1, 16)

@@ -47,8 +47,8 @@ def test_bootstrap_equals_reference(shape, heads, pair, anchored):
         loss = loss + 0 * (q.sum() + k.sum())
         grads = torch.autograd.grad((loss * weights).sum(), (q, k))
         results.append((loss, *moments, *grads))
-    for name, found, expected in zip(("loss", "mean", "std", "dq", "dk"), *results, strict=True):
-        close(found, expected, torch.float64, name)
+    for name, computed, expected in zip(("loss", "mean", "std", "dq", "dk"), *results, strict=True):
+        close(computed, expected, torch.float64, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -61,11 +61,11 @@ def test_bootstrap_in_lower_precision(heads, dtype):
     exact = [x.detach().double().requires_grad_() for x in (q, k)]
     expected = F.attention_bootstrap(*exact, (20, 12), heads=heads, backend="reference")
     close(loss, expected, torch.float32, "loss")
-    for name, found, right in zip(
+    for name, computed, right in zip(
         "qk", grads, torch.autograd.grad(expected.sum(), exact), strict=True
     ):
-        assert found.dtype == dtype
-        close(found, right, dtype, f"d{name}")
+        assert computed.dtype == dtype
+        close(computed, right, dtype, f"d{name}")
 
 
 def test_equal_at_full_length():
@@ -76,8 +76,8 @@ def test_equal_at_full_length():
         for backend in (None, "reference"):
             loss = F.attention_bootstrap(q, k, (512, 196), heads=heads, backend=backend)
             results.append((loss, *torch.autograd.grad(loss.sum(), (q, k))))
-        for name, found, expected in zip(("loss", "dq", "dk"), *results, strict=True):
-            close(found, expected, torch.float64, name)
+        for name, computed, expected in zip(("loss", "dq", "dk"), *results, strict=True):
+            close(computed, expected, torch.float64, name)
 
 
 @pytest.mark.parametrize("heads", ["mean", "each"])
@@ -158,9 +158,9 @@ def test_attention_goldens(golden, case, backend):
         )
         for i, row in enumerate("av"):
             for j, column in enumerate("av"):
-                for name, found in zip(("mean", "std"), moments, strict=True):
+                for name, computed in zip(("mean", "std"), moments, strict=True):
                     expected = g[f"{case}.{prefix}{name}_{row}{column}"]
-                    assert (found[..., i, j] - expected).abs().max() < 1e-10
+                    assert (computed[..., i, j] - expected).abs().max() < 1e-10
         total = g[f"{case}.{prefix}loss" if prefix else f"{case}.loss_attn"]
         assert (loss.mean() - total).abs() < 1e-10
         for name, grad in zip("qk", torch.autograd.grad(loss.mean(), (q, k)), strict=True):

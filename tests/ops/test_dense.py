@@ -122,9 +122,9 @@ def test_stripped(kinds, kind, what):
     expected = list(flat(adapted.step(*inputs)))
     adapted.reset()
     changed = [STRIPPED[what](x) for x in inputs]
-    found = list(flat(adapted.step(*changed)))
-    assert all(type(x) is torch.Tensor and not x.requires_grad for x in found)
-    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+    returned = list(flat(adapted.step(*changed)))
+    assert all(type(x) is torch.Tensor and not x.requires_grad for x in returned)
+    assert all(torch.equal(x, y) for x, y in zip(expected, returned, strict=True))
     assert type(adapted.predict(*changed)) is torch.Tensor
 
 

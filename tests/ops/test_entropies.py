@@ -31,12 +31,12 @@ def test_entropies(implementation, monkeypatch):
     backend = using(implementation, monkeypatch)
     logits = logits_of(5, 9)
     p = logits.softmax(-1)
-    found = F.entropy(logits, backend=backend)
-    assert torch.allclose(found, torch.distributions.Categorical(probs=p).entropy())
+    computed = F.entropy(logits, backend=backend)
+    assert torch.allclose(computed, torch.distributions.Categorical(probs=p).entropy())
     # principal entropy of all classes without epsilon is the entropy
-    assert torch.allclose(F.principal_entropy(logits, 9, 0.0, backend=backend), found)
+    assert torch.allclose(F.principal_entropy(logits, 9, 0.0, backend=backend), computed)
     # a shift of all logits changes nothing
-    assert torch.allclose(F.entropy(logits + 100, backend=backend), found)
+    assert torch.allclose(F.entropy(logits + 100, backend=backend), computed)
     mean = F.balance_entropy(logits, backend=backend)
     assert torch.allclose(mean, torch.distributions.Categorical(probs=p.mean(0)).entropy())
     masked = logits.detach().clone()
@@ -52,9 +52,9 @@ def test_entropies(implementation, monkeypatch):
         assert torch.allclose(value, measure(kept, backend=backend))
         assert torch.isfinite(torch.autograd.grad(value.sum(), masked)[0]).all()
     # all nine selected, the masked one too: it has probability 0
-    found = F.principal_entropy(masked, 9, 0.0, backend=backend)
-    assert torch.allclose(found, F.entropy(kept))
-    assert torch.isfinite(torch.autograd.grad(found.sum(), masked)[0]).all()
+    computed = F.principal_entropy(masked, 9, 0.0, backend=backend)
+    assert torch.allclose(computed, F.entropy(kept))
+    assert torch.isfinite(torch.autograd.grad(computed.sum(), masked)[0]).all()
     assert F.entropy(logits[:0], backend=backend).shape == (0,)
     assert F.principal_entropy(logits[:0], 3, backend=backend).shape == (0,)
 

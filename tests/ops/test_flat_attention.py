@@ -38,8 +38,8 @@ def test_against_the_reference(shared, implementation, rows, monkeypatch):
     backend = using(implementation, monkeypatch)
     tensors = _tensors(shared=shared)
     expected = _with_gradients(tensors, "reference")
-    found = _with_gradients(tensors, backend)
-    for x, y in zip(found, expected, strict=True):
+    computed = _with_gradients(tensors, backend)
+    for x, y in zip(computed, expected, strict=True):
         close(x, y, torch.float64, "flat attention")
     assert torch.autograd.gradcheck(lambda *x: F.flat_attention(*x, 0.7), tensors)
 
@@ -52,11 +52,13 @@ def test_several_kinds_of_queries(implementation, monkeypatch):
     third = (first.detach() + 1).requires_grad_()
     inputs = [first, second, third, k, v]
     expected = sum(F.flat_attention(q, k, v, 0.7, backend="reference") for q in inputs[:3])
-    found = flat_attention.flat_attentions(inputs[:3], k, v, 0.7)
-    along = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view(found.shape).to(DEVICE)
-    close(found, expected, torch.float64, "sum")
+    computed = flat_attention.flat_attentions(inputs[:3], k, v, 0.7)
+    along = (
+        torch.linspace(-1, 1, computed.numel(), dtype=torch.float64).view(computed.shape).to(DEVICE)
+    )
+    close(computed, expected, torch.float64, "sum")
     for x, y in zip(
-        *(torch.autograd.grad(z, inputs, along) for z in (found, expected)), strict=True
+        *(torch.autograd.grad(z, inputs, along) for z in (computed, expected)), strict=True
     ):
         close(x, y, torch.float64, "gradient")
 
@@ -79,16 +81,16 @@ def test_large_scores(implementation, monkeypatch):
     for dtype, factor, tolerance in ((torch.float64, 900.0, 1e-9), (torch.float32, 100.0, 1e-4)):
         tensors = _tensors(dtype=dtype, scale=factor)
         exact = F.flat_attention(*(x.double() for x in tensors), 1.0, backend="reference")
-        found = F.flat_attention(*tensors, 1.0)
-        assert torch.allclose(found.double(), exact, rtol=tolerance, atol=tolerance)
+        computed = F.flat_attention(*tensors, 1.0)
+        assert torch.allclose(computed.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_scale_and_strides():
     q, k, v = _tensors(6, 4)
-    found = F.flat_attention(q, k, v)
-    assert torch.allclose(found, F.flat_attention(q, k, v, 0.5))
+    computed = F.flat_attention(q, k, v)
+    assert torch.allclose(computed, F.flat_attention(q, k, v, 0.5))
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert torch.allclose(F.flat_attention(*apart), found)
+    assert torch.allclose(F.flat_attention(*apart), computed)
 
 
 @pytest.mark.parametrize("implementation", ["default", "composite"])
@@ -96,9 +98,9 @@ def test_a_nan_is_not_hidden(implementation, monkeypatch):
     using(implementation, monkeypatch)
     q, k, v = (x.detach() for x in _tensors())
     k[1, 0, 2, 1] = torch.nan
-    found = F.flat_attention(q, k, v)
-    assert found[1, 0].isnan().all()
-    assert found[[0, 2]].isfinite().all()
+    computed = F.flat_attention(q, k, v)
+    assert computed[1, 0].isnan().all()
+    assert computed[[0, 2]].isfinite().all()
     for x in (q, k, v):
         x.requires_grad_()
     for x in torch.autograd.grad(F.flat_attention(q, k, v).sum(), (q, k, v)):

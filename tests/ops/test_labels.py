@@ -66,9 +66,9 @@ def test_refused_before_the_step(tiny_model, tiny_batch, bad):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.int16])
 def test_integers_of_any_width(tiny_model, tiny_batch, dtype):
     adapted = fasttta.adapt(tiny_model(), "source")
-    found = measure_stream(adapted, [(*tiny_batch(N), GOOD.to(dtype))], C)
-    assert found["series"]["labels"] == [torch.bincount(GOOD, minlength=C).tolist()]
-    assert len(found["series"]["predicted"][0]) == C
+    record = measure_stream(adapted, [(*tiny_batch(N), GOOD.to(dtype))], C)
+    assert record["series"]["labels"] == [torch.bincount(GOOD, minlength=C).tolist()]
+    assert len(record["series"]["predicted"][0]) == C
 
 
 @pytest.mark.parametrize("make", ["fusion", "specified", "rich", "images", "head"])

@@ -54,9 +54,9 @@ def test_heads_equal_composite(n, c, dtype, kind):
         for softmax_sum in (False, True):
             for w in (None, weight):
                 args = (k, 1.5, 0.7, softmax_sum, 1e-6)
-                found = torch.ops.fasttta.adaptation_head(logits, *args, w)
+                computed = torch.ops.fasttta.adaptation_head(logits, *args, w)
                 expected = composite.adaptation_head(exact, *args, w)
-                for x, right in zip(found, expected, strict=True):
+                for x, right in zip(computed, expected, strict=True):
                     assert x.dtype == wide
                     assert x.is_contiguous()
                     assert (x.double() - right).abs().max() <= TOLERANCES[wide] * max(
@@ -64,10 +64,12 @@ def test_heads_equal_composite(n, c, dtype, kind):
                     )
     up = torch.linspace(-1, 1, n).to(wide)
     for name, options in (("entropy", ()), ("principal_entropy", ((c + 1) // 2, 1e-6))):
-        found = getattr(torch.ops.fasttta, name)(logits, *options)
+        computed = getattr(torch.ops.fasttta, name)(logits, *options)
         right = getattr(composite, name)(exact, *options)
-        assert found.dtype == wide
-        assert (found - right).abs().max() <= TOLERANCES[wide] * max(1.0, right.abs().max().item())
+        assert computed.dtype == wide
+        assert (computed - right).abs().max() <= TOLERANCES[wide] * max(
+            1.0, right.abs().max().item()
+        )
         grad = getattr(torch.ops.fasttta, f"{name}_backward")(up, logits, *options)
         right = getattr(composite, f"{name}_backward")(up.double(), exact, *options)
         assert grad.dtype == dtype
@@ -94,8 +96,8 @@ def test_selection_is_that_of_a_stable_sort(k, dtype):
     g = torch.where(selected, -(p + 0.5).log() - p / (p + 0.5), 0)
     expected = p * (g - (p * g).sum(-1, keepdim=True))
     up = torch.ones(40, dtype=torch.promote_types(dtype, torch.float32))
-    found = torch.ops.fasttta.principal_entropy_backward(up, logits, k, 0.5)
-    close(found, expected, dtype, "gradient")
+    computed = torch.ops.fasttta.principal_entropy_backward(up, logits, k, 0.5)
+    close(computed, expected, dtype, "gradient")
 
 
 # samples, of them with queries of their own, heads, classes, channels
@@ -124,14 +126,14 @@ def test_flat_attention_equals_composite(shape, dtype, offset):
     exact = [x.double() for x in (q, k, v)]
     scale = shape[-1] ** -0.5
     right = composite.flat_attention(*exact, scale)
-    found = torch.ops.fasttta.flat_attention(q, k, v, scale)
+    computed = torch.ops.fasttta.flat_attention(q, k, v, scale)
     wide = torch.promote_types(dtype, torch.float32)
-    assert [x.dtype for x in found] == [dtype, wide, wide]
+    assert [x.dtype for x in computed] == [dtype, wide, wide]
     gradients = composite.flat_attention_backward(grad.double(), *exact, *right, scale)
-    results = torch.ops.fasttta.flat_attention_backward(grad, q, k, v, *found, scale)
+    results = torch.ops.fasttta.flat_attention_backward(grad, q, k, v, *computed, scale)
     assert [x.shape for x in results] == [x.shape for x in (q, k, v)]
     assert all(x.dtype == dtype for x in results)
-    for x, y in zip((*found, *results), (*right, *gradients), strict=True):
+    for x, y in zip((*computed, *results), (*right, *gradients), strict=True):
         assert x.is_contiguous()
         if x.numel():  # a score's own rounding moves its exponential
             times = 10 if offset else 1
@@ -144,9 +146,9 @@ def test_float32_is_as_good_as_the_composite():
     logits = _logits(64, 1000, torch.float32)
     args = (30, 1.0, 1.0, False, 1e-6)
     exact = composite.adaptation_head(logits.double(), *args)
-    found = composite.adaptation_head(logits, *args)
+    computed = composite.adaptation_head(logits, *args)
     ours = torch.ops.fasttta.adaptation_head(logits, *args)
-    for x, y, right in zip(ours, found, exact, strict=True):
+    for x, y, right in zip(ours, computed, exact, strict=True):
         scale = right.abs().max()
         error, theirs = ((z.double() - right).abs().max() / scale for z in (x, y))
         assert error <= 2 * theirs + 4 * torch.finfo(torch.float32).eps
@@ -198,10 +200,10 @@ def test_strides_and_inputs(dtype):
     ):  # fmt: skip
         dense = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in args]
         results = [getattr(torch.ops.fasttta, name)(*x) for x in (args, dense)]
-        for found, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in results),
+        for computed, expected in zip(*(r if isinstance(r, tuple) else (r,) for r in results),
                                    strict=True):  # fmt: skip
-            assert torch.equal(found, expected), name
-            assert found.is_contiguous()
+            assert torch.equal(computed, expected), name
+            assert computed.is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(kept, (logits, maps, weight, tokens), strict=True))
 
 
@@ -232,8 +234,8 @@ def test_cpp_is_differentiable():
         total, entropy, _ = F.adaptation_head(logits, 3, backend=backend)
         grad = torch.autograd.grad(total + 2 * entropy, logits)[0]
         if backend == "cpp":
-            found = grad
-    assert torch.allclose(found, grad, rtol=1e-12, atol=1e-15)
+            computed = grad
+    assert torch.allclose(computed, grad, rtol=1e-12, atol=1e-15)
 
 
 REPORT = """
@@ -267,10 +269,10 @@ def _run(**environment):
 def _report(process):
     out, errors = process.communicate()
     assert process.returncode == 0, errors
-    found = json.loads(out)
+    report = json.loads(out)
     right = F.entropy(torch.arange(6.0).view(2, 3)).tolist()
-    assert found["values"] == [pytest.approx(right)] * 3
-    return found
+    assert report["values"] == [pytest.approx(right)] * 3
+    return report
 
 
 def _compiler(folder, body):
@@ -293,10 +295,10 @@ def test_concurrent_processes_build_once(tmp_path):
     left.mkdir(parents=True)
     (left / "library.so").write_text("half a library")
     together = [_run(**environment) for _ in range(2)]
-    found = [_report(process) for process in together]
-    found.append(_report(_run(**environment)))
-    assert all(x["live"] and not x["warnings"] and x["refused"] is None for x in found)
-    assert sorted(len(x["records"]) for x in found) == [0, 0, 1]
+    report = [_report(process) for process in together]
+    report.append(_report(_run(**environment)))
+    assert all(x["live"] and not x["warnings"] and x["refused"] is None for x in report)
+    assert sorted(len(x["records"]) for x in report) == [0, 0, 1]
     compiled = [x for x in (tmp_path / "calls").read_text().splitlines() if " -c " in x]
     units = [p for p in native._sources() if p.suffix == ".cpp"]
     assert len(compiled) == len(units)
@@ -316,11 +318,11 @@ def test_without_a_library_the_composite_serves(tmp_path, case):
     else:
         (tmp_path / "cache").write_text("a file where the folder should be")
         why = "cache"
-    found = _report(_run(**environment))
-    assert not found["live"]
-    (warning,) = found["warnings"]
+    report = _report(_run(**environment))
+    assert not report["live"]
+    (warning,) = report["warnings"]
     assert why in warning
-    assert why in found["refused"]
+    assert why in report["refused"]
     process = _run(**environment, FASTTTA_NATIVE="require")
     _, errors = process.communicate()
     assert process.returncode != 0
@@ -329,10 +331,10 @@ def test_without_a_library_the_composite_serves(tmp_path, case):
 
 
 def test_switched_off(tmp_path):
-    found = _report(_run(FASTTTA_NATIVE="off", FASTTTA_CACHE=str(tmp_path)))
-    assert not found["live"]
-    assert found["warnings"] == []
-    assert "FASTTTA_NATIVE=off" in found["refused"]
+    report = _report(_run(FASTTTA_NATIVE="off", FASTTTA_CACHE=str(tmp_path)))
+    assert not report["live"]
+    assert report["warnings"] == []
+    assert "FASTTTA_NATIVE=off" in report["refused"]
     assert list(tmp_path.iterdir()) == []
     process = _run(FASTTTA_NATIVE="on")
     assert "FASTTTA_NATIVE='on' is unknown; known: auto, off, require" in process.communicate()[1]

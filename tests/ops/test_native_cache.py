@@ -86,9 +86,9 @@ def _run(tmp_path, before="", check=True, **environment):
         capture_output=True, text=True, env=settings, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["value"] == [[pytest.approx(0.8323, abs=1e-3)] * 2] * 2
-    return found
+    report = json.loads(done.stdout)
+    assert report["value"] == [[pytest.approx(0.8323, abs=1e-3)] * 2] * 2
+    return report
 
 
 def test_who_may_write(tmp_path):
@@ -272,8 +272,8 @@ def test_damage_is_mended(tmp_path, compiler):
         path.unlink()  # a mapped file may not be written to
         path.write_bytes(damaged)
         path.chmod(0o700)
-        found = _run(tmp_path, **environment)
-        assert (found["path"], found["warnings"]) == (str(path), [])
+        report = _run(tmp_path, **environment)
+        assert (report["path"], report["warnings"]) == (str(path), [])
         assert native_cache.is_intact(path)
         assert _builds(tmp_path) == i
 
@@ -283,10 +283,10 @@ def test_a_compiler_that_makes_nothing_of_use(tmp_path):
     """Its library loads and registers nothing: no recursion, PyTorch's operations serve."""
     _empty_library(tmp_path)
     compiler = _stand_in(tmp_path / "cc", tmp_path / "links", tmp_path / "empty.so")
-    found = _run(tmp_path, FASTTTA_CACHE=tmp_path / "cache", CXX=compiler)
-    assert found["path"] is None
-    assert "has no kernel of adaptation_head" in found["reason"]
-    (warning,) = found["warnings"]
+    report = _run(tmp_path, FASTTTA_CACHE=tmp_path / "cache", CXX=compiler)
+    assert report["path"] is None
+    assert "has no kernel of adaptation_head" in report["reason"]
+    (warning,) = report["warnings"]
     assert "has no kernel of" in warning
     assert _builds(tmp_path) == 2
 
@@ -300,13 +300,13 @@ def test_a_folder_of_others_is_not_used(tmp_path, compiler):
     cache.chmod(0o777)
     planted = cache / native.library_name(str(compiler))
     planted.write_bytes(b"never read")
-    found = _run(tmp_path, FASTTTA_CACHE=tmp_path / "cache", CXX=compiler)
+    report = _run(tmp_path, FASTTTA_CACHE=tmp_path / "cache", CXX=compiler)
     private = tmp_path / "tmp" / f"fasttta-{os.geteuid()}"
-    assert Path(found["path"]).parent == private
-    (warning,) = found["warnings"]
+    assert Path(report["path"]).parent == private
+    (warning,) = report["warnings"]
     assert f"keeps its C++ kernels in {private}" in warning
     assert f"others may write to {cache}" in warning
-    assert f"others may write to {cache}" in found["doctor"]
+    assert f"others may write to {cache}" in report["doctor"]
     assert planted.read_bytes() == b"never read"
 
 
@@ -320,11 +320,11 @@ def test_a_user_without_home_or_passwd_entry(tmp_path, compiler):
     environment = {"HOME": None, "XDG_CACHE_HOME": None, "FASTTTA_CACHE": None}
     (tmp_path / "links").touch()
     (tmp_path / "links").chmod(0o666)
-    found = _run(tmp_path, before=leave, CXX=compiler, **environment)
-    assert found["path"] is None or "fasttta-54321" in found["path"]
-    assert "no home folder" in found["doctor"]
-    (warning,) = found["warnings"]
-    assert "no home folder" in warning or found["path"] is None
+    report = _run(tmp_path, before=leave, CXX=compiler, **environment)
+    assert report["path"] is None or "fasttta-54321" in report["path"]
+    assert "no home folder" in report["doctor"]
+    (warning,) = report["warnings"]
+    assert "no home folder" in warning or report["path"] is None
 
 
 def test_a_process_that_dies_lets_go(tmp_path):

@@ -135,8 +135,8 @@ def test_composite_returns_what_is_declared(name, args, monkeypatch):
     for cpp in (True, False):  # the composite of a head's moments has a part in C++
         if not cpp:
             without_native(monkeypatch)
-        found = getattr(composite, name)(*args)
-        for x, y in zip(as_tuple(found), as_tuple(declared), strict=True):
+        computed = getattr(composite, name)(*args)
+        for x, y in zip(as_tuple(computed), as_tuple(declared), strict=True):
             assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
 
 
@@ -151,10 +151,10 @@ def test_compiles_without_a_break():
     logits = logits_of(4, 6, dtype=torch.float32)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     inputs = (q, k, logits)
-    expected, found = loss(*inputs), compiled(*inputs)
-    assert torch.allclose(found, expected)
+    expected, computed = loss(*inputs), compiled(*inputs)
+    assert torch.allclose(computed, expected)
     for a, b in zip(
-        torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
+        torch.autograd.grad(computed, inputs), torch.autograd.grad(expected, inputs), strict=True
     ):
         assert torch.allclose(a, b, atol=1e-6)
 

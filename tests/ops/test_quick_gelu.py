@@ -26,11 +26,14 @@ def test_equals_the_formula(shape, dtype):
     up = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     x.requires_grad_()
     wide = x.detach().double().requires_grad_()
-    expected, found = _formula(wide), quick_gelu(x)
-    assert "_QuickGELU" in type(found.grad_fn).__name__
+    expected, computed = _formula(wide), quick_gelu(x)
+    assert "_QuickGELU" in type(computed.grad_fn).__name__
     pairs = (
-        (found, expected),
-        (torch.autograd.grad(found, x, up)[0], torch.autograd.grad(expected, wide, up.double())[0]),
+        (computed, expected),
+        (
+            torch.autograd.grad(computed, x, up)[0],
+            torch.autograd.grad(expected, wide, up.double())[0],
+        ),
         (quick_gelu(x.detach()), expected),
     )
     for mine, right in pairs:
@@ -42,9 +45,11 @@ def test_equals_the_formula(shape, dtype):
 
 def test_extremes():
     x = torch.tensor([-torch.inf, -1e30, -200.0, -60.0, 0.0, 200.0, 1e30, torch.inf, torch.nan])
-    found = quick_gelu(x)
-    assert torch.equal(found.isnan(), _formula(x).isnan())  # -inf: inf * 0, as the formula has it
-    assert torch.allclose(found[1:-1], _formula(x)[1:-1], atol=1e-37)
+    computed = quick_gelu(x)
+    assert torch.equal(
+        computed.isnan(), _formula(x).isnan()
+    )  # -inf: inf * 0, as the formula has it
+    assert torch.allclose(computed[1:-1], _formula(x)[1:-1], atol=1e-37)
     x = x[1:-2].requires_grad_()
     grads = [torch.autograd.grad(f(x).sum(), x)[0] for f in (quick_gelu, _formula)]
     assert torch.allclose(*grads, atol=1e-30)
@@ -60,8 +65,8 @@ def test_strides_and_gradients_of_strides():
     assert torch.allclose(quick_gelu(x.T), _formula(x.T))  # with gaps: PyTorch's calls
     x.requires_grad_()
     up = torch.randn(6, 4).T
-    found, expected = (torch.autograd.grad(f(x), x, up)[0] for f in (quick_gelu, _formula))
-    assert torch.allclose(found, expected, atol=1e-6)
+    computed, expected = (torch.autograd.grad(f(x), x, up)[0] for f in (quick_gelu, _formula))
+    assert torch.allclose(computed, expected, atol=1e-6)
 
 
 def test_makes_way_where_calls_are_traced_or_transformed():

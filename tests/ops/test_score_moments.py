@@ -38,8 +38,8 @@ def test_moments_equal_reference(shape, heads, layout):
         weights = torch.linspace(0.5, 2, max(mean.numel(), 1), dtype=q.dtype)[: mean.numel()]
         loss = (mean.flatten() * weights).sum() + (std.flatten() * weights.flip(0)).sum()
         results.append((mean, std, *torch.autograd.grad(loss, (q, k))))
-    for name, found, expected in zip(("mean", "std", "dq", "dk"), *results, strict=True):
-        close(found, expected, torch.float64, name)
+    for name, computed, expected in zip(("mean", "std", "dq", "dk"), *results, strict=True):
+        close(computed, expected, torch.float64, name)
 
 
 @pytest.mark.parametrize("heads", ["mean", "each"])
@@ -47,13 +47,13 @@ def test_moments_equal_reference(shape, heads, layout):
 def test_statistics_do_not_cancel(heads, offset):
     """float32 with scores whose mean is far from 0 in units of their std."""
     q, k = qk(2, 2, (40, 24), 16, dtype=torch.float32, offset=offset)
-    found = F.score_moments(q, k, (40, 24), heads=heads)
+    computed = F.score_moments(q, k, (40, 24), heads=heads)
     expected = F.score_moments(q.double(), k.double(), (40, 24), heads=heads, backend="reference")
     assert (expected.mean.abs() / expected.std).min() > 3
     # what float32 scores themselves can resolve: eps * |mean|
     tolerance = 1e-5 * expected.std + 4e-7 * expected.mean.abs()
-    assert ((found.std - expected.std).abs() <= tolerance).all()
-    assert ((found.mean - expected.mean).abs() <= 1e-6 * expected.mean.abs()).all()
+    assert ((computed.std - expected.std).abs() <= tolerance).all()
+    assert ((computed.mean - expected.mean).abs() <= 1e-6 * expected.mean.abs()).all()
 
 
 def test_each_head_of_one_is_the_mean():

@@ -71,8 +71,8 @@ def test_equals_the_formula(size, dtype, native_code, monkeypatch):
     exact = scores.double().requires_grad_()
     right = formula(exact, *size[1:], -0.3)
     (moved,) = torch.autograd.grad(right, exact, tuple(ups.double()))
-    found = run(scores, *size[1:], -0.3, ups)
-    for name, x, y in zip(("mean", "std", "grad"), found, (*right, moved), strict=True):
+    computed = run(scores, *size[1:], -0.3, ups)
+    for name, x, y in zip(("mean", "std", "grad"), computed, (*right, moved), strict=True):
         assert x.dtype == dtype
         close(x, y.detach(), dtype, name)
 
@@ -86,10 +86,10 @@ def test_nothing_cancels(sink):
         scores[:, :, 0] = -1e5
         scores[:, :, 512] = 0
     scores = scores.float()
-    found = torch.ops.fasttta.block_moments(scores, [512, 196], [512, 196], 1.0)
+    computed = torch.ops.fasttta.block_moments(scores, [512, 196], [512, 196], 1.0)
     right = formula(scores.double(), (512, 196), (512, 196), 1.0)
     assert sink or (right[0] / right[1]).min() > 990
-    for x, y in zip(found, right, strict=True):
+    for x, y in zip(computed, right, strict=True):
         assert ((x - y).abs() <= 1e-6 * y.abs()).all()
 
 
@@ -153,8 +153,8 @@ def test_statistics_with_and_without(layout, dtype, monkeypatch):
     for there in (True, False):
         if not there:
             without_native(monkeypatch)
-        found = F.score_moments(q, k, (40, 24))
-        results.append((*found, *torch.autograd.grad([x.sum() for x in found], (q, k))))
+        computed = F.score_moments(q, k, (40, 24))
+        results.append((*computed, *torch.autograd.grad([x.sum() for x in computed], (q, k))))
         assert set(calls) == ({"block_moments", "block_moments_backward"} if there else set())
         calls.clear()
     for name, x, y in zip(("mean", "std", "dq", "dk"), *results, strict=True):

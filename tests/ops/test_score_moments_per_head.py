@@ -32,8 +32,8 @@ def _on_a_cpu(monkeypatch):
 
 def moments(q, k, spans, ups, backend=None):
     """Means, stds and gradients on q and k of their sum by ``ups``."""
-    found = F.score_moments(q, k, spans, heads="each", backend=backend)
-    return *found, *torch.autograd.grad(found, (q, k), ups)
+    computed = F.score_moments(q, k, spans, heads="each", backend=backend)
+    return *computed, *torch.autograd.grad(computed, (q, k), ups)
 
 
 @pytest.mark.filterwarnings("ignore:std")  # of no samples, in the reference
@@ -50,12 +50,12 @@ def test_equals_the_reference(size, dtype, layout, monkeypatch):
     right = _reference(*exact, spans, ups.double())
     monkeypatch.setattr(in_pytorch, "_moments_per_head", None)  # PyTorch's calls
     monkeypatch.setattr(in_pytorch, "_backward_per_head", None)
-    found = _ours(q, k, spans, ups.to(wide))
-    for name, x, y in zip(("mean", "std", "grad_q", "grad_k"), found, right, strict=True):
+    computed = _ours(q, k, spans, ups.to(wide))
+    for name, x, y in zip(("mean", "std", "grad_q", "grad_k"), computed, right, strict=True):
         kept = wide if name in ("mean", "std") else dtype
         assert x.dtype == kept
         close(x, y, kept if kept != torch.float64 else dtype, name)
-    assert found[2].stride() == torch.empty_like(q).stride()
+    assert computed[2].stride() == torch.empty_like(q).stride()
 
 
 def _ours(q, k, spans, ups):
@@ -69,8 +69,8 @@ def _ours(q, k, spans, ups):
 
 
 def _reference(q, k, spans, ups):
-    found = score_moments_reference(q, k, [*spans], q.shape[3] ** -0.5, True)
-    return *(x.detach() for x in found), *torch.autograd.grad(found, (q, k), tuple(ups))
+    computed = score_moments_reference(q, k, [*spans], q.shape[3] ** -0.5, True)
+    return *(x.detach() for x in computed), *torch.autograd.grad(computed, (q, k), tuple(ups))
 
 
 def test_nothing_cancels():
@@ -80,10 +80,10 @@ def test_nothing_cancels():
     axis[5] = 8000.0
     q = (q + 0.3 * axis).detach()
     k = (k + 0.3 * axis).detach()
-    found = torch.ops.fasttta.head_moments(q, k, [512, 196], 0.125)
+    computed = torch.ops.fasttta.head_moments(q, k, [512, 196], 0.125)
     right = score_moments_reference(q.double(), k.double(), [512, 196], 0.125, True)
     assert (right[0] / right[1]).median() > 1000
-    for x, y in zip(found, right, strict=True):
+    for x, y in zip(computed, right, strict=True):
         assert ((x - y).abs() <= 1e-5 * y).all()
 
 
@@ -91,10 +91,10 @@ def test_one_modality_alone_has_no_gradient():
     """Not even where its tokens are not finite."""
     q, k = (x.detach() for x in qk(1, 2, (9,), 8, torch.float32))
     q[0, 0, 3, 2] = torch.nan
-    found = in_pytorch.moments_backward(
+    computed = in_pytorch.moments_backward(
         *torch.ones(2, 1, 2, 1, 1), q, k, torch.ones(1, 2, 1, 1), [9], 0.3, True, False
     )
-    assert not any(x.any() for x in found)
+    assert not any(x.any() for x in computed)
 
 
 def test_the_same_with_any_number_of_threads():
@@ -114,9 +114,9 @@ def test_the_same_with_any_number_of_threads():
 def test_nan_stays_with_its_head():
     q, k = (x.detach() for x in qk(2, 3, (7, 6), 8, torch.float32))
     q[1, 2, 9, 3] = torch.nan
-    found = _ours(q, k, (7, 6), torch.ones(2, 2, 3, 2, 2))
-    assert found[0][1, 2].isnan().any(-1).tolist() == [False, True]
-    for x in found:
+    computed = _ours(q, k, (7, 6), torch.ones(2, 2, 3, 2, 2))
+    assert computed[0][1, 2].isnan().any(-1).tolist() == [False, True]
+    for x in computed:
         bad = x.flatten(2).isnan().any(2)
         assert bad.tolist() == [[False] * 3, [False, False, True]]
 
@@ -162,9 +162,9 @@ def test_by_name():
                 with pytest.raises(ValueError, match="matrix products"):
                     call(q, k, (7, 6), heads=heads, backend="cpp")
                 continue
-            found = call(q, k, (7, 6), heads=heads, backend="cpp")
+            computed = call(q, k, (7, 6), heads=heads, backend="cpp")
             right = call(q, k, (7, 6), heads=heads, backend="reference")
-            for x, y in zip(found, right, strict=True):
+            for x, y in zip(computed, right, strict=True):
                 close(x, y, torch.float64, call.__name__)
 
 

@@ -56,8 +56,8 @@ def test_against_the_reference(case, last, implementation, monkeypatch):
     backend = using(implementation, monkeypatch)
     tensors, options = _tensors(case, last)
     expected = _with_gradients(tensors, options, "reference")
-    found = _with_gradients(tensors, options, backend)
-    for name, x, y in zip(NAMES, found, expected, strict=True):
+    computed = _with_gradients(tensors, options, backend)
+    for name, x, y in zip(NAMES, computed, expected, strict=True):
         close(x, y, torch.float64, name)
 
 
@@ -66,7 +66,7 @@ def test_reference_is_causal_attention_of_whole_sequences(last):
     (q, k, v, prefix_k, prefix_v), (lengths, heads) = _tensors("ragged")
     rows = torch.tensor(lengths).cumsum(0).tolist()
     queries = q[:, [n - 1 for n in rows]] if last else q
-    found = F.shared_prefix_attention(
+    computed = F.shared_prefix_attention(
         queries, k, v, prefix_k, prefix_v, lengths, heads, backend="reference"
     )
     start = 0
@@ -77,7 +77,7 @@ def test_reference_is_causal_attention_of_whole_sequences(last):
         )
         out = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True)
         out = out.transpose(1, 2).flatten(2)[:, prefix_k.shape[1] :]
-        mine = found[:, n : n + 1] if last else found[:, start:stop]
+        mine = computed[:, n : n + 1] if last else computed[:, start:stop]
         close(mine, out[:, -1:] if last else out, torch.float64, f"sequence {n}")
         start = stop
 
@@ -97,11 +97,11 @@ def test_prefix_in_front_of_the_packed_tokens(case, implementation, monkeypatch)
     expected = torch.cat((front, call(q1, k1, v1, k0, v0, lengths)), 1)
     using(implementation, monkeypatch)
     layouts = layout([p], DEVICE), layout(lengths, DEVICE)
-    found = causal_with_prefix(*qkv, *layouts, heads, d**-0.5)
+    computed = causal_with_prefix(*qkv, *layouts, heads, d**-0.5)
     along = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(DEVICE)
-    close(found, expected, torch.float64, "out")
+    close(computed, expected, torch.float64, "out")
     for name, x, y in zip(
-        "qkv", *(torch.autograd.grad(z, qkv, along) for z in (found, expected)), strict=True
+        "qkv", *(torch.autograd.grad(z, qkv, along) for z in (computed, expected)), strict=True
     ):
         close(x, y, torch.float64, name)
 
@@ -148,11 +148,11 @@ def test_a_nan_is_not_hidden_and_stays_in_its_sequence(implementation, monkeypat
     tensors, options = _tensors("ragged")  # rows 1 to 4 are the second sequence
     q, k, v, prefix_k, prefix_v = (x.detach() for x in tensors)
     k[1, 2, 0] = torch.nan
-    found = F.shared_prefix_attention(q, k, v, prefix_k, prefix_v, *options)
-    assert found[1, 2:5, :5].isnan().all()  # of the first head's five channels
-    clean = torch.ones(found.shape, dtype=torch.bool)
+    computed = F.shared_prefix_attention(q, k, v, prefix_k, prefix_v, *options)
+    assert computed[1, 2:5, :5].isnan().all()  # of the first head's five channels
+    clean = torch.ones(computed.shape, dtype=torch.bool)
     clean[1, 2:5, :5] = False
-    assert found[clean].isfinite().all()
+    assert computed[clean].isfinite().all()
     tensors = [x.requires_grad_() for x in (q, k, v, prefix_k, prefix_v)]
     out = F.shared_prefix_attention(*tensors, *options)
     dq, dk, dv, *shared = torch.autograd.grad(out.sum(), tensors)
@@ -197,20 +197,20 @@ def test_nan_of_the_first_row_stays_there_and_no_sample_is_none(implementation, 
     using(implementation, monkeypatch)
     tensors, options = _tensors("ragged")
     tensors[2].data[:, 0] = torch.nan
-    found = _with_gradients(tensors, options)
-    for x in found[:4]:
+    computed = _with_gradients(tensors, options)
+    for x in computed[:4]:
         assert x[:, 1:].isfinite().all()
-    assert found[0][:, 0].isnan().any()
+    assert computed[0][:, 0].isnan().any()
     empty = [x.detach()[:0].requires_grad_() for x in tensors]
     for x, y in zip(_with_gradients(empty, options), (empty[0], *empty), strict=True):
         assert x.shape == y.shape
 
 
 def test_layout():
-    found = layout([30, 30, 4, 60, 1, 3, 1])
-    assert found.starts.tolist() == [0, 30, 60, 64, 124, 125, 128, 129]
-    assert found.tiles.tolist() == [0, 3, 6, 7]
-    assert found.longest == 60
+    computed = layout([30, 30, 4, 60, 1, 3, 1])
+    assert computed.starts.tolist() == [0, 30, 60, 64, 124, 125, 128, 129]
+    assert computed.tiles.tolist() == [0, 3, 6, 7]
+    assert computed.longest == 60
     assert layout([70, 1, 70]).tiles.tolist() == [0, 1, 2, 3]
 
 

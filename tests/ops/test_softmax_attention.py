@@ -44,10 +44,10 @@ def formula(q, k, v, scale):
     return (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def near(found, expected, tolerance=4e-6):
-    assert found.shape == expected.shape
+def near(computed, expected, tolerance=4e-6):
+    assert computed.shape == expected.shape
     limit = tolerance * max(1e-3, expected.abs().max().item()) if expected.numel() else 0
-    assert found.numel() == 0 or (found.double() - expected).abs().max() <= limit
+    assert computed.numel() == 0 or (computed.double() - expected).abs().max() <= limit
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -66,11 +66,13 @@ def test_equals_the_formula(shape, size):
     near(lse, (d**-0.5 * exact[0] @ exact[1].transpose(-2, -1)).logsumexp(-1).detach())
     assert out.transpose(1, 2).is_contiguous()
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    found = torch.autograd.grad(softmax_attention.attend(*leaves, d**-0.5), leaves, up)
+    computed = torch.autograd.grad(softmax_attention.attend(*leaves, d**-0.5), leaves, up)
     right = torch.autograd.grad(expected, exact, up.double())
-    for x, y in zip(found, right, strict=True):
+    for x, y in zip(computed, right, strict=True):
         near(x, y, tolerance)
-    for x, y in zip(softmax_attention.backward(up, q, k, v, out, lse, d**-0.5), found, strict=True):
+    for x, y in zip(
+        softmax_attention.backward(up, q, k, v, out, lse, d**-0.5), computed, strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -126,13 +128,13 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
             attend(torch.autograd.forward_ad.make_dual(q.detach(), q.detach()), k, v, 0.25)
         return
     if case == "vmap":
-        found = torch.vmap(attend, in_dims=(0, 0, 0, None))(q[None], k[None], v[None], 0.25)[0]
+        computed = torch.vmap(attend, in_dims=(0, 0, 0, None))(q[None], k[None], v[None], 0.25)[0]
     else:
         with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-            found = attend(q, k, v, 0.25)
+            computed = attend(q, k, v, 0.25)
     right = formula(*(x.detach().double() for x in (q, k, v)), 0.25)
-    assert found.dtype == (torch.bfloat16 if case == "autocast" else q.dtype)
-    near(found.detach(), right, 2e-2 if found.dtype == torch.bfloat16 else 1e-5)
+    assert computed.dtype == (torch.bfloat16 if case == "autocast" else q.dtype)
+    near(computed.detach(), right, 2e-2 if computed.dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("gap", [60.0, 200.0])
@@ -143,14 +145,14 @@ def test_far_scores_leave_nothing_denormal(gap):
     k[:, :, 5] = 16 * gap * q.sum(2) / q.sum(2).square().sum(-1, keepdim=True)
     q = q.sum(2, keepdim=True) + 0.01 * q  # q·k of key 5 exceeds the others by about 16 gap
     out, lse = softmax_attention.forward(q, k, v, 1 / 16)
-    found = softmax_attention.backward(1e-6 * up, q, k, v, out, lse, 1 / 16)
+    computed = softmax_attention.backward(1e-6 * up, q, k, v, out, lse, 1 / 16)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = formula(*exact, 1 / 16)
     near(out, expected.detach(), 1e-5)
     right = torch.autograd.grad(expected, exact, 1e-6 * up.double())
-    assert (found[2] - right[2]).abs().max() <= 1e-5 * right[2].abs().max()
+    assert (computed[2] - right[2]).abs().max() <= 1e-5 * right[2].abs().max()
     tiny = torch.finfo(torch.float32).tiny
-    for x in (out, *found):
+    for x in (out, *computed):
         assert not ((x != 0) & (x.abs() < tiny)).any()
 
 
@@ -202,15 +204,15 @@ for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
         exact = [x.to(torch.float64, copy=True).requires_grad_() for x in (q, k, v)]
         if dtype == torch.float32:
             out, lse = torch.ops.fasttta.attention(q, k, v, 0.3)
-            found = torch.ops.fasttta.attention_backward(up, q, k, v, out, lse, 0.3)
+            grads_qkv = torch.ops.fasttta.attention_backward(up, q, k, v, out, lse, 0.3)
             right = (0.3 * exact[0] @ exact[1].mT).softmax(-1) @ exact[2]
         else:
             saved = torch.ops.fasttta.flat_attention(q, k, v, 0.3)
-            found = torch.ops.fasttta.flat_attention_backward(up, q, k, v, *saved, 0.3)
+            grads_qkv = torch.ops.fasttta.flat_attention_backward(up, q, k, v, *saved, 0.3)
             out = saved[0]
             scores = 0.3 * exact[0] @ exact[1].mT
             right = t * scores.flatten(-2).softmax(-1).view_as(scores) @ exact[2]
-        pairs = zip((out, *found), (right, *torch.autograd.grad(right, exact, up.double())))
+        pairs = zip((out, *grads_qkv), (right, *torch.autograd.grad(right, exact, up.double())))
         if s == t or dtype == torch.float64:  # moments of each head, of two spans
             spans, up_mean, up_std = [t - 7, 7], *torch.rand(2, b, h, 2, 2, dtype=dtype)
             mean, std = torch.ops.fasttta.head_moments(q, k, spans, 0.3)

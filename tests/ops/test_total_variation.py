@@ -52,13 +52,13 @@ def test_ensemble_goldens(atpt_kernels, implementation, monkeypatch):
             assert (grad - g[f"{at}grad_{name}"]).abs().max() < 1e-12, name
         # maps of two pixels that have this variation
         maps = torch.stack((torch.zeros_like(tv), tv), -1).view(-1, 1, 2).detach()
-        found, variation, weights = F.reliability_ensemble(
+        computed, variation, weights = F.reliability_ensemble(
             maps, logits, temperature, backend=backend
         )
         assert (variation - tv).abs().max() < 1e-12
         assert (weights - g[f"{at}weights"]).abs().max() < 1e-12
-        assert (found - g[f"{at}probs"]).abs().max() < 1e-12
-        assert not found.requires_grad
+        assert (computed - g[f"{at}probs"]).abs().max() < 1e-12
+        assert not computed.requires_grad
 
 
 @pytest.mark.parametrize("implementation", ["default", "composite"])
@@ -70,9 +70,9 @@ def test_equals_reference(dtype, shape, ties, implementation, monkeypatch):
     maps = _maps(shape, ties, dtype)
     exact = maps.detach().double().requires_grad_()
     up = torch.linspace(-1, 1, shape[0], dtype=torch.float64)
-    found, expected = F.total_variation(maps), F.total_variation(exact, backend="reference")
-    close(found, expected, torch.float64 if dtype == torch.float64 else torch.float32, "tv")
-    grad = torch.autograd.grad(found, maps, up.to(found))[0]
+    computed, expected = F.total_variation(maps), F.total_variation(exact, backend="reference")
+    close(computed, expected, torch.float64 if dtype == torch.float64 else torch.float32, "tv")
+    grad = torch.autograd.grad(computed, maps, up.to(computed))[0]
     assert grad.dtype == dtype
     close(grad, torch.autograd.grad(expected, exact, up)[0], dtype, "gradient")
 
@@ -84,15 +84,15 @@ def test_ensemble_equals_reference(dtype, implementation, monkeypatch):
     maps, logits = _maps((70, 5, 4), dtype=dtype).detach(), 3 * torch.randn(70, 309)
     wide = torch.promote_types(dtype, torch.float32)
     for given in (logits.to(dtype), logits):
-        found = F.reliability_ensemble(maps, given, 20.0)
+        computed = F.reliability_ensemble(maps, given, 20.0)
         exact = F.reliability_ensemble(maps.double(), given.double(), 20.0, backend="reference")
         types = (torch.promote_types(given.dtype, torch.float32), wide, wide)
         names = "probability", "tv", "weights"
-        for name, x, right, kind in zip(names, found, exact, types, strict=True):
+        for name, x, right, kind in zip(names, computed, exact, types, strict=True):
             assert x.dtype == kind
             close(x, right, torch.float32, name)
-        assert (found[0].sum() - 1).abs() < 1e-5
-        assert (found[2].sum() - 1).abs() < 1e-5
+        assert (computed[0].sum() - 1).abs() < 1e-5
+        assert (computed[2].sum() - 1).abs() < 1e-5
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -107,9 +107,9 @@ def test_properties(implementation, monkeypatch):
     assert not strided.is_contiguous()
     assert torch.equal(F.total_variation(strided, backend=backend), tv)
     flat = torch.ones(2, 5, 5, dtype=torch.float64, requires_grad=True)
-    found = F.total_variation(flat, backend=backend)
-    assert (found == 0).all()
-    assert (torch.autograd.grad(found.sum(), flat)[0] == 0).all()
+    computed = F.total_variation(flat, backend=backend)
+    assert (computed == 0).all()
+    assert (torch.autograd.grad(computed.sum(), flat)[0] == 0).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

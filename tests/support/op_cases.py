@@ -74,10 +74,10 @@ def logits_of(n, c, kind="random", dtype=torch.float64):
     return logits.to(dtype).requires_grad_()
 
 
-def close(found, expected, dtype, what):
+def close(computed, expected, dtype, what):
     """Asserts that the largest error is within the type's tolerance of the largest value."""
-    assert found.shape == expected.shape, what
+    assert computed.shape == expected.shape, what
     expected = expected.double()
     scale = expected.abs().max().item() if expected.numel() else 0
-    error = (found.double() - expected).abs().max().item() if expected.numel() else 0
+    error = (computed.double() - expected).abs().max().item() if expected.numel() else 0
     assert error <= TOLERANCES[dtype] * max(scale, 1e-30), f"{what}: {error:.1e} of {scale:.1e}"
