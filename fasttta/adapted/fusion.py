@@ -29,6 +29,8 @@ class AdaptedFusion(Adapted):
     """A fusion model, adapting to what it is called on. Made by ``fasttta.adapt``; see
     ``fasttta.Adapted``."""
 
+    _family: FusionFamily
+
     def __init__(
         self,
         model: nn.Module,

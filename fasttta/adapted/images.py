@@ -59,6 +59,8 @@ class AdaptedCLIP(ImageCalls):
     ``.stats["prompt"]``.
     """
 
+    _family: ClipFamily
+
     def __init__(
         self,
         model: nn.Module,

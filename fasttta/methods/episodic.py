@@ -112,8 +112,6 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
     _BY_OPTIONS: ClassVar[bool] = True
     #: what the updates of an episode change: "prompt", "pixels" or "none"
     strategy: ClassVar[str] = "none"
-    #: how the first view of an image is cut, as ``fasttta.data.make_views`` takes it
-    base_view: ClassVar[str] = "crop"
     RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
     families: ClassVar[tuple[str, ...]] = ("vision-language",)
     frozen_encoder: ClassVar[bool] = True
@@ -158,6 +156,11 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
     def view_count(self) -> int:
         """Views made of an image, the anchor included."""
         return 1
+
+    @property
+    def base_view(self) -> str:
+        """How views are cut, ``"crop"`` or ``"flip"``, as ``fasttta.data.make_views`` takes it."""
+        return "crop"
 
     @property
     def augmented(self) -> bool:
