@@ -122,9 +122,12 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
     if TYPE_CHECKING:  # fields of every subclass, which places them
 
         @property
-        def prompt(self) -> str: ...
+        def prompt(self) -> str:
+            """The words that the prompt begins with, or a template."""
+
         @property
-        def prompt_length(self) -> int | None: ...
+        def prompt_length(self) -> int | None:
+            """Tuned tokens behind SOT, where classes are token ids; None: those of ``prompt``."""
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(abstract=abstract, **kwargs)
@@ -143,6 +146,7 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
 
     @property
     def episodic(self) -> bool:
+        """Always: every image is an episode."""
         return True
 
     @property
@@ -168,9 +172,11 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
         return False
 
     def tuned(self, model: Any) -> dict:
+        """Nothing of the model: what an episode tunes is the engine's."""
         return {}
 
     def fitted(self, model: Any) -> Self:
+        """The method; raises ValueError for a model that is no vision-language model."""
         if not isinstance(model, VisionLanguageModel):
             raise ValueError(
                 f"{self.name!r} adapts vision-language models such as fasttta.models.CLIP, found "

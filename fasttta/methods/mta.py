@@ -48,13 +48,17 @@ class MTA(Episodic):
 
     @property
     def view_count(self) -> int:
+        """The views of an image, the original included."""
         return self.views
 
     @property
     def augmented(self) -> bool:
+        """Whether views are made with AugMix."""
         return self.augment
 
     def predict(self, model, seen, state) -> Prediction:
+        """Logits of the mode of the views' features (before: of the anchor's feature); weights and
+        bandwidths of the views as ``stats``."""
         features, (text,) = seen.features, seen.parts["text"]
         bandwidth = self._bandwidth(features)
         mode, weights = self._mode(features, seen.logits.softmax(-1), bandwidth)

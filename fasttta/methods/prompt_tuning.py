@@ -40,10 +40,12 @@ class PromptTuning(Episodic, abstract=True):
 
     @property
     def view_count(self) -> int:
+        """The views of an image, the original included."""
         return self.views
 
     @property
     def augmented(self) -> bool:
+        """Whether views are made with AugMix."""
         return self.augment
 
     def selected_count(self, views: int) -> int:
@@ -51,6 +53,7 @@ class PromptTuning(Episodic, abstract=True):
         return max(1, int(views * self.select))
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """AdamW, as in the official code."""
         return torch.optim.AdamW(
             list(parameters), lr=self.lr, betas=(0.9, 0.999), eps=1e-8,
             weight_decay=self.weight_decay,
@@ -92,6 +95,7 @@ class PromptTuning(Episodic, abstract=True):
         return logits[:, 0], weights
 
     def forward(self, model: VisionLanguageModel, images: Images) -> Seen:
+        """The features of all views, their zero-shot entropies, and the views of least entropy."""
         pixels, features, stats = self.pixels(model, images)
         if features is None:
             features = model.encode_image(pixels)
@@ -113,12 +117,14 @@ class PromptTuning(Episodic, abstract=True):
         return seen
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
+        """The method's losses over the selected views, with the tuned prompt."""
         seen, text = features, unit(state["tuned"])  # [B, C, E]
         logits = model.logit_scale.exp() * seen.parts["chosen"] @ text.transpose(1, 2)
         losses = self.losses(logits, text, seen.parts.get("loss_weights"))
         return Objective(losses=losses, logits=logits, n_used=len(logits))
 
     def predict(self, model, seen, state) -> Prediction:
+        """Logits of all views with the tuned prompt, combined as the method says."""
         text, selected = unit(state["tuned"]), seen.stats["selected"]
         after = model.logit_scale.exp() * seen.features @ text.transpose(1, 2)
         scored = after if self.score_at == "after" else seen.logits
@@ -146,6 +152,7 @@ class TPT(PromptTuning):
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
     def losses(self, logits, text, weights):
+        """The marginal entropy of the selected views."""
         value = marginal_entropy(logits)
         return {"entropy": value, "total": value}
 
@@ -169,6 +176,7 @@ class CTPT(PromptTuning):
     dispersion_weight: Annotated[float, Finite()] = 50.0
 
     def losses(self, logits, text, weights):
+        """The marginal entropy, less the spread of the classes' text features about their mean."""
         value = marginal_entropy(logits)
         spread = (text - text.mean(1, keepdim=True)).norm(dim=-1).mean(1)
         total = value - self.dispersion_weight * spread
@@ -205,10 +213,12 @@ class RTPT(PromptTuning):
         settle_drop_self(self)
 
     def losses(self, logits, text, weights):
+        """The mean entropy of the selected views, each by itself."""
         value = entropy(logits).mean(1)
         return {"entropy": value, "total": value}
 
     def combine(self, logits, features, selected, stats):
+        """The views' logits, weighted by how much their features agree."""
         return agreement(self, logits, features, self.temperature)
 
 

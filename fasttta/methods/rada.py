@@ -89,6 +89,11 @@ class RAda(Method):
         split_prompt(self.prompt)
 
     def fitted(self, model: Any) -> Self:
+        """The method with the loss, head and learning rate that fit the model.
+
+        Raises:
+            ValueError: the model has no class vectors to put a head on, or a head of other options.
+        """
         streams = not isinstance(model, VisionLanguageModel) and bool(model.spans)
         if not isinstance(model, RationalModel):
             raise ValueError(
@@ -105,6 +110,7 @@ class RAda(Method):
 
     @property
     def episodic(self) -> bool:
+        """Whether every image is an episode: with the loss over views."""
         return self.loss == "views"
 
     @property
@@ -118,15 +124,18 @@ class RAda(Method):
         return self.augment
 
     def extend(self, model: Any, seed: int) -> FusionModel:
+        """The model with a head, its own or a fresh one."""
         return model.rational(
             seed=seed, heads=self.heads, temperature=self.temperature,
             scale_multiplier=self.scale_multiplier,
         )  # fmt: skip
 
     def tuned(self, model: FusionModel) -> dict[str, Slot]:
+        """The head, or only its last projection (``tune``)."""
         return model.tunable("head" if self.tune == "all" else "head_out")
 
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """AdamW."""
         parameters = list(parameters)
         assert self.lr is not None  # settled by ``fitted``
         return torch.optim.AdamW(
@@ -135,9 +144,11 @@ class RAda(Method):
         )  # fmt: skip
 
     def score(self, model: FusionModel, features: Tensor) -> Tensor:
+        """Logits of the image itself, or of every sample of a stream."""
         return model.fuse(features[:1] if self.episodic else features)
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
+        """The entropy of the batch, or the marginal entropy of selected views."""
         weight = sample_weight(valid)
         if self.episodic:
             return self._views(model, features, state, weight)

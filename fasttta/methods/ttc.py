@@ -50,6 +50,7 @@ class TTC(Episodic):
     steps: int = field(default=2, kw_only=True)
 
     def forward(self, model: VisionLanguageModel, images: Images) -> Seen:
+        """The feature of each image as it is, and its zero-shot logits."""
         x = images.anchors()
         clean = model.encode_image(x)
         features = unit(clean)
@@ -58,6 +59,7 @@ class TTC(Episodic):
         return Seen(features.unsqueeze(1), logits.unsqueeze(1), parts=parts)
 
     def start(self, images: Images, seen: Seen) -> Tensor:
+        """Random perturbations [B, 3, R, R] to start from, within ``eps`` and the image's range."""
         x = seen.parts["pixels"]
         return (x + self._noise(x, images)).clamp(0, 1) - x
 
@@ -80,11 +82,13 @@ class TTC(Episodic):
         )
 
     def move(self, seen: Seen, added: Tensor, grad: Tensor) -> Tensor:
+        """One signed step of the perturbation, within ``eps`` and the image's range."""
         x = seen.parts["pixels"]
         step = (added - self.lr * grad.sign()).clamp(-self.eps, self.eps)
         return (x + step).clamp(0, 1) - x
 
     def predict(self, model, seen, state) -> Prediction:
+        """Logits with the weighted perturbation where an image looks attacked, else the first."""
         x, stability = seen.parts["pixels"], state["stability"]
         perturbations = [*state["steps"].unbind(1), state["tuned"]]
         steps = torch.arange(self.steps + 1, dtype=torch.float64, device=x.device)
