@@ -19,11 +19,16 @@ class MakesViews(Protocol):
     """A method that says which views it wants of an image."""
 
     @property
-    def view_count(self) -> int: ...
+    def view_count(self) -> int:
+        """The views of an image, the original included."""
+
     @property
-    def augmented(self) -> bool: ...
+    def augmented(self) -> bool:
+        """Whether views are made with AugMix."""
+
     @property
-    def base_view(self) -> str: ...
+    def base_view(self) -> str:
+        """How the base of a view is made: ``"crop"`` or ``"flip"``."""
 
 
 def as_list(images: Any) -> tuple[bool, Sequence[Any]]:

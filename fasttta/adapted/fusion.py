@@ -356,6 +356,7 @@ class AdaptedFusion(Adapted):
         return merged
 
     def extra_repr(self) -> str:
+        """The method's options, the precision and the count of tuned values, for ``print``."""
         tuned = sum(view.numel() for view in self._state.leaves.values())
         return f"{self.options}, precision={self.precision!r}, tuned={tuned:,} values"
 

@@ -261,6 +261,7 @@ class AdaptedCLIP(ImageCalls):
             return super().__deepcopy__(memo)
 
     def extra_repr(self) -> str:
+        """The method's options, the precision and the count of classes, for ``print``."""
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
 
 

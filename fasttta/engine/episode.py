@@ -91,6 +91,7 @@ class TunedPrompts:
         self._at = prompts.linearise()
 
     def values(self) -> dict[str, Tensor]:
+        """The text features of each image's prompt, as the leaf that gradients are taken of."""
         if self._at is None:
             self._at = self._prompts.linearise(self.value.detach())
         features = self._at.features.expand(len(self.value), -1, -1)
@@ -98,11 +99,13 @@ class TunedPrompts:
         return {"tuned": self._leaf}
 
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
+        """Of the total by the prompts: the gradient of the text features, pulled back."""
         (cotangent,) = torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
         with torch.no_grad():
             return (self._at.pullback(cotangent),)
 
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
+        """One optimiser step, where gradients are finite; [B], which prompts moved."""
         (grad,) = grads
         finite = grad.isfinite().all(2).all(1) & objective.losses["total"].isfinite()
         self.value.grad, before = grad, self.value.detach().clone()
@@ -124,13 +127,16 @@ class TunedPixels:
         self.value = method.start(images, seen)  # [B, 3, R, R]
 
     def values(self) -> dict[str, Tensor]:
+        """What is added to the pixels, as the leaf that gradients are taken of."""
         self._leaf = self.value.detach().requires_grad_()
         return {"tuned": self._leaf}
 
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
+        """Of the total by what is added to the pixels."""
         return torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
 
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
+        """One move, as the method says. It counts for every image."""
         self.value = self._method.move(self._seen, self.value, grads[0])
         return torch.ones(len(self.value), dtype=torch.bool, device=self.value.device)
 

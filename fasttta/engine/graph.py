@@ -41,6 +41,7 @@ class Plan:
 
     @property
     def size(self) -> int:
+        """The rows of the captured batch."""
         return len(self.present)
 
 

@@ -400,6 +400,7 @@ class KeptPasses:
         return joined([output[0].detach() for _, _, output in self._kept])
 
     def fuse_attention(self, tokens: Tensor) -> Any:
+        """The model's ``fuse_attention``, or the kept result of a pass over the same tokens."""
         for i, (kept, versions, output) in enumerate(self._kept):
             # Same pointer and shape: same tensor. It is held here, so its memory is not reused.
             if kept.data_ptr() == tokens.data_ptr() and kept.shape == tokens.shape:

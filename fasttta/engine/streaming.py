@@ -107,6 +107,7 @@ class Reader:
         return iter(unread)
 
     def close(self) -> None:
+        """Ends reading; what was read and not taken waits for the next reader of the iterator."""
         place = id(self._iterator)
         if not self._once or self.ended:
             return
