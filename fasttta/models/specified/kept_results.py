@@ -43,6 +43,7 @@ class Leaf:
 
     @property
     def width(self) -> int:
+        """The columns that it takes in the packed features; an integer takes two."""
         return torch.Size(self.shape).numel() * (1 if self.integer is None else 2)
 
     def pack(self, x: Tensor, batch: int) -> Tensor:
@@ -54,6 +55,7 @@ class Leaf:
         return torch.cat((x.remainder(_DIGIT), x.div(_DIGIT, rounding_mode="floor")), 1).float()
 
     def unpack(self, features: Tensor) -> Tensor:
+        """The tensor of a batch, from the packed features [batch, columns]."""
         batch, grow = len(features), self.dim
         shape = list(self.shape)
         if self.columns is None:

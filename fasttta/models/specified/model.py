@@ -64,6 +64,7 @@ class SpecifiedModel(FusionDefaults, nn.Module):
 
     @property
     def spans(self) -> tuple[int, ...]:
+        """The number of tokens of each modality, in the order of the spec."""
         return tuple(stop - start for start, stop in self.spec.spans.values())
 
     @property
@@ -90,10 +91,12 @@ class SpecifiedModel(FusionDefaults, nn.Module):
 
     @property
     def input_names(self) -> tuple[str, ...]:
+        """The names of the arguments of the module's forward."""
         return self._signature()[0]
 
     @property
     def required_inputs(self) -> int:
+        """How many of them have no default."""
         return self._signature()[1]
 
     def _signature(self) -> tuple[tuple[str, ...], int]:
