@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .score_moments_plan import Block, Source, TokenRows
 
 
-def _place(row: type[tuple], field: str) -> tl.constexpr:
+def _place(row: type[NamedTuple], field: str) -> tl.constexpr:
     """Where a row of a plan's table has a field."""
     return tl.constexpr(row._fields.index(field))
 

@@ -76,11 +76,11 @@ def run(
     Raises:
         ValueError: an unknown name or a value out of range.
     """
-    runs = [*SETTINGS, *(name for name in episodes() if name not in SETTINGS)]
-    unknown = [name for name in methods if name not in runs]
+    available = [*SETTINGS, *(name for name in episodes() if name not in SETTINGS)]
+    unknown = [name for name in methods if name not in available]
     if unknown or not methods:
         raise ValueError(
-            f"methods: {', '.join(unknown) or 'none'} unknown; known: {', '.join(runs)}"
+            f"methods: {', '.join(unknown) or 'none'} unknown; known: {', '.join(available)}"
         )
     if labels not in ("true", "pseudo"):
         raise ValueError(f'labels={labels!r}: needed "true" or "pseudo"')
