@@ -232,9 +232,6 @@ def test_each_image_has_its_noise(model, monkeypatch):
     assert (expected[0] - expected[1]).abs().max() > 1e-3
 
 
-# ---------------------------------------------------------------------- defined behaviour
-
-
 def test_at_least_one_view_is_selected(model):
     assert adapt(model, "tpt", views=6, select=0.1).step(image(0)).stats["selected"].numel() == 1
     adapted = adapt(model, "r-tpt", views=10, select=0.15)
@@ -338,9 +335,6 @@ def test_resnet(rollout):
     result = adapted.step(image(0, 70, 90))
     assert result.stats["attention"].shape == (4, 2, 2)
     assert result.logits.isfinite().all()
-
-
-# ---------------------------------------------------------------------- state
 
 
 def test_state_is_untouched_by_steps(model, method):

@@ -35,8 +35,6 @@ SUBJECTS = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------- mutations of one tensor
-
 # name -> (odd tensor, the same values as a plain one); None: it must be refused
 SAME = {
     "as it is": lambda x: (x, x),

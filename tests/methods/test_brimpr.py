@@ -157,9 +157,6 @@ def test_chunked_loss():
         assert torch.allclose(found, fixed.sum(0))
 
 
-# ------------------------------------------------------------------------------------ prompts
-
-
 def test_prompts(tiny_model, tiny_batch):
     options = METHODS["brimpr"]
     adapted = fasttta.adapt(tiny_model(), "brimpr", **options, seed=4)
@@ -197,9 +194,6 @@ def test_a_model_of_another_kind(tiny_model):
         fasttta.adapt(build("three"), "brimpr", spec=Three.spec, source_stats=tiny_stats())
     with pytest.raises(ValueError, match="audio blocks=0"):
         fasttta.adapt(tiny_model(depth=(0, 2, 1)), "brimpr", source_stats=tiny_stats())
-
-
-# ------------------------------------------------------------------------------ a trained model
 
 
 def accuracies(source_stats, stream_name):

@@ -17,9 +17,6 @@ from fasttta.methods import brimpr_losses
 NAMES = ("audio", "video")
 
 
-# -------------------------------------------------------------------------------------- masks
-
-
 def test_masks_are_drawn_from_the_state(tiny_model, tiny_batch, tmp_path):
     options = {**METHODS["brimpr"], "lr": 1e-12, "alignment_weight": 0.0, "contrast_weight": 0.0}
     adapted = fasttta.adapt(tiny_model(), "brimpr", **options, seed=2)
@@ -130,9 +127,6 @@ def test_a_failed_step_draws_nothing(tiny_model, tiny_batch, monkeypatch):
     assert differing(before, adapted) == []
 
 
-# ------------------------------------------------------------------------------- odd batches
-
-
 def test_single_sample(tiny_model, tiny_batch):
     adapted = fasttta.adapt(tiny_model(), "brimpr", **METHODS["brimpr"])
     with_prompts(adapted)
@@ -241,9 +235,6 @@ def test_bf16_stays_close(tiny_model, tiny_batch):
     assert 1e-6 < error < 0.1
     for name, x in found["fp32"].losses.items():
         assert torch.allclose(found["bf16"].losses[name], x, rtol=0.05, atol=0.05), name
-
-
-# ----------------------------------------------------------------------------------- options
 
 
 def test_presets_and_options():

@@ -108,9 +108,6 @@ def check_tuning(golden, precision, prefix, result):
         assert n == int(golden.config["N"] * golden.config["sel"])
 
 
-# ---------------------------------------------------------------------- attention
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rollout", ["code", "paper", "gar"])
 def test_attention(vit, vit_model, device, rollout, precision):
@@ -152,9 +149,6 @@ def test_masks(vit, vit_model, device, precision):
             stats["region"], expected[f"case_{case}.region_u8"], stats["attention"],
             expected[f"case_{case}.thresholds"], precision,
         )  # fmt: skip
-
-
-# ---------------------------------------------------------------------- A-TPT after its regions
 
 
 def mixing(vit, case):
@@ -264,9 +258,6 @@ def test_paper_pipeline(vit, vit_model, device, precision):
         near(model.step(views=views).logits[0].exp(), expected, tolerance, name)
 
 
-# ---------------------------------------------------------------------- its family
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", ["r-tpt", "tpt", "c-tpt"])
 def test_prompt_tuning(vit, vit_model, device, method, precision):
@@ -347,9 +338,6 @@ def test_logits_are_differentiable_for_attacks(vit, vit_model, device, precision
     near(model(clean), expected["pgd.logits_clean"], TOLERANCES[precision]["logits"])
 
 
-# ---------------------------------------------------------------------- ResNet
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_resnet(rn, device, precision):
     expected, limit = rn.expected[precision], TOLERANCES[precision]
@@ -372,9 +360,6 @@ def test_resnet(rn, device, precision):
         near(found, expected[name], limit[kind], name)
     # a gradient of up to 2.8: relative
     near(result.grads["prompt"], expected["grad_ctx"], 5 * limit["grad"], "grad")
-
-
-# ---------------------------------------------------------------------- what must not change
 
 
 def test_names_give_the_same_tokens(vit, vit_model):

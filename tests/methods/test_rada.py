@@ -148,9 +148,6 @@ def test_bad_features():
             RationalHead(*arguments)
 
 
-# ---------------------------------------------------------------------------------- test time
-
-
 def classifier(dtype=torch.float32, seed=0):
     _, text = data(dtype=dtype)
     return FeatureClassifier(some_head(dtype=dtype, seed=seed), text, 10.0)
@@ -329,9 +326,6 @@ def test_bad_calls(tiny_model):
     ):
         with pytest.raises(ValueError, match=match):
             fasttta.methods.RAda(**options)
-
-
-# ----------------------------------------------------------------------------------- real data
 
 
 @pytest.mark.skipif(not DTD.is_dir(), reason="the CLIP features are not here")

@@ -16,9 +16,6 @@ NAMES = list(FUSIONS)
 LR = 1e-2
 
 
-# --------------------------------------------------------------------------- plain autograd
-
-
 def attention_input(model, name, inputs):
     """The model's own forward, and what its last fusion attention was given."""
     seen = []
@@ -143,9 +140,6 @@ def test_stats_cover_three_modalities():
         if i != j
     )
     assert torch.allclose(stats["attention_gap"], gap, rtol=1e-4)
-
-
-# --------------------------------------------------------------------------- the user's module
 
 
 @pytest.mark.parametrize("name", NAMES)

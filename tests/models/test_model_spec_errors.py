@@ -246,9 +246,6 @@ def test_bad_batches():
     assert all(torch.equal(x, before[name]) for name, x in adapted.tuned.items())
 
 
-# --------------------------------------------------------------------------- detection
-
-
 def test_detect_finds_the_specs():
     for name, cls in FUSIONS.items():
         model = build(name)
