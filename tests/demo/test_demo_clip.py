@@ -14,9 +14,9 @@ from safetensors import safe_open
 import fasttta
 from fasttta import cli
 from fasttta.data.attack import pgd
+from fasttta.demo.clip import captions, scenes, train
 from fasttta.demo.clip import report as pages
 from fasttta.demo.clip import run as demo
-from fasttta.demo.clip import scenes, train, words
 
 QUICK = {"methods": ["source", "r-tpt", "a-tpt"], "samples": 16}
 
@@ -30,19 +30,19 @@ def results():
     return data
 
 
-def test_words():
-    ids = words.tokenize(["a photo of the digit seven.", "A cyan two on brown."])
-    assert ids.shape == (2, words.CONTEXT)
+def test_captions():
+    ids = captions.tokenize(["a photo of the digit seven.", "A cyan two on brown."])
+    assert ids.shape == (2, captions.CONTEXT)
     assert ids.dtype == torch.int64
     ends = ids.argmax(1).tolist()
     assert ends == [8, 7]
     assert ids[0, 9:].tolist() == [0, 0, 0]
-    assert ids.max() == words.VOCABULARY - 1
+    assert ids.max() == captions.VOCABULARY - 1
     for text, match in (("a photo of a cat", "unknown cat"), ("a " * 11, "11 words")):
         with pytest.raises(ValueError, match=match):
-            words.tokenize([text])
+            captions.tokenize([text])
     prompts = demo.class_ids()
-    assert (prompts[:, : 1 + len(words.PROMPT.split())] == prompts[0, :6]).all()
+    assert (prompts[:, : 1 + len(captions.PROMPT.split())] == prompts[0, :6]).all()
     assert len(prompts.unique(dim=0)) == 10
 
 
@@ -62,12 +62,12 @@ def test_scenes_are_seeded_and_never_seen_in_training():
 def test_captions_are_true_of_what_they_say():
     drawn = scenes.test_scenes(40, 3)
     texts, true = train.captions(drawn, torch.Generator().manual_seed(0))
-    inks, papers = list(words.INKS), list(words.PAPERS)
+    inks, papers = list(captions.INKS), list(captions.PAPERS)
     for j, text in enumerate(texts):
         said = set(re.findall(r"\w+", text))
         for i in range(40):
-            facts = {words.DIGITS[drawn.digits[i]], inks[drawn.ink[i]], papers[drawn.paper[i]]}
-            about = said & {*words.DIGITS, *inks, *papers}
+            facts = {captions.DIGITS[drawn.digits[i]], inks[drawn.ink[i]], papers[drawn.paper[i]]}
+            about = said & {*captions.DIGITS, *inks, *papers}
             assert true[i, j] == (about <= facts), (text, facts)
     assert true.diagonal().all()
 
@@ -136,8 +136,8 @@ def test_the_numbers_are_those_of_the_public_api(results):
     attacked = pgd(model, drawn.pixels, drawn.digits, eps=4 / 255, steps=10,
                    generator=torch.Generator().manual_seed(0))  # fmt: skip
     adapted = fasttta.adapt(
-        model, "r-tpt", classes=[*words.DIGITS], prompt=words.PROMPT, tokenizer=words.tokenize,
-        views=demo.VIEWS,
+        model, "r-tpt", classes=[*captions.DIGITS], prompt=captions.PROMPT,
+        tokenizer=captions.tokenize, views=demo.VIEWS,
     )  # fmt: skip
     for stream, pixels in (("clean", drawn.pixels), ("attacked", attacked.pixels)):
         hits = (adapted(pixels).argmax(1) == drawn.digits).double().mean().item()

@@ -12,8 +12,8 @@ from ...adapted.entry import adapt
 from ...evaluate.document import data_uri
 from ...models import CLIP
 from ...views import Views, make_views
+from .captions import DIGITS
 from .scenes import Scenes
-from .words import DIGITS
 
 SHOWN = 3  # views, besides those selected
 _HEAT = ((0.05, 0.05, 0.2), (0.55, 0.1, 0.45), (0.95, 0.45, 0.15), (1.0, 0.95, 0.6))

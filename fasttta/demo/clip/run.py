@@ -13,9 +13,9 @@ from ...adapted.entry import adapt
 from ...data.attack import pgd
 from ...evaluate import machine, measure_stream, over_seeds
 from ...methods import Episodic, by_name, names
+from .captions import DIGITS, PROMPT, tokenize
 from .examples import example
 from .scenes import load_clip, test_scenes
-from .words import DIGITS, PROMPT, tokenize
 
 VIEWS = 32
 _TUNED = {"views": VIEWS, "prompt_length": len(PROMPT.split())}

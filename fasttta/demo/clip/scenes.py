@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...models import CLIP
 from ..digits import load_data
-from .words import DIGITS, INKS, PAPERS, PROMPT, tokenize
+from .captions import DIGITS, INKS, PAPERS, PROMPT, tokenize
 
 MODEL_PATH = Path(__file__).with_name("clip.safetensors")
 RESOLUTION = 32

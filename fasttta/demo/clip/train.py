@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models import CLIP
+from .captions import CONTEXT, DIGITS, INKS, PAPERS, TEMPLATES, VOCABULARY, tokenize
 from .scenes import RESOLUTION, Scenes, render
-from .words import CONTEXT, DIGITS, INKS, PAPERS, TEMPLATES, VOCABULARY, tokenize
 
 # heads of 64 channels, as OpenAI's, so that the checkpoint's shapes say everything
 VISION = {"resolution": RESOLUTION, "patch": 4, "dim": 64, "depth": 3, "heads": 1, "hidden": 128}

@@ -1,4 +1,4 @@
-"""The few words that the demo's CLIP reads."""
+"""The captions that the demo's CLIP reads, their words and the tokenizer of these."""
 
 from __future__ import annotations
 
