@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.checks import dense
-from ..views.image import check_range
+from ..views.views import check_range
 
 KNOWLEDGE = (
     "white box on the attacked classifier: its weights, its class prompts and gradients to the "

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.checks import dense
-from ..views.image import ROUNDING, layout_advice, shown
+from ..views.make import layout_advice
+from ..views.views import ROUNDING, shown
 
 
 def _resized(height: int, width: int, size: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 
 import fasttta
 from fasttta.data import Views, attack, cavmae_frame
-from fasttta.views.image import shown
+from fasttta.views.views import shown
 
 ABOVE, BELOW = float(np.nextafter(np.float32(1), np.float32(2))), -1e-7
 

@@ -59,7 +59,7 @@ FAULTS = [
     ),
     (
         "regions-ties",
-        "fasttta/views/regions.py",
+        "fasttta/views/views.py",
         "descending=True, stable=True).indices",
         (
             "descending=True, stable=True).indices if False else maps.flip(1).sort(dim=1, "
@@ -69,7 +69,7 @@ FAULTS = [
     ),
     (
         "axes-advice-for-arrays",
-        "fasttta/views/image.py",
+        "fasttta/views/make.py",
         'call = "transpose" if array else "permute"',
         'call = "permute"',
         "adapted/test_image_inputs.py::test_advice_on_the_order_of_axes_is_a_call_that_works",

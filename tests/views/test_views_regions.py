@@ -9,7 +9,7 @@ from goldens import require
 from safetensors.torch import load_file
 
 from fasttta.views import Views, mix_views, region_map
-from fasttta.views.regions import quantile
+from fasttta.views.views import quantile
 
 # Measured on the golden maps: no pixel differs, and the stored mixed views come out bit for bit.
 # The README allows pixels within 2e-6 of a threshold to flip.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...views.image import shown
+from ...views.views import shown
 from ..blocks.layers import ACTIVATIONS, Linear, PackedAttention
 from ..rational.models import RationalCLIP, fresh_head
 from ..state_dicts import check_keys

@@ -1,17 +1,22 @@
-"""An image as a tensor, and ``Views``: the views of one image that methods adapt on."""
+"""``Views``, the views of one image that methods adapt on, and attention-guided mixing of them.
+
+Where a view's attention is high the mixed view has the pixels of the view, where it is low mostly
+those of its augmentations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.checks import dense
 
+_LOW, _BETWEEN, _HIGH = 0, 1, 2
+_MASKS = ("quantile", "top")
 _RANGES = {
     "weight": "needed [0, 1]",
     "region": "needed 2 (high), 1 (between) or 0 (low)",
@@ -166,91 +171,133 @@ class Views:
         )
 
 
-def _is_pil(image: Any) -> bool:
-    return all(hasattr(image, name) for name in ("mode", "convert", "tobytes", "size"))
+def _order_statistic(maps: Tensor, rank: int) -> Tensor:
+    """[N, P] -> the value of that rank, 0 the smallest, [N, 1]."""
+    return maps.kthvalue(rank + 1, dim=1, keepdim=True).values
 
 
-def _from_pil(image: Any, name: str) -> Tensor:
-    if image.mode[0] in "IF":  # PIL would clip 16-bit levels to 255 without a word
-        raise ValueError(
-            f"{name} is a PIL image of mode {image.mode!r}; needed 8 bits per channel, e.g. 'RGB'"
-        )
-    if 0 in image.size:
-        raise ValueError(f"{name} is {image.width}x{image.height}; needed at least one pixel")
-    levels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return levels.view(image.height, image.width, 3).permute(2, 0, 1)
+def quantile(maps: Tensor, q: float) -> Tensor:
+    """[N, P] -> quantiles [N, 1] with linear interpolation between order statistics.
 
-
-def layout_advice(shape: Sequence[int], levels: bool, array: bool) -> str:
-    """What to type where only the order of an image's axes is wrong; else an empty string.
-
-    Args:
-        levels: whether the image is of 8-bit levels, which lie as [H, W, 3].
-        array: whether it is a NumPy array, whose axes ``transpose`` reorders.
+    The rank is computed in float64; one within 1e-6 of an integer is that integer, so that the
+    threshold is a pixel's own value (0.8 of 224^2 pixels) and `>` leaves that pixel out.
     """
-    call = "transpose" if array else "permute"
-    if len(shape) == 3 and shape[0 if levels else 2] == 3:
-        order, layout = ("1, 2, 0", "[3, H, W]") if levels else ("2, 0, 1", "[H, W, 3]")
-        return f"; if it is {layout}, give image.{call}({order})"
-    return ""
+    rank = q * (maps.shape[1] - 1)
+    low = math.floor(rank)
+    share = rank - low
+    if abs(rank - round(rank)) < 1e-6:
+        return _order_statistic(maps, round(rank))
+    return torch.lerp(_order_statistic(maps, low), _order_statistic(maps, low + 1), share)
 
 
-def read_image(image: Any, name: str, device: torch.device | str | None = None) -> Tensor:
-    """A PIL image or tensor as uint8 levels or floats in [0, 1], [3, H, W] either way.
+def _upsample(attention: Tensor, resolution: int) -> Tensor:
+    """[N, G, G'] -> [N, R * R], bilinear on pixel centres."""
+    size = (resolution, resolution)
+    if attention.shape[1:] != size:
+        attention = F.interpolate(attention[:, None], size, mode="bilinear", align_corners=False)
+    return attention.reshape(len(attention), -1)
+
+
+def _check_share(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; needed a number in [0, 1]")
+
+
+@torch.no_grad()
+def region_map(
+    attention: Tensor,
+    resolution: int,
+    mask: str = "quantile",
+    high: float = 0.2,
+    low: float = 0.8,
+) -> Tensor:
+    """Where the attention of each view is high (2), between (1) or low (0): uint8 [N, R, R].
 
     Args:
-        image: a PIL image with 8 bits per channel, a uint8 tensor or array [H, W, 3], or a floating
-            one [3, H, W] in [0, 1]. Half precision becomes float32.
-        name: what errors call it.
-        device: where the result lies; None: where the image is, a PIL image on the CPU.
+        attention: [N, G, G] maps, upsampled bilinearly (align_corners=False) to R.
+        resolution: R.
+        mask: "quantile": high is above the (1 - high)-quantile of a view's pixels, low at most its
+            ``low``-quantile, so pixels tied at a threshold go together. "top": high are the
+            ceil(high R²) largest pixels, low the ceil(low R²) smallest of the others; of equal
+            pixels the first in reading order count as larger.
+        high, low: shares of pixels; high + low <= 1. Both 0: everything is between.
+
+    On a GPU, maps are not looked at; NaN is then between.
 
     Raises:
-        TypeError: it is none of these.
-        ValueError: its shape or its values are wrong.
+        TypeError: attention is not a floating tensor.
+        ValueError: a shape or setting cannot be used, or (on the CPU) attention is not finite.
+
+    Source: A-TPT; "quantile" its code, "top" its paper.
     """
-    array = isinstance(image, np.ndarray)
-    if array:
-        image = torch.from_numpy(image.copy())  # writable, without negative strides
-    if isinstance(image, Tensor):
-        image = dense(name, image)
-    if _is_pil(image):
-        pixels = _from_pil(image, name)
-    elif not isinstance(image, Tensor):
-        raise TypeError(
-            f"{name} is a {type(image).__name__}; needed a PIL image, a floating tensor [3, H, W] "
-            "in [0, 1] or a uint8 tensor [H, W, 3]"
-        )
-    elif image.dtype == torch.uint8:
-        if image.ndim != 3 or image.shape[2] != 3 or image.numel() == 0:
-            raise ValueError(
-                f"{name} is uint8 with shape {list(image.shape)}; needed [H, W, 3] with at least "
-                f"one pixel{layout_advice(image.shape, True, array)}"
-            )
-        pixels = image.permute(2, 0, 1)
-    elif image.is_floating_point():
-        if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-            raise ValueError(
-                f"{name} has shape {list(image.shape)}; needed [3, H, W] with at least one pixel"
-                f"{layout_advice(image.shape, False, array)}"
-            )
-        pixels = image.detach()
-        if check_range(**{name: pixels}):
-            pixels = pixels.clamp(0.0, 1.0)
-        if pixels.dtype != torch.float64:
-            pixels = pixels.float()
+    if not isinstance(attention, Tensor) or not attention.is_floating_point():
+        kind = getattr(attention, "dtype", type(attention).__name__)
+        raise TypeError(f"attention is {kind}; needed a floating tensor [N, G, G]")
+    if attention.ndim != 3 or attention.numel() == 0:
+        raise ValueError(f"attention has shape {list(attention.shape)}; needed [N, G, G]")
+    if resolution < 1:
+        raise ValueError(f"resolution is {resolution}; needed at least 1 pixel")
+    if mask not in _MASKS:
+        raise ValueError(f"mask is {mask!r}; needed one of {_MASKS}")
+    _check_share(high=high, low=low)
+    if high + low > 1 + 1e-9:
+        raise ValueError(f"high is {high} and low {low}; needed high + low <= 1")
+    if attention.device.type == "cpu" and not attention.isfinite().all():
+        raise ValueError("attention holds NaN or infinity; needed finite maps")
+    if attention.dtype not in (torch.float32, torch.float64):
+        attention = attention.float()
+    maps = _upsample(attention, resolution)  # [N, P]
+    region = torch.full(maps.shape, _BETWEEN, dtype=torch.uint8, device=maps.device)
+    if high or low:
+        if mask == "quantile":
+            above = quantile(maps, 1 - high)
+            below = above if math.isclose(1 - high, low) else quantile(maps, low)
+            region.masked_fill_(maps <= below, _LOW).masked_fill_(maps > above, _HIGH)
+        else:
+            n_pixels = maps.shape[1]
+            order = maps.sort(dim=1, descending=True, stable=True).indices
+            n_high = _count(high, n_pixels)
+            n_low = min(_count(low, n_pixels), n_pixels - n_high)
+            region.scatter_(1, order[:, :n_high], _HIGH)
+            region.scatter_(1, order[:, n_pixels - n_low :], _LOW)
+    return region.view(-1, resolution, resolution)
+
+
+def _count(share: float, n_pixels: int) -> int:
+    return math.ceil(share * n_pixels - 1e-6)  # 0.2 * 35 is 7, not 7.000000000000001
+
+
+def mix_views(views: Views, region: Tensor, mix_high: float = 0.8, mix_low: float = 0.2) -> Tensor:
+    """Views mixed by region: M * base + (1 - M) * mix, [N, 3, R, R] of the views' type.
+
+    M is ``mix_high`` where attention is high, ``mix_low`` where it is low, and the view's own
+    AugMix weight between. View 0, the anchor, is returned as it is.
+
+    Args:
+        views: N views.
+        region: uint8 [N, R, R] of 2 (high), 1 (between) and 0 (low).
+        mix_high, mix_low: weights of the base view, in [0, 1]. Both 0 means plain AugMix views,
+            as in the official code.
+
+    Raises:
+        TypeError, ValueError: region is not uint8 [N, R, R], or a weight lies outside [0, 1].
+
+    Source: A-TPT's code. Its paper mixes with the AugMix view in the place of ``mix``:
+    ``dataclasses.replace(views, mix=views.augmix)``.
+    """
+    shape = [len(views), views.resolution, views.resolution]
+    if region.dtype != torch.uint8:
+        raise TypeError(f"region is {region.dtype}; needed uint8")
+    if list(region.shape) != shape:
+        raise ValueError(f"region has shape {list(region.shape)}; needed {shape}")
+    _check_share(mix_high=mix_high, mix_low=mix_low)
+    if not (mix_high or mix_low):
+        mixed = views.augmix
     else:
-        raise TypeError(f"{name} is {image.dtype}; needed uint8 or floating point")
-    return (pixels if device is None else pixels.to(device)).contiguous()
-
-
-def to_levels(pixels: Tensor) -> Tensor:
-    """Floats in [0, 1] as uint8 levels, cut and not rounded, as official code stores them.
-
-    Levels divided by 255 in float32 come back unchanged.
-    """
-    return pixels if pixels.dtype == torch.uint8 else (pixels * 255).to(torch.uint8)
-
-
-def to_pixels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 levels as floats in [0, 1]; floats as they are."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images
+        share = views.weight.to(views.base.dtype)[:, None, None]
+        share = torch.where(region == _HIGH, mix_high, torch.where(region == _LOW, mix_low, share))
+        share = share[:, None]
+        mixed = share * views.base + (1 - share) * views.mix
+    mixed[0] = views.base[0]
+    return mixed
