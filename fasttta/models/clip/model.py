@@ -135,6 +135,11 @@ class CLIP(nn.Module):
         return self.positional_embedding.shape[0]
 
     @property
+    def num_classes(self) -> int | None:
+        """C, the number of classes; None: no classes are set."""
+        return None if self.class_features is None else len(self.class_features)
+
+    @property
     def map_kind(self) -> str:
         """Where attention maps come from: ``"rollout"`` (ViT) or ``"grad-cam"`` (ResNet)."""
         return "grad-cam" if isinstance(self.visual, ModifiedResNet) else "rollout"
