@@ -181,8 +181,10 @@ class Projected(torch.nn.Module):
         return {"logits": self.head(self.fusion.layers[0].self_attn(x).mean(dim=1))}
 
 
-def test_example_of_a_spec():
-    (block,) = code_blocks((ROOT / "fasttta/models/specified/README.md").read_text())
+def test_examples_of_a_spec(capsys):
+    """The model adapted by a spec, and the detection; the third example only shows a field."""
+    text = (ROOT / "fasttta/models/specified/README.md").read_text()
+    given, detected, _ = code_blocks(text)
     torch.manual_seed(0)
     names: dict[str, Any] = {
         "fasttta": fasttta,
@@ -190,9 +192,13 @@ def test_example_of_a_spec():
         "audio": torch.randn(3, 64, 5),
         "video": torch.randn(3, 49, 7),
     }
-    exec(block, names)
+    exec(given, names)
     assert names["output"]["logits"].shape == (3, 9)
-    assert set(names["spec"].spans) == {"audio", "video"}
+    spans = names["spec"].spans
+    with pytest.warns(UserWarning, match="class tokens"):
+        exec(detected, names)
+    assert tuple(names["spec"].spans.values()) == tuple(spans.values())
+    assert "ModelSpec(" in capsys.readouterr().out
 
 
 def test_examples_of_rada():
