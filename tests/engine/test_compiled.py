@@ -46,7 +46,7 @@ ADAPTED = """
 import sys
 import torch
 
-sys.path.insert(0, TESTS)
+sys.path.insert(0, TESTS + "/support")
 import fasttta
 from clips import tiny_clip, tiny_ids
 from fasttta.demo.digits import load_model, stream
