@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import fasttta
 from fasttta.data import Views
-from fasttta.methods.reliability import entropy, marginal_entropy, similarity_weights
+from fasttta.functional import entropy, marginal_entropy
+from fasttta.methods.view_ensemble import similarity_weights
 from fasttta.models import CLIP
 from fasttta.models.clip.text import Prompts
 from fasttta.models.clip.vision_transformer import (

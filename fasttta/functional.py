@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from .ops import checks, registry
+from .ops import checks, entropies, registry
 from .ops.shared_prefix_attention import layout as layout_of
 
 __all__ = [
@@ -42,6 +42,11 @@ __all__ = [
 
 
 _OPERATIONS = registry.operations()
+
+
+def _rows(x: Tensor, rank: int) -> Tensor:
+    """A batch of any shape as one of the rank that an operation takes."""
+    return x.flatten(0, -rank) if isinstance(x, Tensor) and x.ndim > rank else x
 
 
 def _call(name: str, backend: str | None, *args: Any) -> Any:
@@ -166,12 +171,13 @@ def attention_bootstrap(
 
 
 def entropy(logits: Tensor, *, backend: str | None = None) -> Tensor:
-    """Shannon entropy of softmax(logits) in nats: logits [B, C] -> [B].
+    """Shannon entropy of softmax(logits) in nats: logits [..., C] -> [...].
 
     Source: TENT (Wang et al., ICLR 2021). Logits of -inf (masked classes) count as probability 0.
     """
-    checks.logits_shape(logits)
-    return _call("entropy", backend, logits)
+    rows = _rows(logits, 2)
+    checks.logits_shape(rows)
+    return _call("entropy", backend, rows).view(logits.shape[:-1])
 
 
 def principal_entropy(
@@ -221,16 +227,28 @@ def balance_entropy(
 def marginal_entropy(
     logits: Tensor, *, weight: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """Entropy of the mean prediction of several views (scalar, nats); to be minimised.
+    """Entropy of the mean prediction of several views (nats); to be minimised.
 
     The same number as ``balance_entropy`` of form "mean", which classes' balance maximises.
 
     Args:
-        logits: [N, C], N at least 1: the views of one sample.
+        logits: [N, C], N at least 1: the views of one sample; or [B, N, C], those of B samples,
+            which is computed in log space by PyTorch.
         weight: [N], a view's share, 0 for views that are not selected; None: all equal.
+
+    Returns:
+        0-d, or [B].
+
+    Raises:
+        ValueError: the shapes do not fit, or ``weight`` or a backend is given for [B, N, C].
 
     Source: TPT (Shu et al., NeurIPS 2022), equation 3.
     """
+    if isinstance(logits, Tensor) and logits.ndim == 3:
+        checks.logits_shape(_rows(logits, 2), rows=1)
+        if weight is not None or backend not in (None, "reference"):
+            raise ValueError("weight, backend: needed logits [N, C] of one sample with them")
+        return entropies.marginal_entropy(logits)
     return balance_entropy(logits, weight=weight, backend=backend)
 
 
@@ -267,7 +285,7 @@ def adaptation_head(
 
 
 def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
-    """Anisotropic total variation of each map: maps [N, H, W] -> [N].
+    """Anisotropic total variation of each map: maps [..., H, W] -> [...].
 
     sum |x[i+1, j] - x[i, j]| + sum |x[i, j+1] - x[i, j]|; a map of one pixel has 0. It grows with
     the resolution: the same map upsampled s times has about s times the variation. The gradient
@@ -275,8 +293,9 @@ def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: A-TPT, TV of attention maps.
     """
-    checks.map_shape(maps)
-    return _call("total_variation", backend, maps)
+    rows = _rows(maps, 3)
+    checks.map_shape(rows)
+    return _call("total_variation", backend, rows).view(maps.shape[:-2])
 
 
 def reliability_weights(
@@ -285,15 +304,16 @@ def reliability_weights(
     """Weights of views by the total variation of their attention maps: softmax(-tv / temperature).
 
     Args:
-        tv: [N].
+        tv: [..., N].
         temperature: above 0, in units of tv.
 
     Returns:
-        [N], summing to 1; smooth maps weigh most.
+        [..., N], summing to 1 over the views; smooth maps weigh most.
 
     Source: A-TPT (weights of its ensemble; temperature 1 in the paper).
     """
-    checks.floating("tv", tv, 1, "[maps]")
+    rows = _rows(tv, 1)
+    checks.floating("tv", rows, 1, "[maps]")
     temperature = checks.temperature_of(temperature)
     return _call("reliability_weights", backend, tv, temperature)
 

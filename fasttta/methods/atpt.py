@@ -8,17 +8,11 @@ from typing import Annotated, Any, ClassVar, Self
 
 import torch
 
+from ..functional import entropy, reliability_weights, total_variation
 from ..views import mix_views, region_map
 from .options import AtLeast, Flag, OneOf, Positive, Share
 from .prompt_tuning import PromptTuning, agreement, settle_drop_self
-from .reliability import (
-    ensemble_log_probabilities,
-    entropy,
-    reliability_weights,
-    sharpen,
-    total_variation,
-    upsampled,
-)
+from .view_ensemble import ensemble_log_probabilities, sharpen, upsampled
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..functional import entropy, marginal_entropy
 from ..protocols import VisionLanguageModel
 from .base import Objective
 from .episodic import Episodic, Images, Prediction, Seen, unit
 from .options import AtLeast, Finite, Flag, Positive, Share
-from .reliability import ensemble_logits, entropy, marginal_entropy, similarity_weights
+from .view_ensemble import ensemble_logits, similarity_weights
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,14 @@ def _fake_backward(grad, logits, *_):
 def log_or_zero(p: Tensor) -> Tensor:
     """ln p of probabilities, 0 (value and gradient) where p is 0: p ln p ends there. nan stays."""
     return torch.where(p == 0, 0, torch.log(torch.where(p == 0, 1, p)))
+
+
+def marginal_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction of each sample's views, [B, N, C] -> [B], through log-sum-exp
+    of log-probabilities, as in TPT (Shu et al., NeurIPS 2022)."""
+    log_mean = logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+    log_mean = log_mean.clamp_min(torch.finfo(log_mean.dtype).min)
+    return -(log_mean.exp() * log_mean).sum(-1)
 
 
 def entropy_reference(logits: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def total_variation_reference(maps: Tensor) -> Tensor:
 
 
 def reliability_weights(tv: Tensor, temperature: float) -> Tensor:
-    """softmax(-tv / temperature) of tv [N]: [N], at least in float32."""
-    return (wide(tv) / -temperature).softmax(dim=0)
+    """softmax(-tv / temperature) of tv [..., N] over its last axis, at least in float32."""
+    return (wide(tv) / -temperature).softmax(dim=-1)
 
 
 @torch.no_grad()

@@ -254,7 +254,7 @@ FAULTS = [
     ),
     (
         "similarity-of-itself",
-        "fasttta/methods/reliability.py",
+        "fasttta/methods/view_ensemble.py",
         "similarity = similarity.masked_fill(left_out, -torch.inf)",
         "pass",
         "methods/test_plain_episodes.py::test_prompt_tuning[r-tpt-{}]",

@@ -7,9 +7,10 @@ from clips import near
 
 
 def test_kernels(atpt_kernels):
-    from fasttta.methods import reliability as r
+    from fasttta import functional as F
+    from fasttta.methods import view_ensemble as r
     from fasttta.methods.mta import MTA
-    from fasttta.models.clip import rollout as m
+    from fasttta.models.clip import vision_transformer as m
 
     k = atpt_kernels
     tokens, grads = (
@@ -30,20 +31,20 @@ def test_kernels(atpt_kernels):
     near(rows.unflatten(1, side), k["rollout.paper.cam_raw"], 1e-12)
     assert not m.token_weights(torch.full((1, 4), -1.0)).any()
     for i in range(len([name for name in k if name.endswith(".tv") and name[3:4].isdigit()])):
-        near(r.total_variation(k[f"tv.{i}.map"]), k[f"tv.{i}.tv"], 1e-12)
+        near(F.total_variation(k[f"tv.{i}.map"]), k[f"tv.{i}.tv"], 1e-12)
     for t in ("0.25", "1.0"):
-        w = r.reliability_weights(k["ens.tv"], float(t))
+        w = F.reliability_weights(k["ens.tv"], float(t))
         near(w, k[f"ens.temp{t}.weights"], 1e-12)
         logits = k["ens.logits"][None]
         near(r.ensemble_log_probabilities(logits, w[None])[0].exp(), k[f"ens.temp{t}.probs"], 1e-12)
         near(r.ensemble_logits(logits, w[None])[0], k[f"ens.temp{t}.weighted_logits"], 1e-12)
-    near(r.entropy(k["loss.logits"]), k["loss.entropy_per_view"], 1e-12)
+    near(F.entropy(k["loss.logits"]), k["loss.entropy_per_view"], 1e-12)
     chosen = k["loss.logits"][k["loss.selected_idx"]]
-    near(r.marginal_entropy(chosen[None])[0], k["loss.marginal_selected.value"], 1e-12)
-    near(r.entropy(chosen).mean(), k["loss.pointwise_selected.value"], 1e-12)
+    near(F.marginal_entropy(chosen[None])[0], k["loss.marginal_selected.value"], 1e-12)
+    near(F.entropy(chosen).mean(), k["loss.pointwise_selected.value"], 1e-12)
     for kind, loss in (
-        ("marginal", lambda x: r.marginal_entropy(x[None])[0]),
-        ("pointwise", lambda x: r.entropy(x).mean()),
+        ("marginal", lambda x: F.marginal_entropy(x[None])[0]),
+        ("pointwise", lambda x: F.entropy(x).mean()),
     ):
         extreme = k["loss.extreme.logits"].clone().requires_grad_()
         value = loss(extreme)

@@ -11,7 +11,8 @@ from clips import tiny_clip, tiny_ids, tiny_views
 from safetensors.torch import save_file
 from torch import nn
 
-from fasttta.methods import reliability
+from fasttta import functional
+from fasttta.methods import view_ensemble
 from fasttta.models import CLIP
 from fasttta.models.clip import vision_transformer
 from fasttta.models.clip.checkpoint import infer_clip_sizes, read_clip_state
@@ -274,12 +275,12 @@ def test_attention_errors():
 
 def test_even_maps_and_lone_views():
     assert not vision_transformer.normalise_map(torch.ones(2, 9)).any()
-    assert reliability.similarity_weights(torch.ones(1, 1, 4), 20, 0.01).item() == 1
+    assert view_ensemble.similarity_weights(torch.ones(1, 1, 4), 20, 0.01).item() == 1
     equal = F.normalize(torch.ones(1, 5, 4), dim=-1)
-    weights = reliability.similarity_weights(equal, 20, 0.01)
+    weights = view_ensemble.similarity_weights(equal, 20, 0.01)
     assert torch.allclose(weights, torch.full((1, 5), 0.2))
-    assert reliability.entropy(torch.zeros(3, 1)).tolist() == [0, 0, 0]
-    assert reliability.marginal_entropy(torch.tensor([[[1e4, -1e4]]])).item() == 0
+    assert functional.entropy(torch.zeros(3, 1)).tolist() == [0, 0, 0]
+    assert functional.marginal_entropy(torch.tensor([[[1e4, -1e4]]])).item() == 0
 
 
 def test_a_view_is_no_neighbour_of_its_own():
@@ -289,11 +290,11 @@ def test_a_view_is_no_neighbour_of_its_own():
     exact = features.double()
     similarity = exact @ exact.transpose(1, 2) - 10 * torch.eye(30)
     expected = (similarity.topk(20, -1).values.mean(-1) / 0.01).softmax(-1)
-    weights = reliability.similarity_weights(features, 20, 0.01)
+    weights = view_ensemble.similarity_weights(features, 20, 0.01)
     assert (weights - expected).abs().max() < 1e-4
     kept = [i % 3 != 0 for i in range(30)]
     similarity = exact @ exact.transpose(1, 2)
     similarity = similarity.masked_fill(torch.diag(torch.tensor(kept)), -torch.inf)
     expected = (similarity.topk(20, -1).values.mean(-1) / 0.01).softmax(-1)
-    weights = reliability.similarity_weights(features, 20, 0.01, kept)
+    weights = view_ensemble.similarity_weights(features, 20, 0.01, kept)
     assert (weights - expected).abs().max() < 1e-4
