@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import trace as ranges
-from ..methods.base import Method, Objective, TwoPassMethod, check_objective, joined
-from ..methods.queue import WindowedMethod
+from ..methods.base import Method, Objective, TwoPassMethod, check_objective
+from ..methods.queue import KeptPasses, WindowedMethod
 from ..ops.checks import dense
 from ..protocols import FusionModel, ReturnsMore
 from .episode import run_updates
@@ -355,8 +354,8 @@ def prepare(
             not finite.
     """
     names = model.input_names
-    required = model.required_inputs
-    if not required <= len(inputs) <= len(names):
+    if len(inputs) != len(names) and not model.required_inputs <= len(inputs) < len(names):
+        required = model.required_inputs
         needed = str(required) if required == len(names) else f"{required} to {len(names)}"
         raise TypeError(
             f"needed {needed} inputs ({', '.join(names)}), found {len(inputs)}; "
@@ -376,47 +375,3 @@ def prepare(
                 raise ValueError(f"{name} holds non-finite values (NaN or infinity in {kind})")
             prepared.append(x.clone() if x.is_inference() else x)
     return tuple(prepared)
-
-
-class KeptPasses:
-    """A model whose last prediction's fusion pass is kept, with what its backward needs, and given
-    again when the next step asks for it. One of ``window`` forward passes of a step is saved.
-
-    Whether it still holds is asked of the tensors themselves: reset, load and every other change
-    in place counts their versions up.
-    """
-
-    def __init__(self, model: FusionModel, leaves: Sequence[Tensor]) -> None:
-        self._model, self._leaves = model, leaves
-        self._kept: list[tuple[Tensor, list[int], Any]] = []
-
-    def predict(self, tokens: Tensor) -> Tensor:
-        """Logits [B, C] of tokens, from passes that are kept."""
-        self._kept = []
-        for part in self._model.pieces(tokens):
-            with torch.enable_grad():
-                output = self._model.fuse_attention(part)
-            self._kept.append((part, self._versions(part), output))
-        return joined([output[0].detach() for _, _, output in self._kept])
-
-    def fuse_attention(self, tokens: Tensor) -> Any:
-        """The model's ``fuse_attention``, or the kept result of a pass over the same tokens."""
-        for i, (kept, versions, output) in enumerate(self._kept):
-            # Same pointer and shape: same tensor. It is held here, so its memory is not reused.
-            if kept.data_ptr() == tokens.data_ptr() and kept.shape == tokens.shape:
-                del self._kept[i]  # its graph is good for one backward
-                if versions == self._versions(tokens):
-                    return output
-                break
-        return self._model.fuse_attention(tokens)
-
-    def _versions(self, tokens: Tensor) -> list[int]:
-        return [x._version for x in (tokens, *self._leaves)]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._model, name)
-
-    def __deepcopy__(self, memo: dict) -> KeptPasses:
-        return KeptPasses(copy.deepcopy(self._model, memo), copy.deepcopy(self._leaves, memo))

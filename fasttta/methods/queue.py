@@ -6,9 +6,10 @@ and so on: 1 if it counts, else 0. A captured step keeps the same batches in a r
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -214,3 +215,47 @@ def check_queue(
         place.dtype == torch.int64 and not place.ndim and 0 <= int(place) < max(window, 1)
     ):
         raise ValueError(f"method.place: needed an integer from 0 to {window - 1}")
+
+
+class KeptPasses:
+    """A model whose last prediction's fusion pass is kept, with what its backward needs, and given
+    again when the next step asks for it. One of ``window`` forward passes of a step is saved.
+
+    Whether it still holds is asked of the tensors themselves: reset, load and every other change
+    in place counts their versions up.
+    """
+
+    def __init__(self, model: FusionModel, leaves: Sequence[Tensor]) -> None:
+        self._model, self._leaves = model, leaves
+        self._kept: list[tuple[Tensor, list[int], Any]] = []
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Logits [B, C] of tokens, from passes that are kept."""
+        self._kept = []
+        for part in self._model.pieces(tokens):
+            with torch.enable_grad():
+                output = self._model.fuse_attention(part)
+            self._kept.append((part, self._versions(part), output))
+        return joined([output[0].detach() for _, _, output in self._kept])
+
+    def fuse_attention(self, tokens: Tensor) -> Any:
+        """The model's ``fuse_attention``, or the kept result of a pass over the same tokens."""
+        for i, (kept, versions, output) in enumerate(self._kept):
+            # Same pointer and shape: same tensor. It is held here, so its memory is not reused.
+            if kept.data_ptr() == tokens.data_ptr() and kept.shape == tokens.shape:
+                del self._kept[i]  # its graph is good for one backward
+                if versions == self._versions(tokens):
+                    return output
+                break
+        return self._model.fuse_attention(tokens)
+
+    def _versions(self, tokens: Tensor) -> list[int]:
+        return [x._version for x in (tokens, *self._leaves)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+    def __deepcopy__(self, memo: dict) -> KeptPasses:
+        return KeptPasses(copy.deepcopy(self._model, memo), copy.deepcopy(self._leaves, memo))

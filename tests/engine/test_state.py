@@ -11,7 +11,8 @@ from cases import METHODS, differing, same, snapshot, state_equal
 from safetensors.torch import load_file
 
 import fasttta
-from fasttta.engine.step import KeptPasses, Step
+from fasttta.engine.step import Step
+from fasttta.methods.queue import KeptPasses
 
 
 def test_reset_is_bitwise(tiny_model, tiny_batch, method):
