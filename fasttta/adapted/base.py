@@ -132,6 +132,16 @@ class Adapted(Saved):
         self._verified = family.module is None
         self._in_source: bool = False
 
+    def made_by(self, remake: Callable[..., Any], spec: Any) -> Self:
+        """Remembers how it was made, for pickling.
+
+        Args:
+            remake: a function at the top of a module, which makes the same anew from the model,
+                ``spec``, the method, the engine, a record and tensors.
+        """
+        self._remake, self._spec = remake, spec
+        return self
+
     @abc.abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Adapts on a batch and predicts it."""

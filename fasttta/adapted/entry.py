@@ -11,14 +11,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .. import __version__, methods
+from .. import methods
 from ..engine import folder as saves
 from ..engine import record as records
 from ..engine.precision import resolve
 from ..engine.result import warn
 from ..engine.shift_detector import Guard, ShiftDetector
 from ..families import Family, adapted_as, recognise
-from ..methods import registry
 from ..methods.base import Method
 from ..methods.episodic import Episodic
 from ..methods.options import option_names
@@ -29,6 +28,7 @@ from .base import Adapted
 from .fusion import AdaptedFusion
 from .head import AdaptedHead
 from .images import AdaptedCLIP
+from .saved import recorded_method
 
 _ENGINES = ("auto", "eager", "graph")
 
@@ -323,44 +323,10 @@ def load(
     record, tensors = saves.read(folder)
     file = Path(folder) / saves.RECORD
     with saves.naming(file):
-        chosen = _recorded_method(record, folder, method)
+        chosen = recorded_method(record, folder, method)
     adapted = _restored(model, spec, chosen, engine, record, tensors, file)
     _warn_of_ranks(model)
     return adapted
-
-
-def _recorded_method(
-    record: Mapping[str, Any], folder: str | os.PathLike[str], cls: type[Method] | None
-) -> Method:
-    """The method of a record, of a class that is passed or registered."""
-    path = record.get("class")
-    if cls is None and path is not None:
-        cls = registry.registered_at(record["method"], path)
-        if cls is None:
-            short = path.rpartition(".")[2]
-            raise ValueError(
-                f"class: the method is {path}, which load does not import; pass the class: "
-                f"fasttta.load(model, {os.fspath(folder)!r}, method={path}) after importing "
-                f"{short}, or register it"
-            )
-    if cls is None:
-        cls = methods.by_name(record["method"])
-    if cls.name != record["method"]:
-        raise ValueError(
-            f"method: it was saved with {record['method']!r}, method={cls.__name__} is {cls.name!r}"
-        )
-    missing = [name for name in option_names(cls) if name not in record["options"]]
-    if missing and record["fasttta"] == __version__:  # another version may know fewer
-        raise ValueError(f"options.{missing[0]} is missing")
-    try:
-        return cls(**{name: _tuples(value) for name, value in record["options"].items()})
-    except Exception as error:  # whatever a method's own checks raise
-        raise ValueError(f"options: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    """An option as a method had it: JSON has lists only, and frozen options no lists."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _restored(

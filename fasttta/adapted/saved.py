@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..engine import folder as saves
 from ..engine import record as records
 from ..methods import registry
@@ -51,16 +52,7 @@ class Saved(nn.Module, abc.ABC):
     _owner: object  #: of checkpoints; a copy has its own
     _watch: Any
     _spec: Any = None
-
-    def made_by(self, remake: Callable[..., Any], spec: Any) -> Self:
-        """Remembers how it was made, for pickling.
-
-        Args:
-            remake: a function at the top of a module, which makes the same anew from the model,
-                ``spec``, the method, the engine, a record and tensors.
-        """
-        self._remake, self._spec = remake, spec
-        return self
+    _remake: Callable[..., Any]  #: makes the same anew, as ``made_by`` was given it
 
     @abc.abstractmethod
     def _state_now(self) -> Any:
@@ -223,3 +215,37 @@ def _unpacked(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tenso
     if records.tensors_digest(tensors) != record["sha256"]:
         raise ValueError("is damaged: the tensors are not those that were saved together")
     return record, tensors
+
+
+def recorded_method(
+    record: Mapping[str, Any], folder: str | os.PathLike[str], cls: type[Method] | None
+) -> Method:
+    """The method of a record, of a class that is passed or registered."""
+    path = record.get("class")
+    if cls is None and path is not None:
+        cls = registry.registered_at(record["method"], path)
+        if cls is None:
+            short = path.rpartition(".")[2]
+            raise ValueError(
+                f"class: the method is {path}, which load does not import; pass the class: "
+                f"fasttta.load(model, {os.fspath(folder)!r}, method={path}) after importing "
+                f"{short}, or register it"
+            )
+    if cls is None:
+        cls = registry.by_name(record["method"])
+    if cls.name != record["method"]:
+        raise ValueError(
+            f"method: it was saved with {record['method']!r}, method={cls.__name__} is {cls.name!r}"
+        )
+    missing = [name for name in option_names(cls) if name not in record["options"]]
+    if missing and record["fasttta"] == __version__:  # another version may know fewer
+        raise ValueError(f"options.{missing[0]} is missing")
+    try:
+        return cls(**{name: _tuples(value) for name, value in record["options"].items()})
+    except Exception as error:  # whatever a method's own checks raise
+        raise ValueError(f"options: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """An option as a method had it: JSON has lists only, and frozen options no lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -5,7 +5,7 @@ STATE, INTERRUPTS, GRAPH = (
 )
 FOLDER, RECORD = "fasttta/engine/folder.py", "fasttta/engine/record.py"
 STEP = "fasttta/engine/step.py"
-BASE, SAVED, ENTRY = (f"fasttta/adapted/{name}.py" for name in ("base", "saved", "entry"))
+BASE, SAVED = "fasttta/adapted/base.py", "fasttta/adapted/saved.py"
 
 FAULTS = [
     (
@@ -117,7 +117,7 @@ FAULTS = [
         "methods/test_custom_methods.py::test_what_would_not_be_run_is_refused",
     ),
     (
-        "a record without its class is read by name", ENTRY,
+        "a record without its class is read by name", SAVED,
         "if cls is None and path is not None:", "if False:",
         "methods/test_custom_methods.py::test_saved_and_loaded_by_its_class",
     ),
