@@ -158,8 +158,7 @@ def adapt(
     family = recognise(model, spec)
     if classes is not None and not family.takes_classes:
         raise ValueError(
-            f"classes={classes!r:.80}: recognised as {family.name}; models of this family take no "
-            "classes (a RationalCLIP has its own: adapt its .model for others)"
+            f"classes={classes!r:.80}: recognised as {family.name}; {family.no_classes}"
         )
     if guard is not None and not isinstance(guard, ShiftDetector):
         raise TypeError(f"guard must be a fasttta.ShiftDetector, found {guard!r:.80}")

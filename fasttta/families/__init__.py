@@ -107,9 +107,8 @@ def _unwrapped(
 
 def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
     """Whether a module has parts of these names, dotted ones inside others."""
-    for part in parts:
-        path, _, leaf = part.rpartition(".")
-        holder = module._modules.get(path) if path else module
-        if holder is None or leaf not in parts_of(holder):
-            return False
-    return True
+    names = parts_of(module)
+    for name, held in module._modules.items():
+        if held is not None and any(part.startswith(f"{name}.") for part in parts):
+            names |= {f"{name}.{inner}" for inner in parts_of(held)}
+    return names.issuperset(parts)

@@ -29,11 +29,12 @@ class Family(abc.ABC):
             is ``model`` itself, without hooks.
         structure: ``model`` as it was when it was recognised, with buffers of its own: a user's
             module may get other classes and buffers later, which what adapts does not have.
+        takes_images: whether inputs are images, of which views can be made.
 
     Class attributes:
         methods: kinds of methods (``Method.families``) that the family's models run.
         default_method: the name that ``method="auto"`` stands for.
-        takes_classes: whether ``adapt`` takes ``classes=``.
+        takes_classes: whether ``adapt`` takes ``classes=``; no_classes: why not, for messages.
     """
 
     name: str
@@ -41,15 +42,12 @@ class Family(abc.ABC):
     prefix: str = ""
     module: nn.Module | None = field(default=None, repr=False)
     structure: Any = field(default=None, repr=False)
+    takes_images: bool = False
 
     methods: ClassVar[tuple[str, ...]]
     default_method: ClassVar[str]
     takes_classes: ClassVar[bool] = False
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether inputs are images, of which views can be made."""
-        return False
+    no_classes: ClassVar[str] = "models of this family take no classes"
 
     @abc.abstractmethod
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:

@@ -181,9 +181,10 @@ def clip_bpe(path: str | os.PathLike) -> Callable[[list[str]], list[list[int]]]:
     opened = gzip.open if os.fspath(path).endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : 1 + _COUNT]  # the first is a version
-    merges = [tuple(line.split()) for line in lines if line.strip()]
-    if not merges or any(len(pair) != 2 for pair in merges):
+    pairs = [line.split() for line in lines if line.strip()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{os.fspath(path)!r} holds no merges, two symbols a line")
+    merges = [(left, right) for left, right in pairs]
     symbols = _byte_symbols()
     words = [*symbols, *(f"{s}</w>" for s in symbols), *("".join(pair) for pair in merges)]
     vocabulary = {word: i for i, word in enumerate([*words, _SOT, _EOT])}
@@ -206,8 +207,8 @@ def clip_bpe(path: str | os.PathLike) -> Callable[[list[str]], list[list[int]]]:
 
     def encode(texts: list[str]) -> list[list[int]]:
         plain = [html.unescape(html.unescape(text)).strip() for text in texts]
-        found = bpe.encode_batch(plain, add_special_tokens=False)
-        return [[start, *each.ids, end] for each in found]
+        encodings = bpe.encode_batch(plain, add_special_tokens=False)
+        return [[start, *encoding.ids, end] for encoding in encodings]
 
     return encode
 
@@ -215,5 +216,6 @@ def clip_bpe(path: str | os.PathLike) -> Callable[[list[str]], list[list[int]]]:
 def _byte_symbols() -> list[str]:
     """The printable characters that stand for bytes, in the order of OpenAI's vocabulary: those
     that are printable themselves first, the others from U+0100 on."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in own] + [chr(256 + i) for i in range(256 - len(own))]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = range(256 - len(printable))
+    return [chr(b) for b in printable] + [chr(256 + i) for i in others]

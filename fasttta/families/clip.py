@@ -60,7 +60,7 @@ class ClipFamily(Family):
         """
         if isinstance(module, CLIP):
             name = "fasttta.models.CLIP"
-            return cls(name, module, prefix, module if altered(module) else None)
+            return cls(name, module, prefix, module if altered(module) else None, takes_images=True)
         hugging_face = "vision_model" in module._modules
         name = "Hugging Face CLIPModel" if hugging_face else "open_clip or OpenAI CLIP"
         refuse_wrapped_layers(module, name)
@@ -73,13 +73,13 @@ class ClipFamily(Family):
                 f"{type(module).__name__} looks like {name}, but {error}{more}"
             ) from error
         return cls(
-            name, clip, prefix, module, outputs=_hugging_face if hugging_face else _open_clip
+            name,
+            clip,
+            prefix,
+            module,
+            outputs=_hugging_face if hugging_face else _open_clip,
+            takes_images=True,
         )
-
-    @property
-    def takes_images(self) -> bool:
-        """Always."""
-        return True
 
     def with_classes(
         self, classes: Any, prompt: str, precision: Precision, resources: Mapping[str, Any]
@@ -121,7 +121,7 @@ class ClipFamily(Family):
         dtype = next(self.module.parameters()).dtype
         ids = ids[:2].to(pixels.device)
         x = clip._normalised(pixels).to(dtype)
-        own = structural_copy(self.module, lambda name, parameter: parameter, hooks=True)
+        twin = structural_copy(self.module, lambda name, parameter: parameter, hooks=True)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         ours = structural_copy(clip, lambda name, parameter: _as(parameter, wide))
         for name, buffer in ours.named_buffers():
@@ -131,14 +131,14 @@ class ClipFamily(Family):
         features = [ours.encode_image(pixels.to(wide)), ours.encode_text(ids)]
         features = [y.double() / y.double().norm(dim=-1, keepdim=True) for y in features]
         try:
-            if isinstance(own, CLIP):
-                theirs = own.encode_image(pixels.to(dtype)), own.encode_text(ids)
-                own.class_features = features[1].to(dtype)
-                logits = own(pixels.to(dtype))
+            if isinstance(twin, CLIP):
+                theirs = twin.encode_image(pixels.to(dtype)), twin.encode_text(ids)
+                twin.class_features = features[1].to(dtype)
+                logits = twin(pixels.to(dtype))
             else:
                 assert self.outputs is not None
-                theirs = self.outputs(own, x, ids)
-                logits = _own_logits(own, x, ids)
+                theirs = self.outputs(twin, x, ids)
+                logits = _own_logits(twin, x, ids)
         except Exception as error:
             raise ValueError(
                 f"recognised as {self.name}, but its own forward fails: {error}"

@@ -16,6 +16,7 @@ class RationalFamily(FusionFamily):
     """A ``FeatureClassifier``, ``RationalCAVMAE`` or ``RationalCLIP``, which runs as it is."""
 
     default_method: ClassVar[str] = "rada"
+    no_classes: ClassVar[str] = "this model has its own; adapt its .model for others"
 
     @classmethod
     def of(cls, model: ModelWithHead, prefix: str) -> RationalFamily:
@@ -23,9 +24,6 @@ class RationalFamily(FusionFamily):
         module = model if altered(model) else None
         # "rada" asks for no attention, which is what it lacks of a fusion model
         fusion = cast(FusionModel, model)
-        return cls(f"fasttta.models.{type(model).__name__}", fusion, prefix, module)
-
-    @property
-    def takes_images(self) -> bool:
-        """Of a RationalCLIP; features and a CAV-MAE's inputs have no views."""
-        return isinstance(self.model, RationalCLIP)
+        name = f"fasttta.models.{type(model).__name__}"
+        images = isinstance(model, RationalCLIP)
+        return cls(name, fusion, prefix, module, takes_images=images)

@@ -6,7 +6,7 @@ layers that others have wrapped, and models that no family knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import MethodType
 from typing import NoReturn
 
@@ -68,7 +68,7 @@ def hook_advice(module: nn.Module) -> str:
 
 
 def altered(module: nn.Module) -> bool:
-    """Whether a module of fasttta's own may compute something else than its class says: it is of a
+    """Whether one of fasttta's models may compute something else than its class says: it is of a
     user's subclass, or has hooks."""
     ours = type(module).__module__.split(".")[0] == "fasttta"
     return not ours or bool(hooked_modules(module))
@@ -114,36 +114,38 @@ def refuse_unusable_weights(model: nn.Module) -> None:
     Raises:
         ValueError: one is not; names the module, what it is and what to do.
     """
-    first: tuple[str, torch.device] | None = None
+    kinds: set[type] = set()
     for path, module in model.named_modules():
-        if (reason := _unusable_module(path, module)) is not None:
-            raise ValueError(reason)
-        for name, x, is_parameter in _tensors(path, module):
-            if x.is_meta:
-                raise ValueError(_without_values(model))
-            plain = type(x) in _PLAIN and x.dtype in _FLOATS and x.layout == torch.strided
-            reason = None if plain and not x.is_nested else _unusable_tensor(name, x, is_parameter)
-            if reason is not None:
-                raise ValueError(f"{name} {reason}")
-            first = first or (name, x.device)
-            if x.device != first[1]:
-                raise ValueError(
-                    f"the model lies on several devices: {first[0]} on {first[1]}, {name} on "
-                    f"{x.device}; move it to one: model.to({str(first[1])!r})"
-                )
+        packed = "_packed_params" in vars(module) or "_packed_params" in module._modules
+        if packed or type(module) not in kinds:
+            kinds.add(type(module))
+            if (reason := _unusable_module(path, module, packed)) is not None:
+                raise ValueError(reason)
+    first: tuple[str, torch.device] | None = None
+    for name, x, is_parameter in _tensors(model):
+        plain = type(x) in _PLAIN and x.dtype in _FLOATS and x.layout == torch.strided
+        reason = None if plain and not x.is_nested else _unusable_tensor(name, x, is_parameter)
+        if reason is not None:
+            raise ValueError(f"{name} {reason}")
+        if x.is_meta:
+            raise ValueError(_without_values(model))
+        first = first or (name, x.device)
+        if x.device != first[1]:
+            raise ValueError(
+                f"the model lies on several devices: {first[0]} on {first[1]}, {name} on "
+                f"{x.device}; move it to one: model.to({str(first[1])!r})"
+            )
 
 
-def _tensors(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Names and values of a module's tensors, and whether they are parameters."""
-    prefix = f"{path}." if path else ""
-    for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
-        for name, x in tensors.items():
-            if x is not None:
-                yield prefix + name, x, is_parameter
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
+    """Names and values of a model's tensors, and whether they are parameters."""
+    parameters = [(name, x, True) for name, x in model.named_parameters()]
+    return parameters + [(name, x, False) for name, x in model.named_buffers()]
 
 
-def _unusable_module(path: str, module: nn.Module) -> str | None:
-    """Why the weights of a module cannot be computed with, whatever its tensors are."""
+def _unusable_module(path: str, module: nn.Module, packed: bool) -> str | None:
+    """Why the weights of a module cannot be computed with, whatever its tensors are; ``packed``: it
+    keeps them in an object of their own."""
     where, kind = path or "the model", type(module)
     if any(c.__name__ in _SHARDED for c in kind.__mro__):
         return (
@@ -160,16 +162,10 @@ def _unusable_module(path: str, module: nn.Module) -> str | None:
     quantised = "quantized" in kind.__module__.split(".") and kind.__module__.startswith(
         ("torch.ao.nn.", "torch.nn.")
     )
-    if quantised or "_packed_params" in vars(module) or "_packed_params" in module._modules:
+    if quantised or packed:
         return (
             f"{where} ({kind.__module__}.{kind.__name__}) holds quantised weights, which have "
             f"no gradient; {_FLOAT_MODEL}"
-        )
-    if any(x is not None and is_lazy(x) for x in (*module._parameters.values(),
-                                                  *module._buffers.values())):  # fmt: skip
-        return (
-            f"{where} ({kind.__name__}) has no weights yet (a lazy module); run the model "
-            "once on a batch, which makes them, and then adapt"
         )
     return None
 
@@ -187,6 +183,11 @@ def _without_values(model: nn.Module) -> str:
 def _unusable_tensor(name: str, x: Tensor, is_parameter: bool) -> str | None:
     """Why a tensor cannot be computed with; None: it can."""
     kind = type(x)
+    if is_lazy(x):
+        return (
+            "holds no weights yet (it is of a lazy module); run the model once on a batch, which "
+            "makes them, and then adapt"
+        )
     if any(c.__name__ == "DTensor" for c in kind.__mro__):
         return (
             "is a DTensor, which lies in parts on several processes; gather it first "

@@ -45,14 +45,14 @@ def gradients_of(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[Te
 
 
 def check_gradients(
-    family: str, names: Iterable[str], own: Sequence[Tensor | None], ours: Sequence[Tensor | None],
-    tolerance: float, module: nn.Module, needed: bool,
+    family: str, names: Iterable[str], theirs: Sequence[Tensor | None],
+    ours: Sequence[Tensor | None],    tolerance: float, module: nn.Module, needed: bool,
 ) -> None:  # fmt: skip
     """Compares gradients of the tuned tensors.
 
     Args:
         family: of the model, for messages.
-        own: by plain autograd on the module's own forward; ours: on the model as methods run it.
+        theirs: by plain autograd on the module's own forward; ours: on the model as methods run it.
         tolerance: of the largest gradient.
         needed: every tensor must have one: the method tunes projections, which are all used.
 
@@ -60,7 +60,7 @@ def check_gradients(
         ValueError: they differ, or a needed one is missing.
     """
     names = list(names)
-    if all(a is None for a in own) and any(b is not None for b in ours):
+    if all(a is None for a in theirs) and any(b is not None for b in ours):
         return  # a forward under torch.no_grad(), whose function is known all the same
     if all(b is None for b in ours):
         raise ValueError(
@@ -68,8 +68,8 @@ def check_gradients(
             "...): does its forward run under torch.no_grad(), detach what the fusion computes, or "
             f"checkpoint with use_reentrant=True? If so, {_CHECKPOINTING}"
         )
-    largest = max(a.abs().max().item() for a in own if a is not None)
-    for name, a, b in zip(names, own, ours, strict=True):
+    largest = max(a.abs().max().item() for a in theirs if a is not None)
+    for name, a, b in zip(names, theirs, ours, strict=True):
         if a is None and b is None:
             if needed:
                 raise ValueError(
@@ -91,22 +91,22 @@ def check_gradients(
             )
 
 
-def check_returned(family: str, own: object, ours: object, tolerance: float) -> None:
+def check_returned(family: str, theirs: object, ours: object, tolerance: float) -> None:
     """Compares what the module returns besides logits: hidden states, attention maps.
 
     Raises:
         ValueError: tensors are missing or differ.
     """
-    theirs, mine = list(tensors(own)), list(tensors(ours))
-    same = len(theirs) == len(mine) and all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(theirs, mine, strict=True)
+    pairs = list(tensors(theirs)), list(tensors(ours))
+    same = len(pairs[0]) == len(pairs[1]) and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(*pairs, strict=True)
     )
-    if not same or (not alike(own, ours) and type(own) is not type(ours)):
+    if not same or (not alike(theirs, ours) and type(theirs) is not type(ours)):
         raise ValueError(
-            f"{family}: its own forward returns {described(own)}, cut as the ModelSpec says "
+            f"{family}: its own forward returns {described(theirs)}, cut as the ModelSpec says "
             f"{described(ours)}: are results recorded by hooks that others have registered?"
         )
-    for a, b in zip(theirs, mine, strict=True):
+    for a, b in zip(*pairs, strict=True):
         if not a.is_floating_point():
             if not torch.equal(a, b):
                 raise ValueError(f"{family}: an integer tensor that it returns differs")
@@ -114,6 +114,6 @@ def check_returned(family: str, own: object, ours: object, tolerance: float) -> 
         bound = tolerance * max(1.0, a[torch.isfinite(a)].abs().max().item() if a.numel() else 1.0)
         if not torch.allclose(a, b, rtol=0, atol=bound, equal_nan=True):
             raise ValueError(
-                f"{family}: what it returns besides logits ({described(own)}) differs from its own "
-                "forward's: is there something random or stateful in it?"
+                f"{family}: what it returns besides logits ({described(theirs)}) differs from its "
+                "own forward's: is there something random or stateful in it?"
             )

@@ -153,12 +153,9 @@ def test_several_devices(monkeypatch):
         def __getattr__(self, name):
             return getattr(self.x, name)
 
-    seen = []
-
-    def tensors(path, module):
-        for name, x in module._parameters.items():
-            seen.append(name)
-            yield f"{path}.{name}", Elsewhere(x, f"cuda:{int(len(seen) > 4)}"), True
+    def tensors(model):
+        for i, (name, x) in enumerate(model.named_parameters()):
+            yield name, Elsewhere(x, f"cuda:{int(i > 3)}"), True
 
     monkeypatch.setattr(refusals, "_unusable_tensor", lambda *_: None)
     monkeypatch.setattr(refusals, "_tensors", tensors)

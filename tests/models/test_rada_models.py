@@ -234,7 +234,7 @@ def test_bad_images(clip):
         tiny_clip().rational()
     merged = adapted.unwrap(merge=True)
     for method in ("rada", "source"):
-        with pytest.raises(ValueError, match="a RationalCLIP has its own"):
+        with pytest.raises(ValueError, match="this model has its own"):
             fasttta.adapt(merged, method, classes=tiny_ids())
     with pytest.raises(ValueError, match="temperature=9.0: the model's own head has 1.0"):
         fasttta.adapt(merged, "rada", temperature=9.0)
