@@ -136,7 +136,7 @@ def table(numbers: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Prints the table of a folder of features; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fasttta.demo.features", description=__doc__)
     parser.add_argument("folder", help="of train.npz and val.npz")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")

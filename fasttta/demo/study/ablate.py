@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
     @property
     def method(self) -> ABPEM:
-        """ABPEM with the demo's settings and what differs from them."""
+        """ABPEM with the demo's settings and this variant's options."""
         return ABPEM(**{**SETTINGS["abpem"], **self.options})
 
 
