@@ -168,12 +168,12 @@ def refusal(name: str, backend: str, *args: Any) -> str | None:
 
 def _no_cpp(operator: Operator, *args: Any) -> str | None:
     outcome = native.attempt()
+    if has_kernel(operator.name, "CPU"):
+        elsewhere = [x.device for x in args if isinstance(x, Tensor) and x.device.type != "cpu"]
+        return f"it needs tensors on the CPU, found {elsewhere[0]}" if elsewhere else None
     if operator.no_cpp is not None:
         return operator.no_cpp(*args)
-    if not has_kernel(operator.name, "CPU"):
-        return f"the C++ kernels are not there: {outcome.reason}"
-    elsewhere = [x.device for x in args if isinstance(x, Tensor) and x.device.type != "cpu"]
-    return f"it needs tensors on the CPU, found {elsewhere[0]}" if elsewhere else None
+    return f"the C++ kernels are not there: {outcome.reason}"
 
 
 def named(name: str, backend: str, *args: Any) -> Any:
