@@ -165,7 +165,8 @@ class Method:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuses a class with options that lacks ``@dataclass(frozen=True)``."""
-        check_decorated(cls)
+        if "__dataclass_fields__" not in vars(cls):
+            check_decorated(cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

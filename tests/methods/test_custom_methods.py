@@ -305,6 +305,26 @@ def test_a_missing_part_is_refused_when_the_class_is_made():
         type(Episodic)("Mine", (Episodic,), {**parts, "strategy": "none of these"})
 
 
+def test_a_class_with_options_is_a_dataclass():
+    class Bare(Method):
+        name = "bare"
+        group = "norm"
+        frozen_encoder = False
+        strength: float = 1.0
+        lr: float = 1e-3
+
+        def objective(self, *args, **kwargs):
+            raise RuntimeError
+
+    with pytest.raises(TypeError, match=r"^Bare declares the options strength, lr .*@dataclass"):
+        Bare()
+
+    class Renamed(Gap):  # one that declares none needs no decorator
+        name = "renamed"
+
+    assert Renamed(lr=1e-2).lr == 1e-2
+
+
 def test_frozen_encoders_give_their_layers_no_gradient():
     for group in ("norm", "encoder_norm", "prompts"):
         with pytest.raises(TypeError, match=f"tunes '{group}', .* frozen_encoder = False"):

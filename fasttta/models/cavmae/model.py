@@ -184,6 +184,11 @@ class CAVMAE(FusionDefaults, nn.Module):
         return self.pos_embed_a.shape[1], self.pos_embed_v.shape[1]
 
     @property
+    def required_inputs(self) -> int:
+        """Both inputs are required."""
+        return 2
+
+    @property
     def input_names(self) -> tuple[str, str]:
         """Names of the inputs, for messages."""
         return "audio", "video"
