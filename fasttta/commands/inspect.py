@@ -230,32 +230,32 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """What ``describe`` found, as text."""
-    if "image" in found:
-        return table_clip(found)
-    if "blocks" in found:
-        blocks = ", ".join(f"{n} {name}" for name, n in found["blocks"].items())
-        assumed = " (assumed, see --num-heads)" if found.get("heads_assumed") else ""
+def table(about: dict[str, Any]) -> str:
+    """What ``describe`` returned, as text."""
+    if "image" in about:
+        return table_clip(about)
+    if "blocks" in about:
+        blocks = ", ".join(f"{n} {name}" for name, n in about["blocks"].items())
+        assumed = " (assumed, see --num-heads)" if about.get("heads_assumed") else ""
         sizes = (
-            f"sizes       width {found['width']}, {found['heads']} heads{assumed}, blocks: "
-            f"{blocks}; {found['classes']} classes"
+            f"sizes       width {about['width']}, {about['heads']} heads{assumed}, blocks: "
+            f"{blocks}; {about['classes']} classes"
         )
     else:
-        parts = [", ".join(names) for names in found["projections"]]
-        of = [f"{f} (q, k, v of {p})" for f, p in zip(found["fusion"], parts, strict=True)]
-        sizes = f"fusion      {'; '.join(of)}, {found['heads']} heads"
-    spans = " + ".join(f"{n} {name}" for name, n in found["spans"].items())
+        parts = [", ".join(names) for names in about["projections"]]
+        of = [f"{f} (q, k, v of {p})" for f, p in zip(about["fusion"], parts, strict=True)]
+        sizes = f"fusion      {'; '.join(of)}, {about['heads']} heads"
+    spans = " + ".join(f"{n} {name}" for name, n in about["spans"].items())
     lines = [
-        f"recognised  {found['family']} ({found['found_at']}), {found['parameters']:,} parameters, "
-        f"{found['dtype']} on {found['device']}",
+        f"recognised  {about['family']} ({about['found_at']}), {about['parameters']:,} parameters, "
+        f"{about['dtype']} on {about['device']}",
         sizes,
         f"tokens      {spans}",
-        *(f"{name:<12}{text}" for name, text in found["inputs"].items()),
+        *(f"{name:<12}{text}" for name, text in about["inputs"].items()),
         "",
         f"{'method':<10}{'tuned values':>14}{'delta':>12}   what is tuned",
     ]
-    for name, method in found["methods"].items():
+    for name, method in about["methods"].items():
         if "impossible" in method:
             lines.append(f"{name:<10}not possible {method['impossible']}")
             continue

@@ -93,18 +93,18 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
             f"{method.tuned_length} words, the context {clip.context_length} tokens"
         }
     size = 8 if clip.positional_embedding.dtype == torch.float64 else 4
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "tuned": shape[0] * shape[1],
         "delta_bytes": shape[0] * shape[1] * size,
         "names": ["prompt"],
         "shape": shape,
     }
     if hasattr(method, "rollout") and clip.map_kind == "grad-cam":
-        found["note"] = (
+        about["note"] = (
             "attention by Grad-CAM; rollout= 'code', 'paper' and 'gar' are for vision "
             "transformers and not possible on a ResNet, which has no attention between patches"
         )
-    return found
+    return about
 
 
 def _rational(clip: CLIP, method: methods.RAda) -> dict[str, Any]:
@@ -126,10 +126,10 @@ def _rational(clip: CLIP, method: methods.RAda) -> dict[str, Any]:
     }
 
 
-def table_clip(found: dict[str, Any]) -> str:
-    """What ``describe_clip`` found, as text."""
-    image, text = found["image"], found["text"]
-    assumed = " (assumed: 64 channels each)" if found.get("heads_assumed") else ""
+def table_clip(about: dict[str, Any]) -> str:
+    """What ``describe_clip`` returned, as text."""
+    image, text = about["image"], about["text"]
+    assumed = " (assumed: 64 channels each)" if about.get("heads_assumed") else ""
     sizes = f"{image['resolution']} x {image['resolution']} pixels, "
     if image["kind"] == "ViT":
         sizes += (
@@ -142,17 +142,17 @@ def table_clip(found: dict[str, Any]) -> str:
             f"{', '.join(map(str, image['layers']))}, {_heads(image['heads'])}{assumed}"
         )
     lines = [
-        f"recognised  {found['family']} ({found['found_at']}), {found['parameters']:,} parameters, "
-        f"{found['dtype']} on {found['device']}",
+        f"recognised  {about['family']} ({about['found_at']}), {about['parameters']:,} parameters, "
+        f"{about['dtype']} on {about['device']}",
         f"image       {image['kind']}, {sizes}",
         f"text        width {text['width']}, {text['blocks']} blocks, {_heads(text['heads'])}"
         f"{assumed}, context {text['context']} tokens, vocabulary {text['vocabulary']:,}",
-        f"joint       {found['joint']} channels, cosine similarities times {found['scale']:.4g}",
-        *(f"{name:<12}{what}" for name, what in found["inputs"].items()),
+        f"joint       {about['joint']} channels, cosine similarities times {about['scale']:.4g}",
+        *(f"{name:<12}{what}" for name, what in about["inputs"].items()),
         "",
         f"{'method':<10}{'tuned values':>14}{'delta':>12}   what is tuned, for each image anew",
     ]
-    for name, method in found["methods"].items():
+    for name, method in about["methods"].items():
         if "impossible" in method:
             lines.append(f"{name:<10}not possible {method['impossible']}")
             continue
