@@ -54,6 +54,14 @@ def test_what_is_drawn_can_be_read():
     }
 
 
+def test_a_page_chooses_the_colours():
+    svg = drawing.svg(CURVE)
+    assert {"var(--s1)", "var(--text)", "var(--muted)", "var(--grid)"} <= set(
+        re.findall(r"var\(--\w+\)", svg)
+    )
+    assert not re.search(r"(fill|stroke): (?!none|var\()", svg)
+
+
 def test_odd_contents():
     """One point, one level, nothing to show, numbers that no axis has."""
     for points in ([(1.0, 2.0)], [(0.0, math.nan), (1.0, 2.0), (2.0, -1.0)], [(0.0, math.nan)], []):

@@ -88,4 +88,18 @@ FAULTS = [
         "total / n for",
         "methods/test_eata_sar.py::test_collect_fisher",
     ),
+    (
+        "chart-colour-of-its-own",
+        "fasttta/evaluate/markup.py",
+        "names.get(match[0], match[0])",
+        "match[0]",
+        "evaluate/test_drawing.py::test_a_page_chooses_the_colours",
+    ),
+    (
+        "chart-titles-shifted",
+        "fasttta/evaluate/drawing.py",
+        'gid=canvas.name("", title),',
+        "gid=canvas.name(title),",
+        "evaluate/test_drawing.py::test_what_is_drawn_can_be_read",
+    ),
 ]
