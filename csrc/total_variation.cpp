@@ -14,13 +14,13 @@ inline int64_t units_per_thread(int64_t width) {
   return std::max<int64_t>(1, kPerThread / (kStrip * std::max<int64_t>(width, 1)));
 }
 
-// Each number's left neighbour; the first is its own.
+// Each number's left neighbour; the first number itself, which has none.
 template <typename A, size_t... I>
 inline Vector<A> after_first(Vector<A> x, std::index_sequence<I...>) {
   return Vector<A>{x[0], x[I]...};
 }
 
-// Each number's right neighbour; the last is its own.
+// Each number's right neighbour; the last number itself, which has none.
 template <typename A, size_t... I>
 inline Vector<A> before_last(Vector<A> x, std::index_sequence<I...>) {
   return Vector<A>{x[I + 1]..., x[sizeof...(I)]};

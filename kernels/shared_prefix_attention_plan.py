@@ -1,6 +1,6 @@
 """Launch plans of attention with a shared prefix. Pure Python, no Triton.
 
-Sequences are packed into tiles of at most TILE_TOKENS tokens, whole ones. float16 is computed in
+Complete sequences are packed into tiles of at most TILE_TOKENS tokens. float16 is computed in
 float32, as in flat attention: ``half`` is true for bfloat16 alone.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .launch_plan import Plan, cdiv, integer, power_of_2, precision
 
-TILE_TOKENS = 64  # of packed sequences, whole ones, that kernels take at once
+TILE_TOKENS = 64  # of complete sequences, that kernels take at once
 
 
 def widest_head(half: bool) -> int:

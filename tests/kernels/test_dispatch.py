@@ -84,8 +84,8 @@ def test_results_are_as_declared(name, args):
         x.float() if t and x.is_floating_point() else x for t, x in zip(tensors, args, strict=True)
     ]
     operation = getattr(torch.ops.fasttta, name)
-    for serve, given in ((KERNELS[name], args), (operation, args), (operation, single)):
-        results = serve(*given), operation(*map(_meta, given))
+    for serve, inputs in ((KERNELS[name], args), (operation, args), (operation, single)):
+        results = serve(*inputs), operation(*map(_meta, inputs))
         as_tuple = (x if isinstance(x, tuple) else (x,) for x in results)
         for x, y in zip(*as_tuple, strict=True):
             assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
@@ -96,8 +96,8 @@ def test_results_are_as_declared(name, args):
 )
 def test_float64_is_left_to_the_composite(name, args, monkeypatch):
     monkeypatch.setattr(triton, "kernels", None)  # nothing is to be loaded
-    found, right = KERNELS[name](*args), getattr(composite, name)(*args)
-    as_tuple = (x if isinstance(x, tuple) else (x,) for x in (found, right))
+    results, expected = KERNELS[name](*args), getattr(composite, name)(*args)
+    as_tuple = (x if isinstance(x, tuple) else (x,) for x in (results, expected))
     assert all(torch.equal(x, y) for x, y in zip(*as_tuple, strict=True))
 
 
@@ -243,7 +243,7 @@ def test_in_a_graph(name, args):
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = KERNELS[name](*args)
+        results = KERNELS[name](*args)
     graph.replay()
-    as_tuple = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    as_tuple = (x if isinstance(x, tuple) else (x,) for x in (results, expected))
     assert all(torch.equal(x, y) for x, y in zip(*as_tuple, strict=True))

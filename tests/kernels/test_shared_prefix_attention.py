@@ -122,17 +122,17 @@ def test_nan_stays_in_its_sequence(place, last):
     row = 1 if last and place in (0, 3) else 4
     clean = _with(args, grad, place, row, 0.0)
     for value in (torch.nan, torch.inf):
-        found = _with(args, grad, place, row, value)
-        for n, (x, y) in enumerate(zip(found, clean, strict=True)):
+        results = _with(args, grad, place, row, value)
+        for n, (x, y) in enumerate(zip(results, clean, strict=True)):
             assert torch.equal(x[0], y[0])
             if n < 5:
-                own = slice(1, 2) if last and n < 3 else slice(3, 7)
-                other = torch.ones(x.shape[1], dtype=torch.bool)
-                other[own] = False
-                assert torch.equal(x[1, other], y[1, other])
+                changed = slice(1, 2) if last and n < 3 else slice(3, 7)
+                unchanged = torch.ones(x.shape[1], dtype=torch.bool)
+                unchanged[changed] = False
+                assert torch.equal(x[1, unchanged], y[1, unchanged])
         if place == 1 and value == torch.inf:
             continue  # a score of -inf is no attention
-        out, lse, dq, dk, dv, prefix_dk, prefix_dv = (x[1] for x in found)
+        out, lse, dq, dk, dv, prefix_dk, prefix_dv = (x[1] for x in results)
         queries = slice(1, 2) if last else slice(4, 7) if place in (1, 2) else slice(4, 5)
         keys = slice(3, 7) if last else slice(3, 5)  # that those queries see
         wrong = [dq[queries], dk[keys], prefix_dk]
@@ -162,5 +162,5 @@ def test_same_bits_twice():
 def test_longer_sequences_and_wider_heads_are_the_composites(monkeypatch):
     monkeypatch.setattr("fasttta.ops.triton.kernels", None)  # nothing is to be loaded
     for args in (_arguments([65, 3]), _arguments(RAGGED, d=65)):
-        found, right = KERNELS[FORWARD](*args), composite.shared_prefix_attention(*args)
-        assert all(torch.equal(x, y) for x, y in zip(found, right, strict=True))
+        results, expected = KERNELS[FORWARD](*args), composite.shared_prefix_attention(*args)
+        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))

@@ -81,14 +81,15 @@ def test_same_bits_twice():
 
 @pytest.mark.parametrize("case", ["0", "1", "2", "3", "4", "5", "ties"])
 def test_goldens(atpt_kernels, case):
-    x = atpt_kernels[f"tv.{case}.map"].to(DEVICE, torch.float32)
-    upstream = atpt_kernels.get(f"tv.{case}.cotangent", torch.ones(len(x))).to(
+    maps = atpt_kernels[f"tv.{case}.map"].to(DEVICE, torch.float32)
+    upstream = atpt_kernels.get(f"tv.{case}.cotangent", torch.ones(len(maps))).to(
         DEVICE, torch.float32
     )
-    tv, grad = KERNELS["total_variation"](x), KERNELS["total_variation_backward"](upstream, x)
-    for found, name in ((tv, "tv"), (grad, "grad_map")):
+    tv = KERNELS["total_variation"](maps)
+    grad = KERNELS["total_variation_backward"](upstream, maps)
+    for x, name in ((tv, "tv"), (grad, "grad_map")):
         expected = atpt_kernels[f"tv.{case}.{name}"].double()
-        assert (found.cpu() - expected).abs().max() <= 4e-7 * expected.abs().max(), name
+        assert (x.cpu() - expected).abs().max() <= 4e-7 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("temperature", ["0.25", "1.0"])
@@ -97,8 +98,10 @@ def test_ensemble_goldens(atpt_kernels, temperature):
     tv = atpt_kernels["ens.tv"].to(DEVICE, torch.float32)
     maps = torch.stack((torch.zeros_like(tv), tv), dim=-1).unsqueeze(1)  # [N, 1, 2]
     logits = atpt_kernels["ens.logits"].to(DEVICE, torch.float32)
-    probability, found, weights = KERNELS["reliability_ensemble"](maps, logits, float(temperature))
-    assert torch.equal(found, tv)
+    probability, variation, weights = KERNELS["reliability_ensemble"](
+        maps, logits, float(temperature)
+    )
+    assert torch.equal(variation, tv)
     for x, name in ((probability, "probs"), (weights, "weights")):
         expected = atpt_kernels[f"ens.temp{temperature}.{name}"]
         assert (x.cpu() - expected).abs().max() < 2e-6 * expected.abs().max(), name
