@@ -51,8 +51,8 @@ FAULTS = [
     ),
     (
         "the last fusion block is tuned in place of the first", CAVMAE,
-        'packed = f"blocks_u.0.attn.qkv.{part}"',
-        'packed = f"blocks_u.{len(self.blocks_u) - 1}.attn.qkv.{part}"',
+        'Slot(f"{path}.qkv.{part}",',
+        'Slot(f"blocks_u.{len(self.blocks_u) - 1}.attn.qkv.{part}",',
         "methods/test_tuned_prompts.py::test_two_fusion_blocks",
     ),
     (

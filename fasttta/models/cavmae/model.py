@@ -213,26 +213,22 @@ class CAVMAE(FusionDefaults, nn.Module):
                     slots |= {f"{name}.{part}": Slot(f"{name}.{part}") for part in _PARTS}
             return slots
         if group == "fusion_qkv":
-            slots = {}
-            for part in _PARTS:
-                packed = f"blocks_u.0.attn.qkv.{part}"
-                for row, which in enumerate("qkv"):
-                    rows = (row * self.dim, (row + 1) * self.dim)
-                    slots[f"blocks_u.0.attn.{which}.{part}"] = Slot(packed, rows)
-            return slots
+            path, dim = "blocks_u.0.attn", self.dim
+            return {
+                f"{path}.{which}.{part}": Slot(f"{path}.qkv.{part}", (row * dim, (row + 1) * dim))
+                for part in _PARTS
+                for row, which in enumerate("qkv")
+            }
         raise ValueError(f'group={group!r} is unknown; known: "norm", "encoder_norm", "fusion_qkv"')
 
     def feature_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes [blocks, D] of the features that ``SourceStats`` describe, and ``"joint"``."""
-        depths = {"audio": len(self.blocks_a), "video": len(self.blocks_v), "joint": 1}
-        return {name: (depth, self.dim) for name, depth in depths.items()}
+        audio, video = len(self.blocks_a), len(self.blocks_v)
+        return {"audio": (audio, self.dim), "video": (video, self.dim), "joint": (1, self.dim)}
 
     def prompted(self, prompts: Mapping[str, Tensor]) -> PromptedCAVMAE:
-        """A model over the same weights whose encoder blocks take prompts.
-
-        Args:
-            prompts: by modality, [blocks, n, D].
-        """
+        """A model over the same weights whose encoder blocks take prompts: by modality
+        [blocks, n, D]."""
         return PromptedCAVMAE(self, prompts)
 
     def head_options(self) -> dict[str, Any]:
@@ -276,11 +272,11 @@ class CAVMAE(FusionDefaults, nn.Module):
         is_audio = name == "audio"
         embed = self.patch_embed_a if is_audio else self.patch_embed_v
         layout = "[B, frames, mel bins]" if is_audio else "[B, channels, rows, columns]"
-        rank = 3 if is_audio else 4
         tokens = self.spans[0 if is_audio else 1]
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
         shape = tuple(x.shape)
+        rank = 3 if is_audio else 4
         if x.ndim != rank:
             raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
         if not x.is_floating_point():
@@ -353,11 +349,10 @@ class CAVMAE(FusionDefaults, nn.Module):
         Also queries and keys of the last fusion block, from whose raw scores ABPEM takes its
         statistics (the published models have one block).
         """
-        x = tokens
         for block in self.blocks_u:
-            x, attention = block(x, modality)
+            tokens, attention = block(tokens, modality)
         norm = getattr(self, f"norm_{modality}") if modality else self.norm
-        return norm(x).mean(dim=1), attention
+        return norm(tokens).mean(dim=1), attention
 
     def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
         """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample
@@ -396,12 +391,12 @@ class CAVMAE(FusionDefaults, nn.Module):
             both = cast("tuple[Tensor, Tensor]", (audio, video))  # None is refused
             self.check_inputs(*both)
             return self.fuse(self.encode(*both))
-        modality = "a" if "audio" in mode else "v"
-        name, x = ("audio", audio) if modality == "a" else ("video", video)
+        name, x = ("audio", audio) if "audio" in mode else ("video", video)
         if x is None:
             raise ValueError(f"mode={mode!r} needs {name}, found None")
         self._check_input(name, x)
-        tokens = self.encode_audio(x) if modality == "a" else self.encode_video(x)
+        modality, encode = name[0], self.encode_audio if name == "audio" else self.encode_video
+        tokens = encode(x)
         pooled, _ = self.pool(tokens, modality)
         if mode.startswith("missing"):
             pooled = (self.pool(tokens)[0] + pooled) / 2
