@@ -43,6 +43,7 @@ class Step:
             isinstance(method, WindowedMethod) and method.window > 1 and method.score_at == "after"
         )
         self.first_passes = 1
+        self._episodic = method.episodic  # options of a method do not change
         self._recorder = model if isinstance(model, ReturnsMore) else None
         # on a CPU, where the window is fused batch by batch
         keeps = revisits and device.type == "cpu"
@@ -106,7 +107,7 @@ class Step:
 
     def _run(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
         """One step as the method's strategy is: an episode, updates, or the objective alone."""
-        if self.method.episodic:
+        if self._episodic:
             return self._episode(features, valid, trace)
         if self.method.updates:
             return self._adapt(features, valid, trace)
@@ -361,10 +362,8 @@ def prepare(
             f"needed {needed} inputs ({', '.join(names)}), found {len(inputs)}; "
             "labels and the like stay out of it"
         )
-    inputs = tuple(
-        dense(name, x) if isinstance(x, Tensor) else x
-        for name, x in zip(names, inputs, strict=False)
-    )
+    named = zip(names, inputs, strict=False)
+    inputs = tuple([dense(name, x) if isinstance(x, Tensor) else x for name, x in named])
     model.check_inputs(*inputs)
     prepared = []
     with torch.inference_mode(False), torch.no_grad():

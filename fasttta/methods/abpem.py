@@ -163,12 +163,13 @@ class ABPEM(WindowedMethod):
         anchor = None
         if self.anchor == "source":
             anchor = F.Moments(constants["anchor_mean"], constants["anchor_std"])
+        spans = model.spans
         passes: list[tuple[Tensor, ...]] = [()] * len(window.portions)
         for i in window.order:
             logits, (q, k, scale) = model.fuse_attention(window.portions[i])
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.attention_weight != 0):
                 gap, moments = F.attention_bootstrap(
-                    q, k, model.spans, scale, self.heads, self.pair, anchor=anchor,
+                    q, k, spans, scale, self.heads, self.pair, anchor=anchor,
                     return_moments=True,
                 )  # fmt: skip
             passes[i] = logits, gap, *moments, q, k

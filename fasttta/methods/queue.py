@@ -105,9 +105,9 @@ class Queue:
         if tokens.device.type != "cpu":
             self.portions, self.order = [joined(self.tokens)], [0]
             return
-        numbers, self.portions = [], []
+        numbers, self.portions, pieces = [], [], model.pieces
         for batch in self.tokens:
-            parts = model.pieces(batch)
+            parts = pieces(batch)
             numbers.append(range(len(self.portions), len(self.portions) + len(parts)))
             self.portions += parts
         self.order = [i for n in (*numbers[-2:-1], *numbers[:-2], numbers[-1]) for i in n]
