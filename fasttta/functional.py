@@ -15,7 +15,8 @@ gradients have the input's type. The reference has second derivatives; with ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
@@ -49,10 +50,9 @@ def _rows(x: Tensor, rank: int) -> Tensor:
     return x.flatten(0, -rank) if isinstance(x, Tensor) and x.ndim > rank else x
 
 
-def _call(name: str, backend: str | None, *args: Any) -> Any:
-    if backend is None:
-        return _OPERATIONS[name].compute(*args)
-    return registry.named(name, backend, *args)
+def _backend(name: str, backend: str | None) -> Callable[..., Any]:
+    """What computes an operation: the dispatcher's choice (None), or a named backend."""
+    return _OPERATIONS[name].compute if backend is None else partial(registry.named, name, backend)
 
 
 class Moments(NamedTuple):
@@ -91,8 +91,9 @@ def score_moments(
     Source: ABPEM (attention bootstrapping), the statistics of its official code; the closed form
     var = c² (q̄ᵀC_K q̄ + k̄ᵀC_Q k̄ + <C_Q, C_K>) for heads="each" is ours.
     """
+    compute = _backend("score_moments", backend)
     args = q, k, *checks.scores(q, k, spans, scale, heads)
-    return Moments(*_call("score_moments", backend, *args))
+    return Moments(*compute(*args))
 
 
 def gaussian_kl(
@@ -103,6 +104,7 @@ def gaussian_kl(
     ln(std_q / std_p) + (std_p² + (mean_p - mean_q)²) / (2 std_q²) - 1/2, in nats. A standard
     deviation of 0 gives inf or nan, as the formula does.
     """
+    compute = _backend("gaussian_kl", backend)
     for name, x in zip(
         ("mean_p", "std_p", "mean_q", "std_q"), (mean_p, std_p, mean_q, std_q), strict=True
     ):
@@ -110,7 +112,7 @@ def gaussian_kl(
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a floating point tensor, found {kind}")
     moments = map(registry.wide, (mean_p, std_p, mean_q, std_q))
-    return _call("gaussian_kl", backend, *moments)
+    return compute(*moments)
 
 
 @overload
@@ -155,6 +157,7 @@ def attention_bootstrap(
 
     Source: ABPEM, attention bootstrapping loss; gradient in closed form.
     """
+    compute = _backend("attention_bootstrap", backend)
     spans, scale, per_head = checks.scores(q, k, spans, scale, heads)
     checks.one_of("pair", pair, checks.PAIRS)
     anchors: tuple[Tensor, ...] = ()
@@ -164,9 +167,7 @@ def attention_bootstrap(
             if x.shape != shape:
                 raise ValueError(f"anchor.{name} must be {list(shape)}, found {list(x.shape)}")
         anchors = tuple(registry.wide(x).to(registry.wide(q[:0])) for x in anchor)
-    loss, mean, std = _call(
-        "attention_bootstrap", backend, q, k, spans, scale, per_head, pair == "query", *anchors
-    )
+    loss, mean, std = compute(q, k, spans, scale, per_head, pair == "query", *anchors)
     return (loss, Moments(mean.detach(), std.detach())) if return_moments else loss
 
 
@@ -175,9 +176,10 @@ def entropy(logits: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: TENT (Wang et al., ICLR 2021). Logits of -inf (masked classes) count as probability 0.
     """
+    compute = _backend("entropy", backend)
     rows = _rows(logits, 2)
     checks.logits_shape(rows)
-    return _call("entropy", backend, rows).view(logits.shape[:-1])
+    return compute(rows).view(logits.shape[:-1])
 
 
 def principal_entropy(
@@ -196,9 +198,10 @@ def principal_entropy(
 
     Source: ABPEM, principal entropy minimisation.
     """
+    compute = _backend("principal_entropy", backend)
     checks.logits_shape(logits)
     checks.k_and_eps(logits, k, eps)
-    return _call("principal_entropy", backend, logits, int(k), float(eps))
+    return compute(logits, int(k), float(eps))
 
 
 def balance_entropy(
@@ -218,10 +221,11 @@ def balance_entropy(
 
     Source: READ (Yang et al., ICLR 2024) and the ABPEM code's --fix_loss_bal.
     """
+    compute = _backend("balance_entropy", backend)
     checks.logits_shape(logits, rows=1)
     checks.one_of("form", form, checks.FORMS)
     checks.sample_weight(logits, weight)
-    return _call("balance_entropy", backend, logits, form == "softmax-sum", weight)
+    return compute(logits, form == "softmax-sum", weight)
 
 
 def marginal_entropy(
@@ -275,13 +279,14 @@ def adaptation_head(
         Scalars (total, entropy, balance): the mean principal entropy, the balance entropy, and
         total = entropy_weight * entropy - balance_weight * balance.
     """
+    compute = _backend("adaptation_head", backend)
     checks.logits_shape(logits, rows=1)
     checks.k_and_eps(logits, k, eps)
     checks.one_of("balance", balance, checks.FORMS)
     checks.sample_weight(logits, weight)
     weights = float(entropy_weight), float(balance_weight)
     options = balance == "softmax-sum", float(eps), weight
-    return _call("adaptation_head", backend, logits, int(k), *weights, *options)
+    return compute(logits, int(k), *weights, *options)
 
 
 def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
@@ -293,9 +298,10 @@ def total_variation(maps: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: A-TPT, TV of attention maps.
     """
+    compute = _backend("total_variation", backend)
     rows = _rows(maps, 3)
     checks.map_shape(rows)
-    return _call("total_variation", backend, rows).view(maps.shape[:-2])
+    return compute(rows).view(maps.shape[:-2])
 
 
 def reliability_weights(
@@ -312,10 +318,11 @@ def reliability_weights(
 
     Source: A-TPT (weights of its ensemble; temperature 1 in the paper).
     """
+    compute = _backend("reliability_weights", backend)
     rows = _rows(tv, 1)
     checks.floating("tv", rows, 1, "[maps]")
     temperature = checks.temperature_of(temperature)
-    return _call("reliability_weights", backend, tv, temperature)
+    return compute(tv, temperature)
 
 
 def reliability_ensemble(
@@ -335,6 +342,7 @@ def reliability_ensemble(
 
     Source: A-TPT, the TV-weighted ensemble of probabilities.
     """
+    compute = _backend("reliability_ensemble", backend)
     checks.map_shape(maps, count=1)
     checks.logits_shape(logits, rows=1)
     if maps.shape[0] != logits.shape[0]:
@@ -343,7 +351,7 @@ def reliability_ensemble(
         )
     checks.same(ValueError, "device", maps, logits, "maps and logits")
     temperature = checks.temperature_of(temperature)
-    return _call("reliability_ensemble", backend, maps, logits, temperature)
+    return compute(maps, logits, temperature)
 
 
 def flat_attention(
@@ -367,10 +375,11 @@ def flat_attention(
     Source: Chen et al., "One Last Attention for Your Vision-Language Model", ICCV 2025 (its
     official code); the form without K x K matrices is ours.
     """
+    compute = _backend("flat_attention", backend)
     if scale is None and isinstance(k, Tensor) and k.ndim == 4:
         scale = max(1, k.shape[-1]) ** -0.5
     scale = checks.flat(q, k, v, 1.0 if scale is None else scale)
-    return _call("flat_attention", backend, q, k, v, scale)
+    return compute(q, k, v, scale)
 
 
 def shared_prefix_attention(
@@ -408,11 +417,12 @@ def shared_prefix_attention(
     Raises:
         ValueError, TypeError: shapes, types or devices do not fit.
     """
+    compute = _backend("shared_prefix_attention", backend)
     lengths = checks.integers("lengths", lengths)
     scale = checks.shared_prefix(q, k, v, prefix_k, prefix_v, lengths, heads, scale)
     layout = layout_of(lengths, k.device)
     tensors = q, k, v, prefix_k, prefix_v
-    return _call("shared_prefix_attention", backend, *tensors, *layout, heads, scale)
+    return compute(*tensors, *layout, heads, scale)
 
 
 def __dir__() -> list[str]:

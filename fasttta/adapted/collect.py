@@ -9,9 +9,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..engine.precision import Precision, environment, resolve, working_copy
+from ..engine.precision import Precision, resolve, working_copy
 from ..engine.record import model_digest
-from ..engine.step import prepare
+from ..engine.step import environment, prepare
 from ..engine.streaming import as_inputs
 from ..families import FusionFamily, recognise
 from ..methods import EATA

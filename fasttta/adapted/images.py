@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..engine import record as records
 from ..engine.episode import Episodes, run_episodes
-from ..engine.precision import Precision, environment, working_copy
+from ..engine.precision import Precision, working_copy
 from ..engine.result import StepResult
 from ..engine.state import checked_value
+from ..engine.step import environment
 from ..engine.streaming import Pipeline
 from ..families.class_names import token_ids
 from ..families.clip import ClipFamily

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..methods.queue import WindowedMethod
-from .precision import environment
 from .result import StepResult
-from .step import Step
+from .step import Step, environment
 
 _WARM_UP = 3  # steps on a side stream before capture: kernels compile, the allocator settles
 

@@ -1,9 +1,7 @@
-"""What a step computes in: its precision, the copy of the model, a clean numerical environment."""
+"""What a step computes in: its precision, and the copy of the model in it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -99,31 +97,3 @@ def working_copy(
     own_buffers(cast(nn.Module, copy), precision.master)
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves
-
-
-@contextlib.contextmanager
-def environment(device: torch.device, precision: Precision, grad: bool) -> Iterator[None]:
-    """No inference mode, no autocast, gradients as asked, float32 products in IEEE float32."""
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(grad),
-        torch.autocast(device.type, enabled=False),
-        _float32_products(device, "tf32" if precision.name == "tf32" else "ieee"),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _float32_products(device: torch.device, mode: str) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = mode
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value

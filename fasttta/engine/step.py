@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from ..methods.queue import KeptPasses, WindowedMethod
 from ..ops.checks import dense
 from ..protocols import FusionModel, ReturnsMore
 from .episode import run_updates
-from .precision import Precision, environment
+from .precision import Precision
 from .result import StepResult, warn
 from .state import State
 
@@ -145,11 +146,7 @@ class Step:
         model = cast(FusionModel, self.kept_passes) if self.kept_passes else self.model
         with ranges.span("objective"):
             objective = self.method.objective(
-                model,
-                features,
-                state=state,
-                constants=self.state.constants,
-                valid=valid,
+                model, features, state=state, constants=self.state.constants, valid=valid
             )
         check_objective(self.method, objective)
         return objective
@@ -208,12 +205,9 @@ class Step:
     def _gradients(self, objective: Objective, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with ranges.span("backward"):
             total = objective.losses["total"]
-            grads = (
-                torch.autograd.grad(total, leaves, allow_unused=True)
-                if total.requires_grad
-                else (None,)
-            )
-            if all(grad is None for grad in grads):
+            if total.requires_grad:
+                grads = torch.autograd.grad(total, leaves, allow_unused=True)
+            if not total.requires_grad or all(grad is None for grad in grads):
                 raise ValueError(
                     "the loss depends on none of the tuned tensors; is a part of the model "
                     "replaced by something that runs other weights?"
@@ -370,7 +364,34 @@ def prepare(
         for name, x in zip(names, inputs, strict=False):
             x = x.detach().to(dtype) if x.is_floating_point() else x.detach()
             if check_finite and not torch.isfinite(x).all():
-                kind = str(dtype).removeprefix("torch.")
-                raise ValueError(f"{name} holds non-finite values (NaN or infinity in {kind})")
+                raise ValueError(f"{name} holds non-finite values (NaN or infinity in {x.dtype})")
             prepared.append(x.clone() if x.is_inference() else x)
     return tuple(prepared)
+
+
+@contextlib.contextmanager
+def environment(device: torch.device, precision: Precision, grad: bool) -> Iterator[None]:
+    """No inference mode, no autocast, gradients as asked, float32 products in IEEE float32."""
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+        torch.autocast(device.type, enabled=False),
+        _float32_products(device, "tf32" if precision.name == "tf32" else "ieee"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _float32_products(device: torch.device, mode: str) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = mode
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value

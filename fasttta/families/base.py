@@ -10,7 +10,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.precision import Precision, environment
+from ..engine.precision import Precision
+from ..engine.step import environment
 from ..models.copies import Tree, own_buffers, structural_copy, without_checkpointing
 from ..protocols import FusionModel
 from .refusals import hook_advice

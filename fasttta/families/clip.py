@@ -10,7 +10,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..engine.precision import Precision, environment, working_copy
+from ..engine.precision import Precision, working_copy
+from ..engine.step import environment
 from ..models import CLIP
 from ..models.clip.convert import convert_hugging_face, convert_open_clip, mask_length
 from ..models.copies import structural_copy

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.precision import Precision, environment
+from ..engine.precision import Precision
+from ..engine.step import environment
 from ..models.specified.model import SpecifiedModel
 from ..models.specified.outputs import rebuilt
 from ..models.specified.spec import ModelSpec

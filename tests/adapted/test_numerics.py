@@ -10,7 +10,7 @@ import torch
 from cases import METHODS, buffered, differing, same, snapshot, state_equal
 
 import fasttta
-from fasttta.engine.precision import _float32_products
+from fasttta.engine.step import _float32_products
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

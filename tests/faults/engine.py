@@ -273,7 +273,7 @@ FAULTS = [
     ),
     (
         "autocast-stays",
-        "fasttta/engine/precision.py",
+        "fasttta/engine/step.py",
         "        torch.autocast(device.type, enabled=False),\n",
         "",
         "adapted/test_numerics.py::test_autocast_makes_no_difference",
