@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.episode import as_episodes, as_result
 from ..engine.precision import Precision
 from ..engine.result import StepResult
 from ..engine.state import Snapshot
@@ -17,9 +18,8 @@ from ..methods import RAda
 from ..models import RationalCLIP
 from ..views import Views
 from .base import exclusive
-from .episodes import as_episodes, as_result, as_views, items_of
 from .fusion import AdaptedFusion
-from .images import ImageCalls, refuse_graph
+from .images import ImageCalls, as_views, items_of, refuse_graph
 
 
 class AdaptedHead(ImageCalls, AdaptedFusion):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..engine import record as records
-from ..engine.episode import Episodes, run_episodes
+from ..engine.episode import Episodes, as_result, run_episodes
 from ..engine.precision import Precision, working_copy
 from ..engine.result import StepResult
 from ..engine.state import checked_value
@@ -22,11 +23,26 @@ from ..methods.base import Method
 from ..methods.episodic import Episodic, zero_shot
 from ..models import CLIP
 from ..ops.checks import dense
-from ..views import Views
+from ..views import Views, make_views
 from .base import Adapted, exclusive
-from .episodes import as_result, as_views, items_of
 
 _VIEWS = 256  # computed together, of several images; more are taken in turns
+
+
+class MakesViews(Protocol):
+    """A method that says which views it wants of an image."""
+
+    @property
+    def view_count(self) -> int:
+        """The views of an image, the original included."""
+
+    @property
+    def augmented(self) -> bool:
+        """Whether views are made with AugMix."""
+
+    @property
+    def base_view(self) -> str:
+        """How the base of a view is made: ``"crop"`` or ``"flip"``."""
 
 
 class ImageCalls(Adapted):
@@ -279,3 +295,92 @@ def _rows_of(noise: Tensor | None, rows: slice) -> Tensor | None:
     if isinstance(noise, Tensor):
         noise = dense("noise", noise)
     return noise if noise is None or len(noise) == 1 else noise[rows]
+
+
+def as_list(images: Any) -> tuple[bool, Sequence[Any]]:
+    """Whether it is one image, and the images as a sequence.
+
+    Raises:
+        ValueError: there are none.
+        TypeError: a tensor that is not dense.
+    """
+    if isinstance(images, (list, tuple)):
+        if not len(images):
+            raise ValueError("images is an empty list; needed at least one image")
+        return False, images
+    if isinstance(images, Tensor):
+        images = dense("images", images)
+    if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4:
+        if not len(images):
+            raise ValueError(f"images is an empty batch {list(images.shape)}")
+        return False, list(images)
+    return True, [images]
+
+
+def items_of(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:
+    """Whether it is a single image, and images or views, one for each episode."""
+    if (images is None) == (views is None):
+        raise TypeError("needed images, or views= of one image; found both or neither")
+    if views is None:
+        return as_list(images)
+    if not isinstance(views, Views):
+        raise TypeError(f"views must be fasttta.data.Views, found {type(views).__name__}")
+    return True, [views]
+
+
+def as_views(
+    item: Any,
+    index: int,
+    method: MakesViews | None,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> Views:
+    """The views of an image that a method asks for (None: the image alone), from this seed; or a
+    user's views, fit for the model.
+
+    Args:
+        index: of the image in its call, for messages.
+        size: of the model's images.
+
+    Raises:
+        ValueError, TypeError: it is no image, or on another device, or views do not fit.
+    """
+    if isinstance(item, Views):
+        if item.resolution != size:
+            raise ValueError(f"views are {item.resolution} pixels a side, the model takes {size}")
+        if item.base.device != device:
+            raise ValueError(f"views are on {item.base.device}, the model on {device}")
+        return _cast(item, dtype)
+    if isinstance(item, Tensor) and item.device != device:
+        raise ValueError(f"image {index} is on {item.device}, the model on {device}")
+    options: dict[str, Any] = {"augment": False}
+    if method is not None:
+        options = {"base_view": method.base_view, "augment": method.augmented}
+    try:
+        views = make_views(
+            item,
+            1 if method is None else method.view_count,
+            generator=torch.Generator().manual_seed(seed),
+            resolution=size,
+            device=device,
+            **options,
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"image {index}: {error}") from error
+    assert isinstance(views, Views)  # of one image
+    return _cast(views, dtype)
+
+
+def _cast(views: Views, dtype: torch.dtype) -> Views:
+    def owned(x: Tensor) -> Tensor:
+        x = x.detach()
+        return x.clone() if x.is_inference() else x
+
+    with torch.inference_mode(False), torch.no_grad():
+        alike = views.mix.data_ptr() == views.base.data_ptr()  # without augmentation
+        base = owned(views.base).to(dtype)
+        mix = base if alike else owned(views.mix).to(dtype)
+        region = None if views.region is None else owned(views.region)
+        return Views.trusted(base, mix, owned(views.weight), region)

@@ -19,6 +19,7 @@ from ..methods.base import Objective
 from ..methods.episodic import Episodic, Images, Seen, unit
 from ..protocols import VisionLanguageModel
 from ..views import Views
+from .result import StepResult
 
 
 class Tuned(Protocol):
@@ -223,3 +224,35 @@ def run_episodes(
         if trace:
             episodes.trace = {**prediction.trace, "grad_last": updates.last_grads[0]}
     return episodes
+
+
+def as_episodes(result: StepResult) -> Episodes:
+    """The result of one episode as that of B = 1."""
+
+    def rows(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {name: x.unsqueeze(0) for name, x in (tensors or {}).items()}
+
+    return Episodes(
+        result.logits, result.logits_before, result.n_used.unsqueeze(0), rows(result.losses),
+        rows(result.stats), rows(result.grads), rows(result.trace),
+    )  # fmt: skip
+
+
+def as_result(parts: Sequence[Episodes], single: bool, trace: bool) -> StepResult:
+    """Episodes of all images; ``single``: no leading B in what is not logits."""
+
+    def joined(name: str) -> dict[str, Tensor]:
+        groups = [getattr(part, name) for part in parts]
+        tensors = {key: torch.cat([group[key] for group in groups]) for key in groups[0]}
+        return {key: x[0] if single else x for key, x in tensors.items()}
+
+    losses = [part.losses for part in parts]
+    return StepResult(
+        logits=torch.cat([part.logits for part in parts]),
+        logits_before=torch.cat([part.logits_before for part in parts]),
+        n_used=torch.cat([part.used for part in parts]).sum(),
+        losses={name: torch.cat([loss[name] for loss in losses]).mean() for name in losses[0]},
+        stats={name: x.clone() for name, x in joined("stats").items()},
+        grads={name: x.clone() for name, x in joined("grads").items()} if trace else None,
+        trace={name: x.clone() for name, x in joined("trace").items()} if trace else None,
+    )

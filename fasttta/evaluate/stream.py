@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapted.base import Adapted
-from ..adapted.episodes import as_list
+from ..adapted.images import as_list
 from ..ops.checks import class_count, class_labels
 
 

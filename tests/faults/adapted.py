@@ -3,14 +3,14 @@
 FAULTS = [
     (
         "head-losses-sum",
-        "fasttta/adapted/episodes.py",
+        "fasttta/engine/episode.py",
         "torch.cat([loss[name] for loss in losses]).mean()",
         "torch.cat([loss[name] for loss in losses]).sum()",
         "models/test_rada_models.py::test_several_images_are_as_many_episodes",
     ),
     (
         "head-n-used",
-        "fasttta/adapted/episodes.py",
+        "fasttta/engine/episode.py",
         "torch.cat([part.used for part in parts]).sum()",
         "parts[0].used.sum()",
         "models/test_rada_models.py::test_several_images_are_as_many_episodes",
