@@ -24,14 +24,14 @@ FAULTS = [
     ),
     (
         "cli-seeds-up-to-2-63",
-        "fasttta/cli.py",
+        "fasttta/demo/command_line.py",
         "if not 0 <= seed < 2**63]",
         "if not 0 <= seed <= 2**70]",
         "commands/test_cli.py::test_values_of_options",
     ),
     (
         "cli-no-heads",
-        "fasttta/cli.py",
+        "fasttta/commands/command_line.py",
         "if number < 1:",
         "if number < 0:",
         (
