@@ -123,8 +123,8 @@ def test_methods_differ_and_learn(tiny_model, tiny_batch):
             assert last.losses["total"] < first.losses["total"]
         assert int(first.n_used) == 5
         assert first.n_used.dtype == torch.int64
-    found = list(logits.values())
-    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    outputs = list(logits.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
 def test_losses_are_unweighted(tiny_model, tiny_batch):
@@ -224,8 +224,8 @@ def test_gradients_are_those_of_plain_autograd(tiny_model, tiny_batch):
     expected = torch.autograd.grad(loss, (qkv.weight, qkv.bias))
     result = fasttta.adapt(model, "read").step(*batch, trace=True)
     for part, grad in zip(("weight", "bias"), expected, strict=True):
-        found = [result.grads[f"blocks_u.0.attn.{w}.{part}"] for w in "qkv"]
-        assert torch.allclose(torch.cat(found), grad, atol=1e-12)
+        gradients = [result.grads[f"blocks_u.0.attn.{w}.{part}"] for w in "qkv"]
+        assert torch.allclose(torch.cat(gradients), grad, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_abpem_is_its_formula(tiny_model, tiny_batch, options):
             assert torch.allclose(result.stats[name], value, rtol=1e-9, atol=1e-11), name
         grads = torch.autograd.grad(losses["total"], (qkv.weight, qkv.bias))
         for part, grad in zip(("weight", "bias"), grads, strict=True):
-            found = torch.cat([result.grads[f"blocks_u.0.attn.{w}.{part}"] for w in "qkv"])
-            assert torch.allclose(found, grad, rtol=1e-7, atol=1e-9), part
+            gradient = torch.cat([result.grads[f"blocks_u.0.attn.{w}.{part}"] for w in "qkv"])
+            assert torch.allclose(gradient, grad, rtol=1e-7, atol=1e-9), part
 
 
 def test_results_are_fresh_tensors(tiny_model, tiny_batch, method):
@@ -319,9 +319,9 @@ def test_stream(tiny_model, tiny_batch, method):
     assert all(same(x, y) for x, y in zip(expected, b.stream(batches), strict=True))
     for size in (1, 4, 6, 100):
         b.reset()
-        found = list(b.stream(iter(batches), encode_batch=size))
-        assert len(found) == len(batches)
-        for x, y in zip(expected, found, strict=True):
+        results = list(b.stream(iter(batches), encode_batch=size))
+        assert len(results) == len(batches)
+        for x, y in zip(expected, results, strict=True):
             assert torch.allclose(x.logits, y.logits, atol=1e-5)
     with pytest.raises(ValueError, match="encode_batch=0"):
         b.stream(batches, encode_batch=0)
@@ -363,9 +363,9 @@ def test_a_loader_may_refill_its_batches(tiny_model, tiny_batch):
 
     a, b = (fasttta.adapt(tiny_model(), "read", lr=1e-3) for _ in range(2))
     for size in (None, 8):
-        found = a.stream(refilling(), encode_batch=size)
+        results = a.stream(refilling(), encode_batch=size)
         expected = b.stream(batches, encode_batch=size)
-        assert all(same(x, y) for x, y in zip(found, expected, strict=True))
+        assert all(same(x, y) for x, y in zip(results, expected, strict=True))
 
 
 def test_stream_adapts_batch_by_batch(tiny_model, tiny_batch):
@@ -407,12 +407,12 @@ def test_what_came_before_a_failure_is_adapted_on(tiny_model, tiny_batch, encode
 
     adapted = fasttta.adapt(tiny_model(), "read", lr=1e-3)
     alone = fasttta.adapt(tiny_model(), "read", lr=1e-3)
-    found = []
+    results = []
     with pytest.raises(OSError, match="disk gone"):
-        found.extend(adapted.stream(loader(), encode_batch))
+        results.extend(adapted.stream(loader(), encode_batch))
     bad = (torch.full((5, 6, 8), torch.nan), tiny_batch()[1])
     with pytest.raises(ValueError, match="audio holds non-finite"):
-        found.extend(adapted.stream([tiny_batch(seed=2), bad], encode_batch))
+        results.extend(adapted.stream([tiny_batch(seed=2), bad], encode_batch))
     for s in range(3):
         alone.step(*tiny_batch(seed=s))
     for name, x in adapted.tuned.items():

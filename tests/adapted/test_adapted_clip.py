@@ -151,15 +151,15 @@ def test_given_views(model, method):
 def test_given_regions_replace_attention(model):
     """With regions from outside, attention is computed only where an ensemble needs it."""
     views = tiny_views(8, region=True)
-    found = adapt(model, "a-tpt", ensemble="similarity").step(views=views, trace=True)
-    assert torch.equal(found.stats["region"], views.region)
-    assert "attention" not in found.stats
+    result = adapt(model, "a-tpt", ensemble="similarity").step(views=views, trace=True)
+    assert torch.equal(result.stats["region"], views.region)
+    assert "attention" not in result.stats
     assert "tv" in adapt(model, "a-tpt").step(views=views).stats
     share = torch.where(views.region == 2, 0.8, torch.where(views.region == 0, 0.2, 0.0))
     share = torch.where(views.region == 1, views.weight.float()[:, None, None], share)[:, None]
     expected = share * views.base + (1 - share) * views.mix
-    assert (found.trace["pixels"][1:] - expected[1:]).abs().max() < 1e-6
-    assert torch.equal(found.trace["pixels"][0], views.base[0])
+    assert (result.trace["pixels"][1:] - expected[1:]).abs().max() < 1e-6
+    assert torch.equal(result.trace["pixels"][0], views.base[0])
 
 
 def test_without_augmentation_views_are_encoded_once(model, monkeypatch):
@@ -225,9 +225,9 @@ def test_each_image_has_its_noise(model, monkeypatch):
 
     for together in (256, 2, 1):
         monkeypatch.setattr(images, "_VIEWS", together)
-        found = adapt(model, "ttc").step(pixels, noise=noise)
+        result = adapt(model, "ttc").step(pixels, noise=noise)
         # float noise decides about the sign of a gradient near 0
-        off = (found.stats["perturbation"] - expected).abs() > 1e-6
+        off = (result.stats["perturbation"] - expected).abs() > 1e-6
         assert off.float().mean() < 1e-2
     assert (expected[0] - expected[1]).abs().max() > 1e-3
 
@@ -413,8 +413,8 @@ def test_predict_is_zero_shot(model, method):
     adapted = adapt(model, method)
     pixels = torch.stack([image(0, 24, 24), image(1, 24, 24)])
     expected = copy.copy(model).set_classes(tiny_ids())(pixels)
-    found = adapted.predict(pixels)
-    assert torch.allclose(found, expected, atol=1e-4)
+    logits = adapted.predict(pixels)
+    assert torch.allclose(logits, expected, atol=1e-4)
     assert torch.allclose(adapted.step(pixels).logits_before, expected, atol=1e-4)
     assert isinstance(adapted, fasttta.Adapted)
 
@@ -424,10 +424,10 @@ def test_precision(model, method, precision):
     # one of the views' masks may flip in bf16: views without masks
     options = {"high": 0.0, "low": 0.0, "ensemble": "mean"} if method == "a-tpt" else {}
     exact = adapt(model, method, **options).step(image(0))
-    found = adapt(model, method, precision=precision, **options).step(image(0))
-    assert found.logits.dtype == (torch.float64 if precision == "fp64" else torch.float32)
+    result = adapt(model, method, precision=precision, **options).step(image(0))
+    assert result.logits.dtype == (torch.float64 if precision == "fp64" else torch.float32)
     # MTA's weights and TTC's signs amplify the rounding of bf16
     tolerance = 1e-3 if precision == "fp64" else 5 if method in ("mta", "ttc") else 0.5
-    assert (found.logits - exact.logits).abs().max() < tolerance
+    assert (result.logits - exact.logits).abs().max() < tolerance
     if method in TUNING:
-        assert found.stats["prompt"].dtype == found.logits.dtype
+        assert result.stats["prompt"].dtype == result.logits.dtype

@@ -27,8 +27,8 @@ def test_fusion_steps(tiny_model, tiny_batch, method):
     model, batches = tiny_model(), [tiny_batch(seed=s) for s in range(2)]
     expected = run()
     with torch.device("meta"):
-        found = run()
-    assert all(map(torch.equal, found, expected))
+        logits = run()
+    assert all(map(torch.equal, logits, expected))
 
 
 @pytest.mark.parametrize("method", fasttta.methods.names("vision-language"))
@@ -42,12 +42,12 @@ def test_episodes(method):
     clip, ids, views, image = tiny_clip(), tiny_ids(), tiny_views(), tiny_image(3)
     expected = run()
     with torch.device("meta"):
-        found = run()
-    assert torch.equal(found, expected)
+        logits = run()
+    assert torch.equal(logits, expected)
 
 
 def test_draws():
     expected, _ = draw(3, 8, 8, torch.Generator().manual_seed(0))
     with torch.device("meta"):
-        found, _ = draw(3, 8, 8, torch.Generator().manual_seed(0))
-    assert found == expected
+        drawn, _ = draw(3, 8, 8, torch.Generator().manual_seed(0))
+    assert drawn == expected

@@ -35,8 +35,8 @@ def _same_under_all(make):
     assert expected
     for dtype in DEFAULTS:
         with _default(dtype):
-            found = list(make())
-        for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+            values = list(make())
+        for i, (x, y) in enumerate(zip(values, expected, strict=True)):
             assert x.dtype == y.dtype, (i, dtype)
             assert torch.allclose(x, y, rtol=0, atol=0, equal_nan=True), (i, dtype)
 

@@ -19,12 +19,12 @@ def test_contexts_make_no_difference(tiny_model, tiny_batch, tmp_path, method, c
     expected = [outside.step(*tiny_batch(seed=s)) for s in range(3)]
     with context():
         adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
-        found = [adapted.step(*tiny_batch(seed=s)) for s in range(3)]
+        results = [adapted.step(*tiny_batch(seed=s)) for s in range(3)]
         adapted.save(tmp_path)
         adapted.reset()
         adapted.load_tuned(outside.tuned)
         loaded = fasttta.load(tiny_model(), tmp_path)
-    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(same(a, b) for a, b in zip(expected, results, strict=True))
     assert state_equal(loaded, outside)
     assert same(loaded.step(*tiny_batch(seed=4)), outside.step(*tiny_batch(seed=4)))
 

@@ -32,26 +32,26 @@ def _run(capsys, *arguments):
 
 def test_doctor(capsys):
     status, out, _ = _run(capsys, "doctor", "--json")
-    found = json.loads(out)
+    diagnosis = json.loads(out)
     assert status == 0
-    assert found["fasttta"] == fasttta.__version__
-    assert found["packages"]["torch"] == torch.__version__.split("+")[0] or (
-        found["packages"]["torch"] == torch.__version__
+    assert diagnosis["fasttta"] == fasttta.__version__
+    assert diagnosis["packages"]["torch"] == torch.__version__.split("+")[0] or (
+        diagnosis["packages"]["torch"] == torch.__version__
     )
-    assert bool(found["cuda"]["gpus"]) == torch.cuda.is_available()
+    assert bool(diagnosis["cuda"]["gpus"]) == torch.cuda.is_available()
     forward = {name for name in vars(composite) if not name.endswith("_backward")}
-    assert found["operations"].keys() == forward
+    assert diagnosis["operations"].keys() == forward
     # what it says of a backend is what asking for it says
     q = torch.randn(1, 1, 4, 2)
-    why_not = found["operations"]["score_moments"]["cpp"]
+    why_not = diagnosis["operations"]["score_moments"]["cpp"]
     with pytest.raises(ValueError, match=re.escape(why_not)):
         fasttta.functional.score_moments(q, q, (2, 2), backend="cpp")
-    built = found["native"]["library"] is not None
-    assert found["operations"]["entropy"]["cpu"] == ("cpp" if built else "composite")
-    assert (found["operations"]["entropy"]["cpp"] == "live") == built
+    built = diagnosis["native"]["library"] is not None
+    assert diagnosis["operations"]["entropy"]["cpu"] == ("cpp" if built else "composite")
+    assert (diagnosis["operations"]["entropy"]["cpp"] == "live") == built
     status, out, _ = _run(capsys, "doctor")
     assert status == 0
-    for word in (*forward, found["processor"]["name"], "torch", "engine", "GPU"):
+    for word in (*forward, diagnosis["processor"]["name"], "torch", "engine", "GPU"):
         assert word in out
 
 
@@ -69,20 +69,20 @@ def test_doctor_asks_the_dispatcher():
 
 def test_doctor_without_a_package(monkeypatch):
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
-    found = environment.diagnose()
-    assert found["packages"]["no-such-package"] is None
-    assert "no-such-package missing" in environment.table(found)
+    diagnosis = environment.diagnose()
+    assert diagnosis["packages"]["no-such-package"] is None
+    assert "no-such-package missing" in environment.table(diagnosis)
 
 
 def test_inspect(capsys, tmp_path):
     status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4", "--json")
     assert status == 0
-    found = json.loads(out)
-    assert (found["width"], found["heads"], found["classes"]) == (64, 4, 10)
-    assert found["spans"] == {"audio": 32, "video": 16}
-    assert found["methods"].keys() == set(methods.names("fusion"))
+    description = json.loads(out)
+    assert (description["width"], description["heads"], description["classes"]) == (64, 4, 10)
+    assert description["spans"] == {"audio": 32, "video": 16}
+    assert description["methods"].keys() == set(methods.names("fusion"))
     model = fasttta.models.CAVMAE.from_checkpoint(MODEL_PATH, num_heads=4)
-    for name, method in found["methods"].items():
+    for name, method in description["methods"].items():
         needs = {"source_stats": load_statistics()} if name == "brimpr" else {}
         adapted = fasttta.adapt(model, name, **needs)
         assert method["names"] == list(adapted.tuned)
@@ -97,15 +97,17 @@ def test_inspect(capsys, tmp_path):
     status, out, _ = _run(capsys, "inspect", str(MODEL_PATH), "--num-heads", "4")
     assert status == 0
     assert "assumed" not in out
-    assert "12 heads (assumed" in inspection.table({**found, "heads": 12, "heads_assumed": True})
+    assert "12 heads (assumed" in inspection.table(
+        {**description, "heads": 12, "heads_assumed": True}
+    )
     for word in ("32 audio + 16 video", "[B, 1, 32, 32]", "blocks_u.0.attn.q.weight", "12,480"):
         assert word in out
 
 
 def test_inspect_says_what_cannot_run(tiny_model):
-    found = inspection.describe(torch.nn.DataParallel(tiny_model()))
-    assert found["found_at"] == "module"
-    assert found["methods"]["abpem"]["tuned"] == 468  # its default k gives way to 7 classes
+    description = inspection.describe(torch.nn.DataParallel(tiny_model()))
+    assert description["found_at"] == "module"
+    assert description["methods"]["abpem"]["tuned"] == 468  # its default k gives way to 7 classes
     bare = inspection.describe(tiny_model(depth=(0, 0, 1)))
     assert "encoder_norm" in bare["methods"]["sar"]["impossible"]
     with pytest.raises(ValueError, match="SAR finds nothing to tune in this model"):
@@ -146,9 +148,9 @@ def test_inspect_any_fusion_transformer(capsys, tmp_path):
     assert status == 0
     assert eval(out, {"fasttta": fasttta}) == fusions.Joint.spec
     status, out, _ = _run(capsys, "inspect", "fusions:Joint", *INPUTS, "--json")
-    found = json.loads(out)
-    assert found["spans"] == {"audio": 6, "video": 4}
-    for name, method in found["methods"].items():
+    description = json.loads(out)
+    assert description["spans"] == {"audio": 6, "video": 4}
+    for name, method in description["methods"].items():
         if name in ("sar", "brimpr", "rada"):  # what they tune a spec does not say
             needed = {"sar": "encode=", "brimpr": "needed a CAV-MAE", "rada": "class vectors"}
             assert needed[name] in method["impossible"]

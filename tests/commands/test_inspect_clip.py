@@ -28,19 +28,19 @@ def test_a_checkpoint_file(capsys, tmp_path):
     save_file(model.state_dict(), tmp_path / "clip.safetensors")
     status, out, _ = _run(capsys, str(tmp_path / "clip.safetensors"), "--json")
     assert status == 0
-    found = json.loads(out)
-    assert found["family"] == "fasttta.models.CLIP"
-    assert found["image"] == {
+    description = json.loads(out)
+    assert description["family"] == "fasttta.models.CLIP"
+    assert description["image"] == {
         "kind": "ViT", "resolution": 24, "grid": 3, "patch": 8, "width": 64, "blocks": 3,
         "heads": 1,
     }  # fmt: skip
-    assert found["text"]["context"] == 16
-    assert found["joint"] == 12
-    assert found["heads_assumed"]
-    assert list(found["methods"]) == methods.names("vision-language")
-    rada = found["methods"].pop("rada")  # test_rada_models has one that it fits
+    assert description["text"]["context"] == 16
+    assert description["joint"] == 12
+    assert description["heads_assumed"]
+    assert list(description["methods"]) == methods.names("vision-language")
+    rada = description["methods"].pop("rada")  # test_rada_models has one that it fits
     assert rada == {"impossible": "with its default options: heads=8 does not divide dim=12"}
-    for name, method in found["methods"].items():
+    for name, method in description["methods"].items():
         adapted = fasttta.adapt(model, name, classes=tiny_ids())
         assert method["names"] == list(adapted.tuned)
         assert method["tuned"] == sum(x.numel() for x in adapted.tuned.values())
@@ -58,10 +58,10 @@ def test_a_checkpoint_file(capsys, tmp_path):
 def test_modules(capsys):
     status, out, _ = _run(capsys, "lookalikes:HFCLIP", "--json")
     assert status == 0
-    found = json.loads(out)
-    assert found["family"] == "Hugging Face CLIPModel"
-    assert (found["image"]["heads"], found["text"]["heads"]) == (3, 2)
-    assert not found["heads_assumed"]
+    description = json.loads(out)
+    assert description["family"] == "Hugging Face CLIPModel"
+    assert (description["image"]["heads"], description["text"]["heads"]) == (3, 2)
+    assert not description["heads_assumed"]
     assert inspection.describe(OpenCLIP())["family"] == "open_clip or OpenAI CLIP"
     assert inspection.describe(CustomTextCLIP().double())["methods"]["tpt"]["delta_bytes"] == 640
 
@@ -72,25 +72,25 @@ def test_what_a_resnet_cannot(capsys):
     assert "ResNet, 64 x 64 pixels, last map 2 x 2, layers 1, 1, 1, 1" in out
     for word in ("Grad-CAM", "'code', 'paper' and 'gar'", "not possible on a ResNet"):
         assert word in out
-    found = inspection.describe(tiny_resnet())["methods"]
-    assert "note" in found["a-tpt"]
-    assert "note" not in found["tpt"]
+    entries = inspection.describe(tiny_resnet())["methods"]
+    assert "note" in entries["a-tpt"]
+    assert "note" not in entries["tpt"]
     assert "note" not in inspection.describe(tiny_clip())["methods"]["a-tpt"]
 
 
 def test_what_cannot_run():
     short = tiny_clip(vision={"depth": 1})
-    found = inspection.describe(short)["methods"]
-    assert "at least two blocks, found 1" in found["a-tpt"]["impossible"]
-    assert "impossible" not in found["r-tpt"]
+    entries = inspection.describe(short)["methods"]
+    assert "at least two blocks, found 1" in entries["a-tpt"]["impossible"]
+    assert "impossible" not in entries["r-tpt"]
     assert "a-tpt     not possible" in inspection.table(inspection.describe(short))
     with pytest.raises(ValueError, match="at least two blocks, found 1"):
         fasttta.adapt(short, "a-tpt", classes=tiny_ids())
     narrow = tiny_clip()
     narrow.positional_embedding = nn.Parameter(narrow.positional_embedding[:6])
-    found = inspection.describe(narrow)["methods"]
-    assert "has 4 words, the context 6 tokens" in found["tpt"]["impossible"]
-    assert "impossible" not in found["mta"]
+    entries = inspection.describe(narrow)["methods"]
+    assert "has 4 words, the context 6 tokens" in entries["tpt"]["impossible"]
+    assert "impossible" not in entries["mta"]
 
 
 def test_errors(capsys, tmp_path):
@@ -115,7 +115,7 @@ def test_errors(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("build", "error", "found"),
+    ("build", "error", "differences"),
     [
         (Siglip, TypeError, ("logit_bias (a sigmoid loss, as SigLIP has)", "pooled by attention",
                              "no text_projection and no visual_projection")),
@@ -126,7 +126,7 @@ def test_errors(capsys, tmp_path):
         (Other, TypeError, ("(image_encoder, text_encoder)", "no logit_scale")),
     ],
 )  # fmt: skip
-def test_other_dual_encoders_are_refused(build, error, found):
+def test_other_dual_encoders_are_refused(build, error, differences):
     """With what was found and what was needed, by adapt and by inspect."""
     for call in (
         lambda model: fasttta.adapt(model, classes=tiny_ids()),
@@ -136,7 +136,7 @@ def test_other_dual_encoders_are_refused(build, error, found):
         with pytest.raises(error) as caught:
             call(build())
         message = str(caught.value)
-        for words in (build.__name__, *found, "needed CLIP's architecture"):
+        for words in (build.__name__, *differences, "needed CLIP's architecture"):
             assert words in message
 
 

@@ -32,13 +32,13 @@ def test_same_numbers_as_on_the_cpu(tiny_model, tiny_batch, method):
     gpu = _adapted(tiny_model, method, precision="fp64")
     cpu = _adapted(tiny_model, method, "cpu", precision="fp64")
     for s in range(3):
-        found = gpu.step(*_on_gpu(tiny_batch(seed=s)))
+        result = gpu.step(*_on_gpu(tiny_batch(seed=s)))
         expected = cpu.step(*tiny_batch(seed=s))
-        assert found.logits.is_cuda
-        assert torch.allclose(found.logits.cpu(), expected.logits, atol=1e-9)
-        assert int(found.n_used) == int(expected.n_used)
+        assert result.logits.is_cuda
+        assert torch.allclose(result.logits.cpu(), expected.logits, atol=1e-9)
+        assert int(result.n_used) == int(expected.n_used)
         for name, x in expected.losses.items():
-            assert torch.allclose(found.losses[name].cpu(), x, atol=1e-9), name
+            assert torch.allclose(result.losses[name].cpu(), x, atol=1e-9), name
     for name, x in cpu.tuned.items():
         assert torch.allclose(gpu.tuned[name].cpu(), x, atol=1e-7), name
 
@@ -84,9 +84,9 @@ def test_stream_from_host_memory(tiny_model, tiny_batch, size, engine):
         for e in (engine, "eager")
     )
     batches = [tiny_batch(n, seed=s) for s, n in enumerate((5, 5, 3, 5, 4))]
-    found = list(streamed.stream(batches, encode_batch=size))
+    results = list(streamed.stream(batches, encode_batch=size))
     expected = [stepped.step(*_on_gpu(batch)) for batch in batches]
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(results, expected, strict=True):
         assert torch.allclose(x.logits, y.logits, atol=1e-9)
 
 
@@ -108,15 +108,15 @@ def test_captured_steps(tiny_model, tiny_batch, tmp_path, method):
             if i or again:
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                found = graph.step(*batch)
+                result = graph.step(*batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             expected = eager.step(*batch)
-            assert torch.allclose(found.logits, expected.logits, atol=1e-9)
-            assert torch.allclose(found.logits_before, expected.logits_before, atol=1e-9)
-            assert int(found.n_used) == int(expected.n_used)
+            assert torch.allclose(result.logits, expected.logits, atol=1e-9)
+            assert torch.allclose(result.logits_before, expected.logits_before, atol=1e-9)
+            assert int(result.n_used) == int(expected.n_used)
             for name, x in expected.stats.items():
-                assert torch.allclose(found.stats[name].double(), x.double(), atol=1e-9), name
+                assert torch.allclose(result.stats[name].double(), x.double(), atol=1e-9), name
     plans = list(graph._step.plans.values())
     assert len(plans) == 1
     assert plans[0].graph is not None
@@ -196,9 +196,9 @@ def test_captured_steps_in_low_precision_stay_close(tiny_model, tiny_batch):
         if s % 40 == 39:
             for adapted in runs.values():
                 adapted.reset()
-        found = {key: adapted.step(*batch).logits.double() for key, adapted in runs.items()}
+        logits = {key: adapted.step(*batch).logits.double() for key, adapted in runs.items()}
         for engine, values in errors.items():
-            values.append((found[engine, "bf16"] - found["eager", "fp64"]).square().mean())
+            values.append((logits[engine, "bf16"] - logits["eager", "fp64"]).square().mean())
     eager, graph = (torch.stack(errors[e]).mean().sqrt() for e in ("eager", "graph"))
     assert graph <= 2 * eager
 
@@ -210,8 +210,8 @@ def test_state_moves_between_devices(tiny_model, tiny_batch, tmp_path):
     gpu.save(tmp_path)
     cpu = fasttta.load(tiny_model(), tmp_path)
     assert all(torch.equal(x.cpu(), cpu.tuned[name]) for name, x in gpu.tuned.items())
-    found = cpu.step(*tiny_batch(seed=2)).logits
-    assert torch.allclose(found, gpu.step(*_on_gpu(tiny_batch(seed=2))).logits.cpu(), atol=1e-3)
+    logits = cpu.step(*tiny_batch(seed=2)).logits
+    assert torch.allclose(logits, gpu.step(*_on_gpu(tiny_batch(seed=2))).logits.cpu(), atol=1e-3)
 
 
 def test_reset_and_precision(tiny_model, tiny_batch):

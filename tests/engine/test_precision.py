@@ -43,11 +43,11 @@ def test_distance_from_float64(method, device):
     for precision, bounds in BOUNDS.items():
         if (method, precision) == ("eata", "bf16"):
             bounds = EATA_BF16
-        found, found_gradient, found_update = _steps(model, method, precision)
-        apart = ((found - logits).abs().max() / logits.abs().max()).item()
-        cosine = torch.cosine_similarity(found_gradient, gradient, dim=0).item()
-        signs = (found_update.sign() != update.sign()).double().mean().item()
-        found = apart, 1 - cosine, signs
-        assert all(x <= bound for x, bound in zip(found, bounds, strict=True)), (precision, found)
+        rounded, rounded_gradient, rounded_update = _steps(model, method, precision)
+        apart = ((rounded - logits).abs().max() / logits.abs().max()).item()
+        cosine = torch.cosine_similarity(rounded_gradient, gradient, dim=0).item()
+        signs = (rounded_update.sign() != update.sign()).double().mean().item()
+        errors = apart, 1 - cosine, signs
+        assert all(x <= y for x, y in zip(errors, bounds, strict=True)), (precision, errors)
         if precision == "bf16":
             assert apart > 1e-3  # it did compute in bf16

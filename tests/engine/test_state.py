@@ -133,8 +133,8 @@ def test_interrupted_save_keeps_the_earlier_one(tiny_model, tiny_batch, tmp_path
     monkeypatch.setattr(folder.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapted.save(tmp_path)
-    found = fasttta.load(model, tmp_path).tuned
-    assert all(torch.equal(x, saved[name]) for name, x in found.items())
+    tuned = fasttta.load(model, tmp_path).tuned
+    assert all(torch.equal(x, saved[name]) for name, x in tuned.items())
 
 
 def test_source_block(tiny_model, tiny_batch, method):

@@ -60,9 +60,9 @@ def _generator(batches):
     yield from batches
 
 
-def _near(found, expected):
-    assert len(found) == len(expected)
-    for x, y in zip(found, expected, strict=True):
+def _near(results, expected):
+    assert len(results) == len(expected)
+    for x, y in zip(results, expected, strict=True):
         assert torch.allclose(x.logits, y.logits, atol=1e-5)
 
 
@@ -78,13 +78,13 @@ _OPEN: list = []
 @pytest.mark.parametrize("leave", LEAVES)
 def test_what_was_read_ahead_comes_next(path, read, batches, leave, encode_batch):
     expected = list(read().stream(batches))
-    adapted, found = read(), []
+    adapted, results = read(), []
     loader = _generator(batches) if encode_batch == 6 else iter(batches)
-    while len(found) < len(batches):
-        before = len(found)
-        found += LEAVES[leave](adapted.stream(loader, encode_batch), 2)
-        assert len(found) == min(before + 2, len(batches))
-    _near(found, expected)
+    while len(results) < len(batches):
+        before = len(results)
+        results += LEAVES[leave](adapted.stream(loader, encode_batch), 2)
+        assert len(results) == min(before + 2, len(batches))
+    _near(results, expected)
     assert list(adapted.stream(loader, encode_batch)) == []
     # streams that were left open have ended
     assert [list(stream) for stream in _OPEN] == [[] for _ in _OPEN]
@@ -102,18 +102,18 @@ def test_without_encode_batch_nothing_is_read_ahead(read, batches):
 
 def test_an_error_of_the_consumer(path, read, batches):
     expected = list(read().stream(batches))
-    adapted, loader, found = read(), iter(batches), []
+    adapted, loader, results = read(), iter(batches), []
 
     def consume():
         for result in adapted.stream(loader, 100):
-            found.append(result)
-            if len(found) == 3:
+            results.append(result)
+            if len(results) == 3:
                 raise RuntimeError("full disk")
 
     with pytest.raises(RuntimeError, match="full disk"):
         consume()
-    found += adapted.stream(loader, 100)
-    _near(found, expected)
+    results += adapted.stream(loader, 100)
+    _near(results, expected)
 
 
 @pytest.mark.parametrize("encode_batch", [None, 6, 100])
@@ -128,12 +128,12 @@ def test_an_error_of_the_consumer(path, read, batches):
 def test_a_bad_batch_raises_at_its_own_position(path, read, batches, bad, encode_batch):
     good = list(read().stream(batches[:2] + batches[3:]))
     loader = iter([*batches[:2], bad(*batches[2]), *batches[3:]])
-    adapted, found = read(), []
+    adapted, results = read(), []
     with pytest.raises((ValueError, TypeError)):
-        found.extend(adapted.stream(loader, encode_batch))
-    assert len(found) == 2
-    found += adapted.stream(loader, encode_batch)
-    _near(found, good)
+        results.extend(adapted.stream(loader, encode_batch))
+    assert len(results) == 2
+    results += adapted.stream(loader, encode_batch)
+    _near(results, good)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -150,19 +150,19 @@ def test_an_encoder_that_fails_on_one_batch(path, read, batches, tmp_path, cache
         return encode(working, audio, video)
 
     working.encode = failing
-    loader, found = iter(batches), []
+    loader, results = iter(batches), []
     cache = FeatureCache(tmp_path) if cached else None
     with pytest.raises(ValueError, match="cursed"):
-        found.extend(adapted.stream(loader, 100, cache))
-    assert len(found) == 3
-    found += adapted.stream(loader, 100, cache)
-    _near(found, good)
+        results.extend(adapted.stream(loader, 100, cache))
+    assert len(results) == 3
+    results += adapted.stream(loader, 100, cache)
+    _near(results, good)
 
 
 def test_an_interrupt_keeps_the_batch(path, read, batches, monkeypatch):
     """Unlike an error: the step was undone, and the batch comes again."""
     expected = list(read().stream(batches))
-    adapted, loader, found = read(), iter(batches), []
+    adapted, loader, results = read(), iter(batches), []
     step, calls = type(adapted)._adapt, deque([False, False, True])
 
     def interrupted(self, *args, **kwargs):
@@ -172,10 +172,10 @@ def test_an_interrupt_keeps_the_batch(path, read, batches, monkeypatch):
 
     monkeypatch.setattr(type(adapted), "_adapt", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        found.extend(adapted.stream(loader, 6))
-    assert len(found) == 2
-    found += adapted.stream(loader, 6)
-    _near(found, expected)
+        results.extend(adapted.stream(loader, 6))
+    assert len(results) == 2
+    results += adapted.stream(loader, 6)
+    _near(results, expected)
 
 
 def test_another_model_goes_on(read, batches):
@@ -183,8 +183,8 @@ def test_another_model_goes_on(read, batches):
     for _ in first.stream(loader, 100):
         break
     expected = list(read("abpem").stream(batches[1:], 100))
-    found = list(second.stream(loader, 100))
-    assert all(same(x, y) for x, y in zip(found, expected, strict=True))
+    results = list(second.stream(loader, 100))
+    assert all(same(x, y) for x, y in zip(results, expected, strict=True))
 
 
 def test_a_list_starts_anew(read, batches):
@@ -207,10 +207,10 @@ def test_what_is_kept_are_copies(path, read, tiny_batch):
 
     adapted, loader = read(), refilled()
     stream = adapted.stream(loader, 8)
-    found = [next(stream)]
+    results = [next(stream)]
     stream.close()
-    found += adapted.stream(loader, 8)
-    _near(found, list(read().stream(values)))
+    results += adapted.stream(loader, 8)
+    _near(results, list(read().stream(values)))
 
 
 def test_names_are_kept(read, batches, tmp_path):
@@ -262,11 +262,11 @@ def test_images(method):
     expected = list(adapted.stream(images))
     assert len(adapted.stream(images)) == 4
     loader = iter([images[0], torch.full((3, 30, 30), 7.0), *images[1:]])
-    found = []
+    results = []
     with pytest.raises(ValueError, match="pixels from 7 to 7"):
-        found.extend(adapted.stream(loader))
+        results.extend(adapted.stream(loader))
     stream = adapted.stream(loader)
-    found.append(next(stream))
-    found += adapted.stream(loader)
+    results.append(next(stream))
+    results += adapted.stream(loader)
     assert list(stream) == []
-    _near(found, expected)
+    _near(results, expected)

@@ -28,9 +28,9 @@ def test_tokenizers_of_every_kind():
         lists, lambda texts: padded.int(), lambda texts: {"input_ids": rows},
         lambda texts: {"input_ids": padded},
     ):  # fmt: skip
-        found = token_ids(["pit_bull", "cat"], "a pet photo of a", tokenizer=tokenizer)
-        assert found.dtype == torch.int64
-        assert torch.equal(found, padded)
+        tokens = token_ids(["pit_bull", "cat"], "a pet photo of a", tokenizer=tokenizer)
+        assert tokens.dtype == torch.int64
+        assert torch.equal(tokens, padded)
     assert seen == ["a pet photo of a pit bull.", "a pet photo of a cat."]
     ids = torch.ones(2, 3, dtype=torch.int64)
     assert torch.equal(token_ids(ids), ids)

@@ -90,9 +90,9 @@ def test_half_precision():
     module = OpenCLIP("quick_gelu")
     expected = own_logits(module, tiny_views().base[:1], tiny_ids())
     adapted = fasttta.adapt(module.bfloat16(), "source", classes=tiny_ids(), precision="fp32")
-    found = adapted(views=tiny_views())
-    assert found.dtype == torch.float32
-    assert (found - expected).abs().max() < 1
+    logits = adapted(views=tiny_views())
+    assert logits.dtype == torch.float32
+    assert (logits - expected).abs().max() < 1
 
 
 def test_save_and_load(tmp_path):

@@ -44,10 +44,10 @@ def test_numbers_of_the_goldens(golden, golden_model, flavour, used):
     options = {"k": 8, "window": 2, "precision": "fp32"}
     ours = fasttta.adapt(golden_model, "abpem", **options).step(*batch, trace=True)
     adapted = fasttta.adapt(nn.DataParallel(module) if used else module, "abpem", **options)
-    found = adapted.step(*batch, trace=True)
-    assert torch.equal(found.logits, ours.logits)
+    result = adapted.step(*batch, trace=True)
+    assert torch.equal(result.logits, ours.logits)
     for name, grad in ours.grads.items():
-        assert torch.equal(found.grads[name], grad)
+        assert torch.equal(result.grads[name], grad)
     # untouched, storage included: READ's first forward would have changed it
     for name, x in module.state_dict().items():
         assert torch.equal(x, before[name])
@@ -59,7 +59,7 @@ def test_numbers_of_the_goldens(golden, golden_model, flavour, used):
         out = user_logits(inner, batch)
     assert type(merged) is type(adapted.unwrap())
     assert torch.allclose(out, adapted.predict(*batch), atol=1e-5)
-    assert not torch.allclose(out, found.logits_before, atol=1e-4)
+    assert not torch.allclose(out, result.logits_before, atol=1e-4)
 
 
 @pytest.mark.parametrize("flavour", ["read", "abpem"])
@@ -237,9 +237,9 @@ def test_errors(tiny_model):
 
 def test_statistics_of_a_users_module(tiny_model, tiny_batch):
     module = user_module("abpem", tiny_model(), 3)
-    found, expected = (
+    scores, expected = (
         fasttta.collect_stats(m, [tiny_batch()]).scores for m in (module, tiny_model())
     )
-    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.allclose(a, b) for a, b in zip(scores, expected, strict=True))
     fisher = fasttta.collect_fisher(module, [tiny_batch()])
     assert fisher.keys() == tiny_model().tunable("norm").keys()

@@ -93,16 +93,16 @@ def outcome(model, method):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_or_refusal(method, where, reentrant):
     """Whatever is accepted has the gradients of the same model without checkpoints."""
-    right, found = outcome(Model(), method), outcome(Model(where, reentrant), method)
-    if isinstance(found, str):
-        assert reentrant or where == "all", found
-        assert "checkpointing off" in found, found
+    right, result = outcome(Model(), method), outcome(Model(where, reentrant), method)
+    if isinstance(result, str):
+        assert reentrant or where == "all", result
+        assert "checkpointing off" in result, result
         return
     # frozen encoders may be checkpointed in any way
     assert not reentrant or (where == "encoder" and method in ("read", "abpem"))
-    assert found.keys() == right.keys()
+    assert result.keys() == right.keys()
     for name, grad in right.items():
-        assert torch.allclose(found[name], grad, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(result[name], grad, rtol=1e-9, atol=1e-12), name
     assert max(g.abs().max() for g in right.values()) > 1e-4
 
 
@@ -166,10 +166,10 @@ class Around(Model):
 @pytest.mark.parametrize("method", ["read", "abpem", "tent"])
 def test_checkpoints_that_do_not_compare(method):
     """Where the encoder's kept result is given, the backward would compute other tensors."""
-    right, found = outcome(Around(), method), outcome(Around("both"), method)
+    right, result = outcome(Around(), method), outcome(Around("both"), method)
     assert not isinstance(right, str), right
-    if isinstance(found, str):
-        assert "checkpointing off" in found, found
+    if isinstance(result, str):
+        assert "checkpointing off" in result, result
         return
     for name, grad in right.items():
-        assert torch.allclose(found[name], grad, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(result[name], grad, rtol=1e-9, atol=1e-12), name

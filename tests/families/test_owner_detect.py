@@ -166,9 +166,9 @@ def test_projections_that_are_used_without_a_call():
 def test_inspect_of_parametrised_projections():
     model = build("three")
     nn.utils.parametrizations.weight_norm(model.attn.qkv)
-    found = inspection.describe(model, Three.spec)["methods"]
-    assert "remove_parametrizations" in found["read"]["impossible"]
-    assert found["tent"]["tuned"] > 0
+    entries = inspection.describe(model, Three.spec)["methods"]
+    assert "remove_parametrizations" in entries["read"]["impossible"]
+    assert entries["tent"]["tuned"] > 0
 
 
 @pytest.mark.parametrize("model_type", ["clip", "metaclip_2"])

@@ -77,11 +77,11 @@ def right_or_refused(adapted, model, batch, words):
     before = {name: x.clone() for name, x in adapted.tuned.items()}
     own = own_logits(model, batch)
     try:
-        found = adapted.step(*batch).logits_before
+        logits = adapted.step(*batch).logits_before
     except ValueError as error:
         text = str(error)
     else:
-        return torch.allclose(found, own, atol=1e-5), ""
+        return torch.allclose(logits, own, atol=1e-5), ""
     same = all(torch.equal(before[name], x) for name, x in adapted.tuned.items())
     return same and all(word in text for word in words), text
 

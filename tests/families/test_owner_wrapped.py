@@ -52,8 +52,8 @@ def test_parametrisations(user, tiny_batch):
     with pytest.raises(ValueError, match=r"blocks_a.0.mlp.fc1.weight.*remove_parametrizations"):
         fasttta.adapt(user, "read")
     parametrize.remove_parametrizations(linear, "weight")
-    found = fasttta.adapt(user, "read").step(*tiny_batch()).logits_before
-    assert torch.allclose(found, expected, atol=1e-5)
+    logits = fasttta.adapt(user, "read").step(*tiny_batch()).logits_before
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_compiled_parts(user):

@@ -103,15 +103,15 @@ def test_gradients_are_taken_at_once(tiny_model, tiny_batch):
         kept.append(weakref.ref(x))
         return x
 
-    found = model.streams(*tiny_batch(), *keep)
-    assert all(x.requires_grad for x in found.features)
-    assert not found.logits.requires_grad
-    assert not found.joint.requires_grad
+    streams = model.streams(*tiny_batch(), *keep)
+    assert all(x.requires_grad for x in streams.features)
+    assert not streams.logits.requires_grad
+    assert not streams.joint.requires_grad
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             for call in (
-                lambda: found.masked(0, lambda y, rows: y.square().sum()),
-                lambda: found.alone(lambda y: y[0].sum() + y[1].square().sum()),
+                lambda: streams.masked(0, lambda y, rows: y.square().sum()),
+                lambda: streams.alone(lambda y: y[0].sum() + y[1].square().sum()),
             ):
                 kept.clear()
                 with torch.autograd.graph.saved_tensors_hooks(held, lambda x: x):
@@ -122,7 +122,7 @@ def test_gradients_are_taken_at_once(tiny_model, tiny_batch):
                 alive = {id(x()) for x in kept if x() is not None and x().ndim > 2}
                 assert len(alive) < 0.2 * len(kept) or not grad
     _, features = model.layers(*tiny_batch())
-    assert torch.allclose(features[0], found.features[0], atol=1e-6)
+    assert torch.allclose(features[0], streams.features[0], atol=1e-6)
 
 
 def test_chunked_loss():
@@ -142,19 +142,19 @@ def test_chunked_loss():
         expected = (x @ w + fixed).sin()
         assert torch.allclose(y, expected)
         assert torch.allclose(loss, expected.square().sum())
-        found = torch.autograd.grad(3 * loss, (w, unused, x))
+        gradients = torch.autograd.grad(3 * loss, (w, unused, x))
         grads = torch.autograd.grad(3 * expected.square().sum(), (w, x))
-        assert torch.allclose(found[0], grads[0])
-        assert torch.allclose(found[2], grads[1])
-        assert not found[1].any()
+        assert torch.allclose(gradients[0], grads[0])
+        assert torch.allclose(gradients[2], grads[1])
+        assert not gradients[1].any()
 
     def sum_of_two(rows, shared, batched):  # autograd gives one tensor for both
         return ((shared[0] + shared[1]) * batched[0]).sum(), (batched[0],)
 
     first, second = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     loss, _ = chunked_loss(sum_of_two, (first, second), (fixed,), 5, 2)
-    for found in torch.autograd.grad(loss, (first, second)):
-        assert torch.allclose(found, fixed.sum(0))
+    for gradient in torch.autograd.grad(loss, (first, second)):
+        assert torch.allclose(gradient, fixed.sum(0))
 
 
 def test_prompts(tiny_model, tiny_batch):
@@ -200,12 +200,12 @@ def accuracies(source_stats, stream_name):
     """Percent correct of the demo's model on six batches: the source's, BriMPR's."""
     from fasttta.demo.digits import load_model, stream
 
-    model, batches, found = load_model(), stream(stream_name, samples=384), []
+    model, batches, accuracies = load_model(), stream(stream_name, samples=384), []
     for method, options in (("source", {}), ("brimpr", {"source_stats": source_stats, "lr": 3e-4})):
         adapted = fasttta.adapt(model, method, **options)
         hits = torch.cat([adapted(a, v).argmax(dim=1) == y for a, v, y in batches])
-        found.append(100 * hits.double().mean().item())
-    return found
+        accuracies.append(100 * hits.double().mean().item())
+    return accuracies
 
 
 def test_it_helps_a_trained_model():
@@ -231,11 +231,11 @@ def test_few_batches():
     from fasttta.demo.digits import load_model, load_statistics, stream
 
     adapted = fasttta.adapt(load_model(), "brimpr", source_stats=load_statistics(), lr=3e-4)
-    fresh, found = stream("occlusion", samples=512, seed=5), []
+    fresh, accuracies = stream("occlusion", samples=512, seed=5), []
     for batches in ([], stream("occlusion", samples=192)):
         for audio, video, _ in batches:
             adapted(audio, video)
         with adapted.source() if not batches else contextlib.nullcontext():
             hits = [adapted.predict(a, v).argmax(dim=1) == y for a, v, y in fresh]
-        found.append(100 * torch.cat(hits).double().mean().item())
-    assert found[1] > found[0] + 0.5
+        accuracies.append(100 * torch.cat(hits).double().mean().item())
+    assert accuracies[1] > accuracies[0] + 0.5

@@ -187,10 +187,10 @@ def test_samples_that_do_not_count(count):
             others,
         ),
     )
-    for found, expected, of in pairs:
-        assert torch.allclose(found, expected, atol=1e-12)
+    for value, expected, of in pairs:
+        assert torch.allclose(value, expected, atol=1e-12)
         for a, b in zip(
-            torch.autograd.grad(found.sum(), of), torch.autograd.grad(expected.sum(), of),
+            torch.autograd.grad(value.sum(), of), torch.autograd.grad(expected.sum(), of),
             strict=True,
         ):  # fmt: skip
             assert torch.allclose(a, b, atol=1e-12)
@@ -219,22 +219,22 @@ def test_three_modalities():
     two = brimpr_losses.shares([torch.tensor(1.0), torch.tensor(3.0)])
     assert torch.allclose(torch.stack(two), torch.tensor([0.75, 0.25]))
     logits, masked = torch.randn(5, 4, generator=generator), [torch.zeros(5, 4)] * 3
-    found = recombined(logits, torch.tensor(1.0), masked, shares)
-    assert torch.allclose(found, torch.tensor(4.0).log())
+    value = recombined(logits, torch.tensor(1.0), masked, shares)
+    assert torch.allclose(value, torch.tensor(4.0).log())
 
 
 def test_bf16_stays_close(tiny_model, tiny_batch):
     keep = [some_ids(5, 6, 3), some_ids(5, 4, 2)]
-    found = {}
+    results = {}
     for precision in ("fp32", "bf16"):
         adapted = fasttta.adapt(tiny_model(), "brimpr", **METHODS["brimpr"], precision=precision)
         with_prompts(adapted)
-        found[precision] = adapted.step(*tiny_batch(), keep=keep)
+        results[precision] = adapted.step(*tiny_batch(), keep=keep)
         assert all(x.dtype == torch.float32 for x in adapted.tuned.values())
-    error = (found["bf16"].logits - found["fp32"].logits).abs().max()
+    error = (results["bf16"].logits - results["fp32"].logits).abs().max()
     assert 1e-6 < error < 0.1
-    for name, x in found["fp32"].losses.items():
-        assert torch.allclose(found["bf16"].losses[name], x, rtol=0.05, atol=0.05), name
+    for name, x in results["fp32"].losses.items():
+        assert torch.allclose(results["bf16"].losses[name], x, rtol=0.05, atol=0.05), name
 
 
 def test_presets_and_options():

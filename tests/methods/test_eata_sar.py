@@ -29,13 +29,13 @@ def _plain_fisher(model, batches):
 def test_collect_fisher(tiny_model, tiny_batch):
     model = tiny_model()
     batches = [tiny_batch(5, seed=s) for s in range(4)]
-    found = fasttta.collect_fisher(model, batches, n=13)
+    fisher = fasttta.collect_fisher(model, batches, n=13)
     cut = [*batches[:2], tuple(x[:3] for x in batches[2])]
     for name, expected in _plain_fisher(model, cut).items():
-        assert torch.allclose(found[name], expected, atol=1e-7), name
+        assert torch.allclose(fisher[name], expected, atol=1e-7), name
     with torch.inference_mode():
         again = fasttta.collect_fisher(model, batches, n=13)
-    assert all(torch.equal(x, found[name]) for name, x in again.items())
+    assert all(torch.equal(x, fisher[name]) for name, x in again.items())
     assert all(p.grad is None for p in model.parameters())
     for n in (0, 1.5):
         with pytest.raises(ValueError, match="needed a positive integer"):

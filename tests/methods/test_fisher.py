@@ -61,8 +61,8 @@ def test_the_published_form_is_ours(made, tiny_batch, tmp_path):
         (published[f"module.{n}"][0] * (x - published[f"module.{n}"][1]) ** 2).sum()
         for n, x in adapted.tuned.items()
     )
-    found = adapted.step(*tiny_batch(seed=2)).losses["fisher"]
-    assert torch.allclose(found, penalty, rtol=1e-4)
+    loss = adapted.step(*tiny_batch(seed=2)).losses["fisher"]
+    assert torch.allclose(loss, penalty, rtol=1e-4)
 
 
 def test_what_is_refused(made):

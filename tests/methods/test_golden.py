@@ -30,8 +30,8 @@ def _official(name: str, variant: str) -> str:
     )  # fmt: skip
 
 
-def _compare(found, expected, tolerance, what):
-    error = (found.double() - expected.double()).abs().max().item()
+def _compare(value, expected, tolerance, what):
+    error = (value.double() - expected.double()).abs().max().item()
     assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:.2e}"
 
 
@@ -46,10 +46,10 @@ def test_fusion_methods(golden, golden_model, device, variant, precision):
     short = {"fp32": "f32", "fp64": "f64"}[precision]
     compared = set()
 
-    def check(key, found, kind):
+    def check(key, value, kind):
         if f"{short}.{key}" in expected:
             tolerance = FACTOR * differences[kind] if precision == "fp32" else EXACT
-            _compare(found, expected[f"{short}.{key}"][-len(found) :] if found.ndim else
+            _compare(value, expected[f"{short}.{key}"][-len(value) :] if value.ndim else
                      expected[f"{short}.{key}"], tolerance, key)  # fmt: skip
             compared.add(kind)
 
@@ -69,9 +69,9 @@ def test_fusion_methods(golden, golden_model, device, variant, precision):
                 for j, column in enumerate("av"):
                     for moment in ("mean", "std"):
                         name = f"{moment}_{row}{column}"
-                        found = result.stats[f"score_{moment}"][:, i, j]
-                        assert len(found) == len(expected[f"{short}.{at}{name}"])
-                        check(at + name, found, name)
+                        value = result.stats[f"score_{moment}"][:, i, j]
+                        assert len(value) == len(expected[f"{short}.{at}{name}"])
+                        check(at + name, value, name)
         for name, tensor in adapted.tuned.items():
             if method == "read" and name.endswith("k.bias"):
                 continue  # its gradient is rounding noise: softmax ignores a constant per row

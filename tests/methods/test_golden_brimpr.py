@@ -68,8 +68,8 @@ def vectors(request):
     return Vectors(request.param)
 
 
-def _near(found, expected, tolerance, what):
-    error = (found.double() - torch.as_tensor(expected).double()).abs().max().item()
+def _near(value, expected, tolerance, what):
+    error = (value.double() - torch.as_tensor(expected).double()).abs().max().item()
     assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:.2e}"
 
 
@@ -78,8 +78,8 @@ def test_steps(vectors, precision):
     adapted, expected = vectors.adapted(precision), vectors.tensors
     limits = {kind: FACTOR * x for kind, x in vectors.hints.items()}
 
-    def check(found, key, kind):
-        _near(found, expected[key], limits[kind], key)
+    def check(tensor, key, kind):
+        _near(tensor, expected[key], limits[kind], key)
 
     for number, about in enumerate(vectors.json["steps"], 1):
         at = f"step{number}"
@@ -115,9 +115,9 @@ def test_steps(vectors, precision):
             expected[f"step{s}.grad.prompts_{letter}"].abs().max().item() for s in (1, 2, 3)
         )
         for kind, tolerance in (("exp_avg", grad), ("exp_avg_sq", 2 * largest * grad * 1e-3)):
-            found = moments[f"adam.{kind}.prompts.{name}"]
+            moment = moments[f"adam.{kind}.prompts.{name}"]
             key = f"adam.step3.{kind}.prompts_{letter}"
-            _near(found, expected[key], tolerance, key)
+            _near(moment, expected[key], tolerance, key)
             assert expected[key].abs().max() > 100 * tolerance  # or it could not fail
 
 
@@ -140,8 +140,8 @@ def test_source_statistics(vectors):
     audio, video = vectors.batch("source")
     # the first batches come in odd sizes; the last is cut to fit
     loader = [(audio[i:j], video[i:j]) for i, j in ((0, 5), (5, 6), (6, 12))] * 2
-    found = fasttta.collect_stats(vectors.model, loader, n=12)
+    stats = fasttta.collect_stats(vectors.model, loader, n=12)
     for name, letter in (*LETTERS.items(), ("joint", "u")):
-        for x, part in zip(getattr(found, name), ("std", "mean"), strict=True):
+        for x, part in zip(getattr(stats, name), ("std", "mean"), strict=True):
             _near(x, vectors.tensors[f"srcstat.{letter}.{part}"],
                   FACTOR * vectors.hints[f"features_{letter}"], f"{name} {part}")  # fmt: skip

@@ -51,30 +51,30 @@ def adapted(golden, model, method, precision, device, task="", **options):
     return fasttta.adapt(model.to(device), method, classes=ids, precision=precision, **options)
 
 
-def check_prompt(found, found_grad, expected, grad, limit, what):
+def check_prompt(prompt, prompt_grad, expected, grad, limit, what):
     """A prompt after AdamW's first step, lr g / (|g| + eps): a sign, unless g is next to nothing.
 
     Where a gradient is below its own tolerance it leaves the place open: golden task2 has an entry
     of 1.5e-6 (the largest is 0.1) that the official code moves to places 7e-6 apart in float32 and
     float64. Such entries are compared less the step that their gradient asks for.
     """
-    found, found_grad = (x.double().cpu() for x in (found, found_grad))
+    prompt, prompt_grad = (x.double().cpu() for x in (prompt, prompt_grad))
     expected, grad = expected.double(), grad.double()
     sure = grad.abs() > limit["grad"]
     assert sure.double().mean() > 0.98
-    near(found[sure], expected[sure], limit["prompt"], what)
+    near(prompt[sure], expected[sure], limit["prompt"], what)
 
     def step(g):
         return -5e-3 * g / (g.abs() + 1e-8)
 
-    near(found - step(found_grad), expected - step(grad), limit["prompt"], what)
+    near(prompt - step(prompt_grad), expected - step(grad), limit["prompt"], what)
 
 
 def check_tuning(golden, precision, prefix, result):
     """All that a case recorded of one tuning step."""
     expected, limit = golden.expected[precision], TOLERANCES[precision]
     n = len(result.stats["selected"])
-    found = {
+    recorded = {
         "image_features": (result.trace["features"], "features"),
         "text_features": (result.trace["text"], "features"),
         "text_features_tuned": (result.trace["text_after"], "features"),
@@ -90,7 +90,7 @@ def check_tuning(golden, precision, prefix, result):
         "loss": (result.losses["total"], "loss"),
     }
     compared = 0
-    for name, (value, kind) in found.items():
+    for name, (value, kind) in recorded.items():
         if prefix + name not in expected or value is None:
             continue
         tolerance = limit[kind]
@@ -121,20 +121,20 @@ def test_attention(vit, vit_model, device, rollout, precision):
         if rollout == "gar":
             continue
         model = adapted(vit, vit_model, "a-tpt", precision, device, rollout=rollout, tv_map=tv_map)
-        found = model.step(views=vit.views(device=device)).stats["tv"]
-        near(found, expected[f"tv.{rollout}_{short}"], limit["tv"], f"tv {tv_map}")
+        variation = model.step(views=vit.views(device=device)).stats["tv"]
+        near(variation, expected[f"tv.{rollout}_{short}"], limit["tv"], f"tv {tv_map}")
 
 
-def only_near_thresholds(found, expected, attention, thresholds, precision):
+def only_near_thresholds(masks, expected, attention, thresholds, precision):
     """Masks differ only where a pixel lies as close to a threshold as the maps' own tolerance."""
-    assert found.dtype == torch.uint8
-    assert found.shape == expected.shape
-    size = found.shape[1:]
+    assert masks.dtype == torch.uint8
+    assert masks.shape == expected.shape
+    size = masks.shape[1:]
     maps = torch.nn.functional.interpolate(
         attention.double().cpu()[:, None], size, mode="bilinear", align_corners=False
     )[:, 0]
     distance = (maps[..., None] - thresholds.double()[:, None, None]).abs().amin(-1)
-    worst = distance[found.cpu() != expected].max() if (found.cpu() != expected).any() else 0
+    worst = distance[masks.cpu() != expected].max() if (masks.cpu() != expected).any() else 0
     assert worst <= {"fp32": 2e-4, "fp64": 2e-6}[precision]
 
 
@@ -351,13 +351,13 @@ def test_resnet(rn, device, precision):
     assert differing.float().mean().item() <= 1e-2  # even maps have many pixels at a threshold
     views = rn.views(expected["region_u8"], device)
     result = a_tpt.step(views=views, trace=True)
-    for name, found, kind in (
+    for name, value, kind in (
         ("logits", result.trace["logits"], "logits"),
         ("tuned_logits", result.trace["logits_after"], "logits"),
         ("ctx_after", result.stats["prompt"], "prompt"),
         ("loss", result.losses["total"], "loss"),
     ):
-        near(found, expected[name], limit[kind], name)
+        near(value, expected[name], limit[kind], name)
     # a gradient of up to 2.8: relative
     near(result.grads["prompt"], expected["grad_ctx"], 5 * limit["grad"], "grad")
 

@@ -71,13 +71,13 @@ def test_loss_and_optimiser_kernels(atpt_kernels):
     near(logits.detach(), k["head.logits"], 1e-9)
     loss = RTPT().losses(logits[k["head.selected_idx"]][None], unit(text)[None], None)["total"]
     near(loss[0].detach(), k["head.loss"], 1e-9)
-    for found, name in zip(torch.autograd.grad(loss.sum(), (text, image)), ("text", "image"),
+    for gradient, name in zip(torch.autograd.grad(loss.sum(), (text, image)), ("text", "image"),
                            strict=True):  # fmt: skip
-        near(found, k[f"head.grad_{name}_raw"], 1e-9)
+        near(gradient, k[f"head.grad_{name}_raw"], 1e-9)
     spread = CTPT().losses(logits[None, :4], unit(text)[None], None)["dispersion"]
     near(spread[0].detach(), k["ctpt.dispersion"], 1e-9)
-    (found,) = torch.autograd.grad(spread.sum(), text)
-    near(found, k["ctpt.grad_text_raw"], 1e-9)
+    (gradient,) = torch.autograd.grad(spread.sum(), text)
+    near(gradient, k["ctpt.grad_text_raw"], 1e-9)
     prompt = torch.nn.Parameter(k["adamw.p0"].clone())
     optimizer = RTPT().optimizer([prompt])
     for i in range(3):

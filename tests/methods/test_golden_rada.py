@@ -28,8 +28,8 @@ def _load(case: str, dtype: torch.dtype):
     return tensors, json.loads(path.with_suffix(".json").read_text())
 
 
-def _near(found, expected, tolerance, what):
-    error = (found.double() - torch.as_tensor(expected).double()).abs().max().item()
+def _near(value, expected, tolerance, what):
+    error = (value.double() - torch.as_tensor(expected).double()).abs().max().item()
     assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:.2e}"
 
 
@@ -104,15 +104,15 @@ def test_fine_tuning(case, dtype):
     for number, step in enumerate(about["steps"], 1):
         at = f"step{number}"
         assert tuning.rate == pytest.approx(step["lr"], rel=1e-9)
-        found = tuning.step(tensors[f"{at}.image_features_raw"], tensors[f"{at}.label"])
-        _near(found["mask"], tensors[f"{at}.mask"], limits["mask"], f"{at} mask")
-        _near(found["logits"], tensors[f"{at}.logits"], limits["logits"], f"{at} logits")
-        _near(found["loss"], step["loss"], limits["logits"], f"{at} loss")
+        result = tuning.step(tensors[f"{at}.image_features_raw"], tensors[f"{at}.label"])
+        _near(result["mask"], tensors[f"{at}.mask"], limits["mask"], f"{at} mask")
+        _near(result["logits"], tensors[f"{at}.logits"], limits["logits"], f"{at} logits")
+        _near(result["loss"], step["loss"], limits["logits"], f"{at} loss")
         for ours, theirs in (("objective", "loss1"), ("penalty", "loss2")):
             if theirs in step:
                 # IVLP's trainer logs the penalty with its weight
                 weight = about["config"]["alpha"] if (case, ours) == ("ivlp", "penalty") else 1.0
-                _near(weight * found[ours], step[theirs], limits["logits"], f"{at} {ours}")
+                _near(weight * result[ours], step[theirs], limits["logits"], f"{at} {ours}")
         assert len(parameters) == sum(n.startswith("param0.") for n in tensors) - (case == "ivlp")
         for name, parameter in parameters.items():
             if number == 1:

@@ -228,6 +228,6 @@ def test_counterattack(model, threshold, seed):
     assert torch.allclose(result.stats["stability"], stability, **EXACT)
     assert torch.allclose(result.stats["perturbation"], expected, rtol=1e-9, atol=1e-12)
     text = unit(exact.prompts(tiny_ids()).features()[0])
-    for found, x in ((result.logits, pixels + expected), (result.logits_before, pixels)):
+    for logits, x in ((result.logits, pixels + expected), (result.logits_before, pixels)):
         right = exact.logit_scale.exp() * text @ unit(encode(x))
-        assert torch.allclose(found[0], right, rtol=1e-7, atol=1e-8)
+        assert torch.allclose(logits[0], right, rtol=1e-7, atol=1e-8)

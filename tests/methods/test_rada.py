@@ -69,9 +69,9 @@ def test_against_the_plain_form(options, rows, monkeypatch):
     assert (mask > 1.5).any()
     along = torch.randn(logits.shape, dtype=torch.float64)
     of = [*inputs, *head.parameters()]
-    found = torch.autograd.grad((logits * along).sum() + mask.square().sum(), of)
+    gradients = torch.autograd.grad((logits * along).sum() + mask.square().sum(), of)
     grads = torch.autograd.grad((expected * along).sum() + expected_mask.square().sum(), of)
-    for x, y in zip(found, grads, strict=True):
+    for x, y in zip(gradients, grads, strict=True):
         assert y.abs().max() > 1e-8
         assert torch.allclose(x, y, rtol=1e-8, atol=1e-10)
 
@@ -214,7 +214,7 @@ def test_gradient_is_that_of_the_selected_views():
 def test_selection_stays_over_steps():
     """Several steps on one image: the views that the first chose."""
     model, x = classifier(torch.float64), views(2, dtype=torch.float64)
-    found = fasttta.adapt(model, "rada", steps=3, lr=5e-2).step(x)
+    result = fasttta.adapt(model, "rada", steps=3, lr=5e-2).step(x)
     twin = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(twin.head.parameters(), lr=5e-2, weight_decay=0.01)
     chosen = fasttta.functional.entropy(model(x)).argsort()[:2]
@@ -223,7 +223,7 @@ def test_selection_stays_over_steps():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert torch.allclose(found.logits, twin(x)[:1], atol=1e-9)
+    assert torch.allclose(result.logits, twin(x)[:1], atol=1e-9)
 
 
 def test_of_equal_views_the_first_are_chosen():
@@ -260,10 +260,10 @@ def test_views_in_portions(monkeypatch):
         "scored",
         lambda self, x, text: sizes.append(len(x)) or score(self, x, text),
     )
-    found = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
+    result = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
     assert sizes == [3] * 6 + [2, 2, 1]  # 20 views, the selected ones, the original
-    assert torch.allclose(found.logits, whole.logits, atol=1e-12)
-    assert torch.equal(found.stats["selected"], whole.stats["selected"])
+    assert torch.allclose(result.logits, whole.logits, atol=1e-12)
+    assert torch.equal(result.stats["selected"], whole.stats["selected"])
 
 
 def test_only_the_last_projection():
@@ -334,7 +334,7 @@ def test_real_features(monkeypatch):
     from fasttta.demo import features
 
     monkeypatch.setattr(features, "adapt", lambda model, *args, **options: lambda x: model(x))
-    found = features.run(DTD, seeds=[0], epochs=[2], sizes=[3.0])
-    assert found["prototypes"][0] == pytest.approx(70.7, abs=0.2)
-    assert found["RAda, 2 epochs"][0] > 72.5
-    assert found["prototypes, shift 3.0"][0] < 65
+    accuracies = features.run(DTD, seeds=[0], epochs=[2], sizes=[3.0])
+    assert accuracies["prototypes"][0] == pytest.approx(70.7, abs=0.2)
+    assert accuracies["RAda, 2 epochs"][0] > 72.5
+    assert accuracies["prototypes, shift 3.0"][0] < 65

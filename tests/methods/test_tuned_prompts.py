@@ -135,12 +135,12 @@ def test_prefixes_and_wrappers(tiny_model, tiny_batch, tmp_path, prefix):
     expected = tiny_model()(*tiny_batch())
     named = {prefix + name: x for name, x in state.items()}
     inner = {n.replace("blocks_u.0.", "blocks_u.0._orig_mod."): x for n, x in named.items()}
-    for found in (
+    for checkpoint in (
         named, inner, {"state_dict": named}, {"model_state_dict": named, "epoch": 3},
         {"net": named, "args": [1]}, {"model": {"module": named}, "optimizer": {}},
     ):  # fmt: skip
-        torch.save(found, tmp_path / "a.pth")
-        for source in (found, tmp_path / "a.pth"):
+        torch.save(checkpoint, tmp_path / "a.pth")
+        for source in (checkpoint, tmp_path / "a.pth"):
             model = CAVMAE.from_checkpoint(source, num_heads=3)
             assert torch.equal(model(*tiny_batch()), expected)
     both = {**state, "module.norm.weight": state["norm.weight"]}
@@ -200,5 +200,5 @@ def test_two_fusion_blocks(tiny_model, tiny_batch):
         assert torch.allclose(result.losses["total"], loss, atol=1e-9), name
         for row, which in enumerate("qkv"):
             expected = grad[row * 12 : (row + 1) * 12]
-            found = result.grads[f"blocks_u.0.attn.{which}.weight"]
-            assert torch.allclose(found, expected, atol=1e-9), (name, which)
+            gradient = result.grads[f"blocks_u.0.attn.{which}.weight"]
+            assert torch.allclose(gradient, expected, atol=1e-9), (name, which)

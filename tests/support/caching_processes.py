@@ -75,11 +75,11 @@ def names(folder, suffix=".safetensors"):
 
 def samples(folder):
     """Names of the rows in all shards, and how often each was written."""
-    found = []
+    keys = []
     for name in names(folder):
         with safe_open(Path(folder, name), "pt") as file:
-            found += file.keys()
-    return found
+            keys += file.keys()
+    return keys
 
 
 def die():

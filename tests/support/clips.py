@@ -140,8 +140,8 @@ def same(a, b, **tolerance):
             assert torch.allclose(x[name].double(), y[name].double(), **tolerance), name
 
 
-def near(found, expected, tolerance, what=""):
+def near(value, expected, tolerance, what=""):
     """Asserts that the largest difference of two tensors is within the tolerance."""
-    assert found.shape == expected.shape, f"{what}: {found.shape}, needed {expected.shape}"
-    error = (found.double().cpu() - expected.double()).abs().max().item()
+    assert value.shape == expected.shape, f"{what}: {value.shape}, needed {expected.shape}"
+    error = (value.double().cpu() - expected.double()).abs().max().item()
     assert error <= tolerance, f"{what}: {error:.2e} > {tolerance:.2e}"
