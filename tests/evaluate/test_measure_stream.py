@@ -7,7 +7,8 @@ import torch
 from cases import METHODS
 
 import fasttta
-from fasttta.evaluate import measure_stream
+from fasttta.demo import run as demo
+from fasttta.evaluate import attention_gap, measure_stream
 from fasttta.evaluate.stream import over_seeds
 
 SIZES = (5, 3, 2)  # a mean over batches is not the mean over samples
@@ -54,3 +55,31 @@ def test_over_seeds():
     assert measured["score_std"] == pytest.approx(7**0.5)  # n - 1
     assert measured["series"] == [[1.0], [2.0], [6.0]]
     assert over_seeds(runs[:1])["score_std"] == 0.0
+
+
+def test_measure_stream_leaves_the_adapted_state():
+    model, batches = demo.load_model(), demo.stream("white", samples=128)
+    adapted, plain = fasttta.adapt(model, "tent"), fasttta.adapt(model, "tent")
+    result = measure_stream(adapted, batches, 10)
+    for audio, video, _ in batches:
+        plain(audio, video)
+    for name, tensor in plain.tuned.items():
+        assert tensor.equal(adapted.tuned[name])
+    assert result["score"] == result["before"]
+    with pytest.raises(ValueError, match="the stream is empty"):
+        measure_stream(adapted, [], 10)
+
+
+def test_attention_gap_is_the_bootstrapping_loss():
+    model, batches = demo.load_model(), demo.stream("contrast", samples=96)
+    gap = attention_gap(model, demo.encode_stream(model, batches).tokens)
+    losses = [
+        fasttta.adapt(model, "abpem", k=2, window=1).step(audio, video).stats["attention_gap"]
+        for audio, video, _ in batches
+    ]
+    mean = sum(float(loss.sum()) for loss in losses) / 96
+    assert gap["gap"] == pytest.approx(mean, rel=1e-5)
+    assert gap["gap"] == gap["va|aa"] + gap["av|vv"]
+    assert all(value > 0 for value in gap.values())
+    with pytest.raises(ValueError, match="no batch"):
+        attention_gap(model, [])

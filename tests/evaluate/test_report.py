@@ -15,10 +15,9 @@ from html.parser import HTMLParser
 import pytest
 from places import ROOT
 
-import fasttta
 from fasttta import cli
 from fasttta.demo import run as demo
-from fasttta.evaluate import Report, attention_gap, drawing, measure_stream
+from fasttta.evaluate import Report, drawing
 from fasttta.evaluate import output as files
 from fasttta.evaluate.document import Document, Figure
 from fasttta.evaluate.table import mean_spread
@@ -365,34 +364,6 @@ def test_command_writes_report(capsys, tmp_path):
     assert out.read_text() == Report(json.loads(text)).document.html()
     assert len(list((tmp_path / "out-charts").glob("*.png"))) == 4
     assert "report: " in err
-
-
-def test_measure_stream_leaves_the_adapted_state():
-    model, batches = demo.load_model(), demo.stream("white", samples=128)
-    adapted, plain = fasttta.adapt(model, "tent"), fasttta.adapt(model, "tent")
-    result = measure_stream(adapted, batches, 10)
-    for audio, video, _ in batches:
-        plain(audio, video)
-    for name, tensor in plain.tuned.items():
-        assert tensor.equal(adapted.tuned[name])
-    assert result["score"] == result["before"]
-    with pytest.raises(ValueError, match="the stream is empty"):
-        measure_stream(adapted, [], 10)
-
-
-def test_attention_gap_is_the_bootstrapping_loss():
-    model, batches = demo.load_model(), demo.stream("contrast", samples=96)
-    gap = attention_gap(model, demo.encode_stream(model, batches).tokens)
-    losses = [
-        fasttta.adapt(model, "abpem", k=2, window=1).step(audio, video).stats["attention_gap"]
-        for audio, video, _ in batches
-    ]
-    mean = sum(float(loss.sum()) for loss in losses) / 96
-    assert gap["gap"] == pytest.approx(mean, rel=1e-5)
-    assert gap["gap"] == gap["va|aa"] + gap["av|vv"]
-    assert all(value > 0 for value in gap.values())
-    with pytest.raises(ValueError, match="no batch"):
-        attention_gap(model, [])
 
 
 def test_readmes_example_runs(capsys, monkeypatch, tmp_path):

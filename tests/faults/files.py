@@ -32,7 +32,7 @@ FAULTS = [
     (
         "weights may be NaN", WEIGHTS,
         "return bool(torch.isfinite(ends).all())", "return True",
-        "files/test_files.py::test_unfit_tensors_are_named[not finite]",
+        "files/test_weights.py::test_unfit_tensors_are_named[not finite]",
     ),
     (
         "others may write to the folder of the library", CACHE,

@@ -7,17 +7,17 @@ FAULTS = [
     (
         "a model's key reads the beginning of every weight", KEYS,
         "self._tensors.append(value)", "self._tensors.append(value.detach().flatten()[:64])",
-        "data/test_feature_keys.py::test_weights_changed_in_place[a view of the storage]",
+        "data/test_changed_weights.py::test_weights_changed_in_place[a view of the storage]",
     ),
     (
         "a model's key is taken once a stream", FEATURES,
         "kind = self._kind()  # of every batch", "kind = self._last or self._kind()  # of a",
-        "data/test_feature_keys.py::test_weights_changed_in_the_middle_of_a_stream[None]",
+        "data/test_changed_weights.py::test_weights_changed_in_the_middle_of_a_stream[None]",
     ),
     (
         "features of weights that changed meanwhile are kept", FEATURES,
         "if self._kind() == kind:", "if True:",
-        "data/test_feature_keys.py::test_weights_changed_while_they_are_used",
+        "data/test_changed_weights.py::test_weights_changed_while_they_are_used",
     ),
     (
         "inputs of any class are taken", "fasttta/engine/step.py",
