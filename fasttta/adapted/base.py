@@ -63,8 +63,8 @@ class Lock:
 
 
 def exclusive(method: F) -> F:
-    """A method of an object with a ``_lock``, for one thread at a time. Under ``torch.compile`` it
-    runs as it is: traced, a step's own backward pass would be lost, and every check of a value
+    """Lets one thread at a time run a method of an object with a ``_lock``. ``torch.compile`` does
+    not trace it: tracing would lose the backward pass inside a step, and every check of a value
     would warn."""
 
     @functools.wraps(method)
@@ -84,17 +84,17 @@ class Adapted(Saved):
     private. ``train()`` and ``eval()`` change nothing, ``torch.no_grad()`` and
     ``torch.inference_mode()`` make no difference.
 
-    One thread uses it at a time: calls of another wait, in a stream for one batch, and for the
-    whole of a ``source()`` block. A call that fails or is interrupted anywhere leaves the state as
+    One thread uses it at a time. Calls of other threads wait: for one batch of a stream, or until a
+    ``source()`` block ends. A call that fails or is interrupted anywhere leaves the state as
     it was before or as it is after, never between.
 
     Subclasses hold the state as one immutable object, and say how a call runs.
 
     Attributes:
-        method, precision: names; options: the method object; seed, engine: as ``adapt`` was given.
+        method, precision: names; options: the method object; seed, engine: arguments of ``adapt``.
     """
 
-    #: whether a call takes images, of which each may be an episode of its own
+    #: whether a call takes images; a method may treat each as a separate episode
     takes_images: ClassVar[bool] = False
 
     def __init__(
@@ -114,14 +114,14 @@ class Adapted(Saved):
     ) -> None:
         """
         Args:
-            model: the user's; working: as calls run it; extended: with what the method adds to it,
-                None: nothing.
-            family: what was recognised.
+            model: the user's module; working: the copy that calls run; extended: the model with
+                prompts or a head that the method adds, None if it adds nothing.
+            family: what ``recognise`` returned.
             copies: of the user's module, for ``ModelWatch``.
         """
         super().__init__()
         self._lock = Lock()
-        self._owner = object()  # of checkpoints; a copy has its own
+        self._owner = object()  # marks the checkpoints of this object; a copy gets another one
         self.method, self.precision = method.name, precision.name
         self.options, self.engine, self.seed = method, engine, seed
         # not registered as children: .to(), .train() and .parameters() must not reach the user's
@@ -133,11 +133,11 @@ class Adapted(Saved):
         self._in_source: bool = False
 
     def made_by(self, remake: Callable[..., Any], spec: Any) -> Self:
-        """Remembers how it was made, for pickling.
+        """Keeps what pickling needs to rebuild this object.
 
         Args:
-            remake: a function at the top of a module, which makes the same anew from the model,
-                ``spec``, the method, the engine, a record and tensors.
+            remake: a module-level function that rebuilds the object from the model, ``spec``, the
+                method, the engine, a record and tensors.
         """
         self._remake, self._spec = remake, spec
         return self
@@ -169,8 +169,8 @@ class Adapted(Saved):
 
     @abc.abstractmethod
     def _ready(self) -> None:
-        """Brings what calls run on to the state, or inside ``source()`` to the source's, where it
-        is not there."""
+        """Puts the weights of the state into the model that calls run; inside ``source()`` the
+        source's weights."""
 
     @abc.abstractmethod
     def _first_state(self) -> Any:
@@ -181,11 +181,12 @@ class Adapted(Saved):
         """The state with other values of some tuned tensors; changes nothing."""
 
     def _verify(self, compare: Callable[[], bool]) -> None:
-        """Whether the wrapped model is what it was, and runs as it was understood. The latter is
-        compared on the first batch, and after changes that may have an effect.
+        """Checks that the wrapped model has not changed, and that it computes what fasttta assumes.
+        The second check runs on the first batch, and again after a change that may affect results.
 
         Args:
-            compare: whether it could be told; raises ValueError if not so.
+            compare: runs the second check. It returns False where the batch decides nothing, and
+                raises ValueError where the results differ.
         """
         changed = self._watch.check()
         if changed is not None:
@@ -238,18 +239,19 @@ class Adapted(Saved):
                 Different batch shapes may change the numbers within float noise.
             cache: ``fasttta.data.FeatureCache``, where encoded features are looked for and kept.
 
-        Methods that tune inside the encoders have nothing to encode ahead or to keep, and ignore
-        both; so does a stream inside ``source()``. Models of images ignore ``encode_batch``, as
-        all that a step needs is encoded together as it is, and refuse a cache.
+        Methods that tune inside the encoders can neither encode ahead nor keep features, and ignore
+        both arguments; so does a stream inside ``source()``. Models of images ignore
+        ``encode_batch``, because a step encodes all its views together, and refuse a cache.
 
         Returns:
-            An iterator with the ``len`` of the loader, where that has one. Leaving it early loses
-            no batch: of a loader that is an iterator itself, what was read ahead and not stepped
-            on comes first in the next stream over that iterator, which any adapted model may make.
+            An iterator with the ``len`` of the loader, if the loader has one. Leaving it early
+            loses no batch: if the loader is itself an iterator, batches that were read ahead and
+            not adapted on come first in the next stream over it, whichever adapted model makes that
+            stream.
 
         Raises:
             ValueError, TypeError: a batch or an argument cannot be used; the batches before it
-                have been adapted on, and the next stream over the same iterator begins behind it.
+                have been adapted on, and the next stream over the same iterator begins after it.
         """
         return Stream(self._pipeline(encode_batch, cache).results(loader), loader)
 
@@ -297,13 +299,13 @@ class Adapted(Saved):
 
     @exclusive
     def unwrap(self, merge: bool = False) -> nn.Module:
-        """A plain module: the user's own, or (merge) one with what was adapted.
+        """A plain module: the user's, or with ``merge`` one that holds the adapted weights.
 
-        Of a fusion model that is a copy of the user's module with the adapted weights; where the
-        method adds to the model (prompts) what it has no place for, a copy of what the method made
-        of it. BriMPR's PromptVA has a place for prompts. Of images that is a
-        ``fasttta.models.CLIP`` which predicts the classes with the prompt that episodes start
-        from: no episode leaves anything to merge.
+        For a fusion model, ``merge`` returns a copy of the user's module with the adapted weights.
+        Where that module has no place for the prompts or the head that a method added, it returns a
+        copy of the extended model (BriMPR's PromptVA has a place for prompts). For a model of
+        images, it returns a ``fasttta.models.CLIP`` that predicts the classes with the prompt from
+        which episodes start: an episode leaves nothing to merge.
         """
         return self._merged() if merge else self._hidden[0]
 

@@ -140,9 +140,8 @@ def collect_fisher(
 ) -> dict[str, Tensor]:
     """Diagonal Fisher information of the LayerNorms that EATA tunes, from clean unlabelled data.
 
-    The mean over batches of the squared gradient of the batch's mean cross-entropy with the
-    model's own predictions, as the official code computes it (so it depends on the batch size;
-    theirs is 64).
+    The mean over batches of the squared gradient of the batch's mean cross-entropy with the model's
+    predictions as labels. It depends on the batch size, as in the official code, which uses 64.
 
     Args:
         model: as for ``fasttta.adapt``; it is not changed.

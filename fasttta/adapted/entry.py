@@ -133,21 +133,21 @@ def adapt(
             ``"eager"``; ``"auto"``: eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
         classes: for CLIP: class names, or token ids [C, L] (int64).
-        guard: ``fasttta.ShiftDetector(...)``: behind a batch that shows a shift, adaptation begins
-            anew from what ``adapt`` made, not from what ``load_tuned`` set. It is not used itself,
-            only its settings are.
+        guard: ``fasttta.ShiftDetector(...)``: after a batch that signals a shift the state is reset
+            as by ``reset()``; values that ``load_tuned`` set are lost. Only the detector's settings
+            are copied.
         seed: of the random state.
-        verify_model: whether the wrapped model is still what it was, asked at every call; an error
-            names what changed. ``"first"``: by what PyTorch counts (versions, storages,
-            identities of tensors, hooks, classes): sees ``load_state_dict``, optimiser steps,
-            replaced tensors and layers, in about 0.3 ms, not writes through ``.data`` or numpy.
-            ``"always"``: also reads all weights and buffers, exactly. ``"never"``: not at all.
+        verify_model: how every call checks that the wrapped model has not changed; the error names
+            what did. ``"first"`` compares versions, storages and identities of tensors, hooks and
+            classes: it notices ``load_state_dict``, optimiser steps, replaced tensors and layers,
+            and takes about 0.3 ms, but misses writes through ``.data`` or numpy. ``"always"`` also
+            reads all weights and buffers. ``"never"`` checks nothing.
             (Moving it to another device or type, loading the same weights again, ``train()`` and
             ``eval()`` change nothing.)
-        preset: name of published settings of the method, ``methods.ABPEM.preset(name)``; options
-            that are given besides count in place of the preset's.
+        preset: name of published settings of the method, ``methods.ABPEM.preset(name)``;
+            ``options`` override its values.
         options: of the method; ``adapt(m, "abpem", k=8)`` is ``adapt(m, methods.ABPEM(k=8))``.
-            Besides, what a method takes from source data: ``source_stats`` (``SourceStats``, for
+            Also what a method takes from source data: ``source_stats`` (``SourceStats``, for
             BriMPR and ``ABPEM(anchor="source")``), ``fisher`` (of ``collect_fisher``, for EATA);
             for class names ``tokenizer``: a callable, or the path of CLIP's merges file.
 
@@ -179,7 +179,7 @@ def adapt(
 
 
 def _warn_of_ranks(model: nn.Module) -> None:
-    """Says that ranks are not kept together, where it looks as if they should be."""
+    """Warns that ranks are not synchronised if the model is in DistributedDataParallel."""
     inner: object = model
     while isinstance(inner, nn.Module):
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -246,7 +246,7 @@ def _made(
 
     Args:
         resources: tensors from source data, and for class names ``"tokenizer"``.
-        constants: what the method made of ``resources``; None: it is made here.
+        constants: what the method computed from ``resources``; None: it is computed here.
     """
     kind = adapted_as(family, method)
     parameter = next(family.model.parameters())
@@ -271,7 +271,7 @@ def _made(
 
 
 def _check_origin(source_stats: object, family: Family) -> None:
-    """Raises ValueError if source statistics say that they are of other weights."""
+    """Raises ValueError if source statistics name the digest of other weights."""
     if isinstance(source_stats, SourceStats) and source_stats.model is not None:
         digest = records.model_digest(family.model)
         if digest != source_stats.model:
@@ -288,10 +288,10 @@ def _engine(engine: str, device: torch.device) -> str:
     if engine != "graph":
         return "eager"
     if device.type != "cuda":
-        found = f"the model is on {device}"
+        reason = f"the model is on {device}"
         if not torch.cuda.is_available():
-            found = "CUDA is not available"
-        raise ValueError(f'engine="graph" needs a model on a GPU, {found}; use engine="eager"')
+            reason = "CUDA is not available"
+        raise ValueError(f'engine="graph" needs a model on a GPU, {reason}; use engine="eager"')
     return "graph"
 
 
@@ -338,7 +338,7 @@ def _restored(
     where: object,
     verify_model: str = "first",
 ) -> Adapted:
-    """An adapted model with the state of a record; what is wrong with it is said of ``where``."""
+    """An adapted model with the state of a record; errors name ``where``."""
     family = recognise(model, spec)
     with saves.naming(where):
         if ("classes" in tensors) != family.takes_classes:
@@ -379,7 +379,7 @@ def unpickled(
     record: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> Adapted:
-    """What an adapted model is pickled as."""
+    """Rebuilds a pickled adapted model."""
     record, training = dict(record), record["training"]
     mode = record.pop("verify_model")
     adapted = _restored(model, spec, method, engine, record, tensors, "the pickled model", mode)

@@ -103,7 +103,7 @@ class AdaptedFusion(Adapted):
             inputs: one batch, as the wrapped model takes it.
             trace: a keyword; also return gradients and the method's intermediates.
             keep: a keyword, for methods that mask tokens at random (BriMPR): the ids [B, K] of
-                those that each modality keeps, in place of the draw.
+                those that each modality keeps, in place of random ones.
 
         Returns:
             With a guard its ``.stats["reset"]``, 0-d bool, says whether the state was reset after
@@ -128,8 +128,8 @@ class AdaptedFusion(Adapted):
             return returned(self._step.predict(self._prepare(inputs)), -1)
 
     def _refuse(self, options: Mapping[str, Any], *keywords: str) -> None:
-        """Raises TypeError for a keyword that is none: models of images take others, so that the
-        signatures allow any."""
+        """Raises TypeError for an unexpected keyword. The signatures allow any, because models of
+        images take others."""
         if options:
             names = ", ".join(self._step.model.input_names)
             also = f"; keywords: {', '.join(keywords)}" if keywords else ""
@@ -139,12 +139,12 @@ class AdaptedFusion(Adapted):
             )
 
     def _prepare(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Checked inputs; the first batch also checks that the model was understood."""
+        """Checked inputs; the first batch also checks that fasttta's model computes the user's."""
         prepared = self._step.prepare(inputs)
 
         def compare() -> bool:
             verified = self._family.verify(prepared)
-            # to classes that are known now
+            # to classes that exist by now
             self.options = self._step.method = self._step.method.fitted(self._family.model)
             return verified
 
@@ -152,7 +152,7 @@ class AdaptedFusion(Adapted):
         return prepared
 
     def _step_on(self, inputs: tuple[Tensor, ...], **options: Any) -> StepResult:
-        """A step on prepared inputs, or inside ``source()`` its prediction."""
+        """A step on prepared inputs; inside ``source()`` only their prediction."""
         if self._in_source:
             return self._unadapted(inputs, options.get("trace", False))
         alone = inputs[0].shape[0] == 1 and not (self._warned_single or self._state.method)
@@ -176,8 +176,7 @@ class AdaptedFusion(Adapted):
         return self._adapt_all((inputs,), **options)[0]
 
     def _adapt_all(self, batches: Iterable[tuple[Tensor, ...]], **options: Any) -> list[StepResult]:
-        """Steps on batches, all of them or none, and after them the reset that the guard asks
-        for."""
+        """Steps on all of the batches or on none, then resets if the guard asks for it."""
         self._ready()
         values, shifted, results = self._state.current.guard, False, []
         try:
@@ -213,7 +212,7 @@ class AdaptedFusion(Adapted):
 
     @contextlib.contextmanager
     def _outputs(self) -> Iterator[Callable[..., Any]]:
-        """While it lasts, models that return more than logits keep what they return."""
+        """Inside the block, models that return more than logits record what they return."""
         working = self._hidden[1]
         if not isinstance(working, ReturnsMore):
             yield lambda logits, number: logits
@@ -242,7 +241,8 @@ class AdaptedFusion(Adapted):
             inputs = as_inputs(batch.inputs if named else batch)
             if lane is not None:
                 inputs = tuple(lane.bring(x) if torch.is_tensor(x) else x for x in inputs)
-            elif encode_batch:  # they wait for others: a loader may refill them
+            elif encode_batch:
+                # clone batches that wait for their group: the loader may reuse its buffers
                 inputs = tuple(copied(x) for x in inputs)
             return batch._replace(inputs=inputs) if named else inputs
 
@@ -270,7 +270,7 @@ class AdaptedFusion(Adapted):
         )  # fmt: skip
 
     def _lane(self) -> Lane | None:
-        """What brings and encodes ahead of the steps, on a GPU."""
+        """The side stream of a GPU on which batches are copied and encoded ahead of the steps."""
         device = self._step.device
         return Lane(device) if device.type == "cuda" else None
 

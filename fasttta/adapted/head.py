@@ -25,7 +25,7 @@ from .images import ImageCalls, as_views, items_of, refuse_graph
 class AdaptedHead(ImageCalls, AdaptedFusion):
     """CLIP with RAda. Made by ``fasttta.adapt(clip, "rada", classes=names)``.
 
-    ``loss="views"``: every image is an episode of its own, whose views are made here (seeded);
+    ``loss="views"``: every image is a separate episode, whose views are made here (seeded);
     ``loss="entropy"``: a call's images are one batch of a stream. ``tuned`` are the head's tensors,
     ``unwrap(merge=True)`` is a ``fasttta.models.RationalCLIP``.
     """

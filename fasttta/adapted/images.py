@@ -1,4 +1,4 @@
-"""A vision-language model whose every image is an episode of its own."""
+"""A vision-language model that adapts to each image separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..ops.checks import dense
 from ..views import Views, make_views
 from .base import Adapted, exclusive
 
-_VIEWS = 256  # computed together, of several images; more are taken in turns
+_VIEWS = 256  # views that are computed together; more images are computed in turn
 
 
 class MakesViews(Protocol):
@@ -71,9 +71,9 @@ class AdaptedCLIP(ImageCalls):
     """CLIP with a method for single images. Made by ``fasttta.adapt``.
 
     Nothing is carried from image to image: prompt, optimiser and random numbers start afresh with
-    each, so that neither order nor company changes a result. ``tuned`` holds the prompt [n, D] that
-    every episode starts from (nothing for methods without); what an episode made of it is in its
-    ``.stats["prompt"]``.
+    each, so that neither the order nor the other images of a call change a result. ``tuned`` holds
+    the prompt [n, D] from which every episode starts (nothing for methods without one); the prompt
+    after an episode is in its ``.stats["prompt"]``.
     """
 
     _family: ClipFamily
@@ -123,7 +123,7 @@ class AdaptedCLIP(ImageCalls):
 
     @property
     def _clip(self) -> CLIP:
-        """As episodes run it; no child, as ``.to()`` must not reach it."""
+        """The CLIP that episodes run. Not registered as a child: ``.to()`` must not move it."""
         return cast(CLIP, self._hidden[1])
 
     @exclusive
@@ -141,7 +141,7 @@ class AdaptedCLIP(ImageCalls):
             images: one image [3, H, W] in [0, 1] (or PIL), a batch [B, 3, H, W], or a list of
                 images of any size; their views are made here, from ``seed``.
             views: in place of images: the views of one image.
-            noise: for TTC, where its perturbation starts, [B or 1, 3, R, R].
+            noise: for TTC, the perturbation to start from, [B or 1, 3, R, R].
             trace: also return gradients and the method's intermediates.
 
         Returns:
@@ -189,8 +189,8 @@ class AdaptedCLIP(ImageCalls):
     def _groups(
         self, items: Sequence[Any], method: Episodic | None
     ) -> Iterator[tuple[slice, list[Views]]]:
-        """Images that are computed together, with the views that a method asks for (None: the
-        anchor); those of later groups are made when it is their turn."""
+        """Groups of images that are computed together, with the views that a method asks for (None:
+        the anchor alone); a group's views are made when its turn comes."""
         self._ready()
         size, dtype = self._clip.resolution, self._numbers.master
         first = items[0]
@@ -208,7 +208,7 @@ class AdaptedCLIP(ImageCalls):
             yield rows, views
 
     def _compare(self, pixels: Tensor) -> None:
-        """Is the user's module what it was, and was it understood?"""
+        """Checks that the user's module has not changed and computes what fasttta assumes."""
 
         def compare() -> bool:
             with environment(self._device, self._numbers, grad=False):
@@ -298,7 +298,7 @@ def _rows_of(noise: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def as_list(images: Any) -> tuple[bool, Sequence[Any]]:
-    """Whether it is one image, and the images as a sequence.
+    """Whether the argument is one image, and its images as a sequence.
 
     Raises:
         ValueError: there are none.
@@ -318,7 +318,7 @@ def as_list(images: Any) -> tuple[bool, Sequence[Any]]:
 
 
 def items_of(images: Any, views: Any) -> tuple[bool, Sequence[Any]]:
-    """Whether it is a single image, and images or views, one for each episode."""
+    """Whether the call is of a single image, and the images or views, one for each episode."""
     if (images is None) == (views is None):
         raise TypeError("needed images, or views= of one image; found both or neither")
     if views is None:

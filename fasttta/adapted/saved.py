@@ -39,7 +39,7 @@ class Saved(nn.Module, abc.ABC):
     """A module whose state is one immutable object, which can be saved and put back.
 
     Attributes:
-        method, precision: names; options: the method object; seed, engine: as ``adapt`` was given.
+        method, precision: names; options: the method object; seed, engine: arguments of ``adapt``.
     """
 
     method: str
@@ -47,12 +47,13 @@ class Saved(nn.Module, abc.ABC):
     options: Method
     seed: int
     engine: str
-    _hidden: tuple[nn.Module, nn.Module, nn.Module | None]  #: the user's, as it runs, extended
+    #: the user's module, the copy that calls run, the extended model
+    _hidden: tuple[nn.Module, nn.Module, nn.Module | None]
     _lock: Callable[[], contextlib.AbstractContextManager[None]]
-    _owner: object  #: of checkpoints; a copy has its own
+    _owner: object  #: marks the checkpoints of this object; a copy gets another one
     _watch: Any
     _spec: Any = None
-    _remake: Callable[..., Any]  #: makes the same anew, as ``made_by`` was given it
+    _remake: Callable[..., Any]  #: rebuilds this object; ``made_by`` sets it
 
     @abc.abstractmethod
     def _state_now(self) -> Any:
@@ -60,7 +61,7 @@ class Saved(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _publish(self, state: Any) -> None:
-        """Makes what ``_state_now`` or ``_state_of`` returned the state."""
+        """Sets the state to one that ``_state_now`` or ``_state_of`` returned."""
 
     @abc.abstractmethod
     def _state_of(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
@@ -76,7 +77,7 @@ class Saved(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _base(self) -> dict[str, Any]:
-        """Fingerprint of the model that the state is of."""
+        """Fingerprint of the model that the state belongs to."""
 
     def _guard_record(self) -> dict[str, Any] | None:
         return None
@@ -88,7 +89,7 @@ class Saved(nn.Module, abc.ABC):
             return Checkpoint(self._owner, self._state_now())
 
     def rollback(self, handle: Checkpoint) -> None:
-        """Goes back to what ``checkpoint`` returned, as often as asked.
+        """Returns to the state that ``checkpoint`` kept. A handle may be used many times.
 
         Raises:
             TypeError: it is no checkpoint.
@@ -132,7 +133,7 @@ class Saved(nn.Module, abc.ABC):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Takes the state as a whole or not at all, whatever ``strict`` says.
+        """Takes the complete state or nothing, whatever ``strict`` says.
 
         Raises:
             ValueError: a tensor or the metadata is missing, damaged or of another model or method.
@@ -162,8 +163,8 @@ class Saved(nn.Module, abc.ABC):
         """Writes what ``fasttta.load(model, folder)`` needs: the delta, not the model.
 
         ``fasttta.json`` (method, options, fingerprint of the model) and a safetensors file with
-        tuned tensors, optimiser and method state. An existing save in the folder stays whole
-        until the new one is; other processes may save there and load from it meanwhile.
+        tuned tensors, optimiser and method state. An existing save in the folder stays complete
+        until the new one is; other processes may save and load there at the same time.
 
         Raises:
             ValueError: an option of the method has no place in JSON.
@@ -180,7 +181,7 @@ class Saved(nn.Module, abc.ABC):
             return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The wrapped model goes along; what ``adapt`` makes of it is made anew."""
+        """Pickles the wrapped model and the state, from which unpickling rebuilds this object."""
         with self._lock():
             record = {**self._record(), "training": self.training, "verify_model": self._watch.mode}
             origin = self._hidden[0], self._spec, self.options, self.engine
@@ -238,14 +239,15 @@ def recorded_method(
             f"method: it was saved with {record['method']!r}, method={cls.__name__} is {cls.name!r}"
         )
     missing = [name for name in option_names(cls) if name not in record["options"]]
-    if missing and record["fasttta"] == __version__:  # another version may know fewer
+    if missing and record["fasttta"] == __version__:  # another version may have fewer options
         raise ValueError(f"options.{missing[0]} is missing")
     try:
         return cls(**{name: _tuples(value) for name, value in record["options"].items()})
-    except Exception as error:  # whatever a method's own checks raise
+    except Exception as error:  # checks of a method may raise anything
         raise ValueError(f"options: {error}") from error
 
 
 def _tuples(value: Any) -> Any:
-    """An option as a method had it: JSON has lists only, and frozen options no lists."""
+    """An option from JSON with tuples in place of lists: JSON has no tuples, frozen options no
+    lists."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

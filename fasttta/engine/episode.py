@@ -227,7 +227,7 @@ def run_episodes(
 
 
 def as_episodes(result: StepResult) -> Episodes:
-    """The result of one episode as that of B = 1."""
+    """Turns the result of a step into episodes with B = 1."""
 
     def rows(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         return {name: x.unsqueeze(0) for name, x in (tensors or {}).items()}
