@@ -22,10 +22,10 @@ __all__ = ["Family", "FusionFamily", "adapted_as", "recognise"]
 def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Family:
     """The family of a model: ``fasttta.models.CAVMAE``, a FeatureClassifier or CLIP, any module
     with the parts of an official CAV-MAE or of a CLIP, or with a spec any fusion transformer; in
-    DataParallel, DDP or torch.compile or not. Of BriMPR's PromptVA prompts are taken along.
+    DataParallel, DDP or torch.compile or not. Prompts of BriMPR's PromptVA are kept.
 
     Raises:
-        TypeError: it is none of the known models; says what was looked for and found.
+        TypeError: it belongs to no family; the message says what was looked for and found.
         ValueError: it looks like one but cannot be converted, or the spec does not fit.
     """
     if not isinstance(model, nn.Module):
@@ -55,7 +55,7 @@ def adapted_as(family: Family, method: Method) -> str:
     episode; ``"head"``, images or batches of them under a head over their features.
 
     Raises:
-        ValueError: they do not; says what they run.
+        ValueError: the family does not run the method; the message says which methods it runs.
     """
     kind = type(method)
     if family.takes_images and isinstance(method, RAda):
@@ -80,8 +80,8 @@ def adapted_as(family: Family, method: Method) -> str:
 def _unwrapped(
     model: nn.Module, prompted: bool
 ) -> tuple[nn.Module, str, tuple[nn.Module, str] | None]:
-    """What the wrappers around a model hold, where it lies, and BriMPR's PromptVA among the
-    wrappers with where that lies (``prompted``: it is looked through, too).
+    """The model inside its wrappers, its place, and BriMPR's PromptVA with its place, if that is
+    among the wrappers (looked for with ``prompted`` only).
 
     Raises:
         ValueError: a wrapper has hooks.
@@ -90,7 +90,7 @@ def _unwrapped(
     while True:
         kind = type(inner)
         plain = any(
-            isinstance(inner, wrapper) and kind.forward is wrapper.forward  # not one of its own
+            isinstance(inner, wrapper) and kind.forward is wrapper.forward  # not overridden
             for wrapper in (nn.DataParallel, nn.parallel.DistributedDataParallel)
         )
         if plain:

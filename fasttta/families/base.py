@@ -1,4 +1,4 @@
-"""What a family is: a user's module as methods see it, and what fasttta does with it."""
+"""Base of families: a user's module as methods see it, and how it is compared and merged."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Family(abc.ABC):
         name: of the family, for messages.
         model: what fasttta runs, over the weights of the user's module.
         prefix: where the model lies in the user's module (``"module."``).
-        module: the part that was recognised, to be compared with on the first batch; None if it
-            is ``model`` itself, without hooks.
-        structure: ``model`` as it was when it was recognised, with buffers of its own: a user's
-            module may get other classes and buffers later, which what adapts does not have.
+        module: the recognised part of the user's module, with which the first batch compares
+            ``model``; None if it is ``model`` itself, without hooks.
+        structure: a copy of ``model`` at recognition, with separate buffers. The user's module may
+            get other classes and buffers later; adapted models keep the old ones.
         takes_images: whether inputs are images, of which views can be made.
 
     Class attributes:
@@ -52,18 +52,18 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:
-        """Compares the model, as it was recognised, with the module's own forward.
+        """Compares the recognised model with the forward of the user's module.
 
         Returns:
-            Whether it could be told: not from non-finite input.
+            Whether the batch allowed a comparison: False for non-finite input.
 
         Raises:
-            ValueError: the two differ, or the module's forward fails: the module computes
-                something else than its structure says.
+            ValueError: the two differ, or the module's forward fails: it does not compute what its
+                structure says.
         """
 
     def compare_again(self) -> None:
-        """Has the next ``verify`` compare: the module's hooks or classes are others by now."""
+        """Makes the next ``verify`` compare again, after hooks or classes of the module changed."""
         if self.module is None:
             self.module = self.model
 
@@ -139,7 +139,8 @@ class FusionFamily(Family):
     def _own_forward(
         self, twin: nn.Module, inputs: tuple[Tensor, ...]
     ) -> tuple[Any, list[Tensor | None]]:
-        """The same through the module's own forward, which runs once: its hooks are the user's."""
+        """The same through the forward of the user's module, which runs once, so that each of
+        its hooks does, too."""
         leaves = [twin.get_parameter(name) for name in sorted(self.tuned)]
         return graded(lambda: self._own_logits(twin, inputs), leaves)
 
@@ -154,8 +155,8 @@ class FusionFamily(Family):
         return returned[0] if isinstance(returned, (tuple, list)) else returned
 
     def copied_parameters(self, model: nn.Module) -> dict[str, tuple[str, int]]:
-        """Names of the parameters that the user's module copies from others itself when it runs,
-        and the name and third of what each is copied from."""
+        """Names of the parameters that the user's module copies from packed ones when it runs ->
+        the name of the packed one, and which third of it."""
         return {}
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
@@ -168,7 +169,8 @@ class FusionFamily(Family):
 
 
 def graded(run: Callable[[], Any], leaves: list[nn.Parameter]) -> tuple[Any, list[Tensor | None]]:
-    """What ``run`` returns, without its graph, and its gradients by leaves; ``run`` runs once."""
+    """Result of ``run``, detached, and its gradients with respect to leaves. ``run`` is called
+    once."""
     if not leaves:
         return run(), []
     returned: list[Any] = []
@@ -186,16 +188,16 @@ def graded(run: Callable[[], Any], leaves: list[nn.Parameter]) -> tuple[Any, lis
 
 
 def in_type(module: Tree, dtype: torch.dtype) -> Tree:
-    """A copy of a module tree with parameters and buffers of its own in a type, without hooks of
-    others."""
+    """A copy of a module tree with separate parameters and buffers in a type, without users'
+    hooks."""
     twin = structural_copy(module, _in(dtype))
     own_buffers(cast(nn.Module, twin), dtype)
     return twin
 
 
 def own_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the user's module in a type, with all its hooks and no gradient checkpointing: it
-    computes what the module does, and changes nothing of it."""
+    """A copy of the user's module in a type, with all its hooks and without gradient
+    checkpointing. It computes what the module does; running it does not change the module."""
     twin = structural_copy(module, _in(dtype), hooks=True)
     own_buffers(twin, dtype)
     without_checkpointing(twin)

@@ -17,14 +17,14 @@ from ..models.copies import structural_copy
 from .base import FusionFamily, graded
 from .refusals import altered, parts_of, refuse_replaced_forwards, refuse_wrapped_layers
 
-#: parts by which a CAV-MAE is told
+#: parts by which a CAV-MAE is recognised
 PARTS = (
     "patch_embed_a", "patch_embed_v", "pos_embed_a", "pos_embed_v", "modality_a", "modality_v",
     "blocks_a", "blocks_v", "blocks_u", "norm",
 )  # fmt: skip
 #: parts of BriMPR's PromptVA, which holds a CAV-MAE and prompts for its encoders
 PROMPTED_PARTS = ("va_model", "prompts_a", "prompts_v")
-#: what modules of the same structure call their projections: CAV-MAE, READ and BriMPR, ABPEM
+#: names of the separate projections in each code base -> what messages call it
 _FLAVOURS = {
     (): "CAV-MAE",
     ("k", "q", "v"): "CAV-MAE as READ and BriMPR have it",
@@ -74,14 +74,14 @@ class CavmaeFamily(FusionFamily):
         return family
 
     def _take_prompts(self, holder: nn.Module, path: str) -> None:
-        """Takes the prompts of the PromptVA along."""
+        """Copies the prompts of the PromptVA into the model."""
         prompts = {
             name: x.detach()
             for name, attribute in (("audio", "prompts_a"), ("video", "prompts_v"))
             if (x := getattr(holder, attribute)) is not None
         }
         with torch.inference_mode(False):
-            if self.module in (None, self.model):  # the user's own object is never changed
+            if self.module in (None, self.model):  # the user's object is never changed
                 self.model = structural_copy(self.model, lambda name, parameter: parameter)
             self.model.take_prompts(
                 {name: x.clone() if x.is_inference() else x for name, x in prompts.items()}
@@ -145,14 +145,14 @@ class CavmaeFamily(FusionFamily):
         return returned[0] if isinstance(returned, (tuple, list)) else returned
 
     def _unprompted(self, twin: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        """What the module returns. Modules with split projections compute with them in
-        ``forward_eval`` (ABPEM's takes its script's arguments besides) and not in ``forward``."""
+        """What the module returns. Modules with split projections use them in ``forward_eval``,
+        not in ``forward``; ABPEM's also takes the arguments of its script."""
         name = "forward_eval" if self.split and hasattr(twin, "forward_eval") else "forward"
         parameters = inspect.signature(getattr(twin, name)).parameters.values()
         count = len([p for p in parameters if p.kind is not p.VAR_KEYWORD])
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
             count = max(count, len(inputs) + 1)
-        # hooks run around a call only
+        # hooks run only if the module is called
         call: Callable[..., Any] = twin if name == "forward" else getattr(twin, name)
         arguments = (*inputs, "multimodal", SimpleNamespace(use_cache=False))
         try:
@@ -168,8 +168,8 @@ class CavmaeFamily(FusionFamily):
         return self.holder is not None and all(name in _PROMPTS for name in names)
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """Also into split copies of the projections, and prompts, whatever their count, into the
-        PromptVA."""
+        """Writes an adapted parameter into the module and into its split copies, and prompts of
+        any count into the PromptVA."""
         if self.holder is not None and name in _PROMPTS:
             path = self.holder.rstrip(".")
             holder = module.get_submodule(path) if path else module
@@ -196,7 +196,7 @@ def _converted(module: nn.Module, prefix: str) -> CavmaeFamily:
         )
     refuse_wrapped_layers(module, "CAV-MAE")
     _check_head(module)
-    blocks: Any = module.blocks_u  # of the user's code
+    blocks: Any = module.blocks_u  # modules of the user's classes
     if not len(blocks):
         raise ValueError(f"blocks_u of {kind} is empty, needed a fusion block")
     attention = blocks[0].attn
@@ -232,7 +232,7 @@ def _converted(module: nn.Module, prefix: str) -> CavmaeFamily:
 
 
 def _check_head(module: nn.Module) -> None:
-    """Raises ValueError if the classifier is another than the published one."""
+    """Raises ValueError if the classifier differs from the published one."""
     head = module.get_submodule("mlp_head")
     parts = {f"mlp_head.{name}" for name, _ in head.named_parameters()}
     if parts != {f"mlp_head.{i}.{part}" for i in (0, 1) for part in ("weight", "bias")}:

@@ -19,8 +19,8 @@ from ..ops.checks import dense
 
 _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 _MERGES = "bpe_simple_vocab_16e6.txt.gz"
-_PACKAGES = ("open_clip", "clip")  # that carry OpenAI's merges file
-_COUNT = 49152 - 256 - 2  # merges that OpenAI's vocabulary takes of the file's
+_PACKAGES = ("open_clip", "clip")  # packages that contain OpenAI's merges file
+_COUNT = 49152 - 256 - 2  # merges of the file that OpenAI's vocabulary uses
 _PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
@@ -35,8 +35,8 @@ def token_ids(
     """Token ids [C, L] of the classes' prompts, with underscores as spaces.
 
     Args:
-        classes: class names, or token ids [C, L] int64, which are returned as they are: ``prompt``
-            and ``tokenizer`` are then not looked at.
+        classes: class names, or token ids [C, L] int64, which are returned unchanged; ``prompt``
+            and ``tokenizer`` are then ignored.
         prompt: what precedes the class name and a full stop, or a template with ``{}`` in the
             name's place: ``"a photo of a {}, a type of pet."``
         tokenizer: takes a list of texts to ids [C, L] (a tensor, lists, or an object with
@@ -92,7 +92,7 @@ def token_ids(
 
 
 def _padded(returned: Any, texts: int) -> Tensor:
-    """What a tokenizer returned for so many texts, as int64 [C, L]; rows are filled up with 0.
+    """What a tokenizer returned for ``count`` texts, as int64 [C, L]; short rows are padded with 0.
 
     Raises:
         TypeError: these are no rows of integers.
@@ -180,7 +180,7 @@ def clip_bpe(path: str | os.PathLike) -> Callable[[list[str]], list[list[int]]]:
 
     opened = gzip.open if os.fspath(path).endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1 : 1 + _COUNT]  # the first is a version
+        lines = file.read().split("\n")[1 : 1 + _COUNT]  # the first line is a version
     pairs = [line.split() for line in lines if line.strip()]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{os.fspath(path)!r} holds no merges, two symbols a line")

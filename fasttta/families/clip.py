@@ -38,7 +38,7 @@ _Outputs = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class ClipFamily(Family):
-    """A CLIP, whose every image methods adapt to anew.
+    """A CLIP. Methods adapt to each image separately.
 
     Attributes:
         outputs: (module, normalised pixels, ids) -> its image features and text features; None: the
@@ -57,7 +57,7 @@ class ClipFamily(Family):
         """The family of a module with the parts of a CLIP.
 
         Raises:
-            ValueError: it cannot be converted; says what it has otherwise.
+            ValueError: it cannot be converted; the message says how it differs from a CLIP.
         """
         if isinstance(module, CLIP):
             name = "fasttta.models.CLIP"
@@ -85,7 +85,7 @@ class ClipFamily(Family):
     def with_classes(
         self, classes: Any, prompt: str, precision: Precision, resources: Mapping[str, Any]
     ) -> ClipWithClasses:
-        """The CLIP over the same weights with classes set, as methods over its features run it.
+        """The CLIP over the same weights with classes set, for methods that run on its features.
 
         Args:
             classes: names, or token ids [C, L].
@@ -103,7 +103,7 @@ class ClipFamily(Family):
             with environment(self.model.positional_embedding.device, precision, grad=False):
                 text = encoder.encode_text(ids)
                 clip.class_features = text / text.norm(dim=-1, keepdim=True)
-        fusion = cast(FusionModel, clip)  # "rada" makes one of it
+        fusion = cast(FusionModel, clip)  # "rada" turns it into one
         return ClipWithClasses(self.name, fusion, self.prefix, self.module, clip=self, ids=ids)
 
     @torch.no_grad()
@@ -184,12 +184,12 @@ class ClipWithClasses(FusionFamily):
             return self.clip.verify((inputs[0][:1], self.ids))
 
     def compare_again(self) -> None:
-        """Has the next ``verify`` compare the CLIP."""
+        """Makes the next ``verify`` compare the CLIP again."""
         self.clip.compare_again()
 
 
 def _own_logits(module: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor | None:
-    """Logits [1, 2] of a module's own call; None where it returns something else, or takes it."""
+    """Logits [1, 2] of a call of the module; None if it takes or returns something else."""
     if type(module).forward is nn.Module.forward:  # it has none
         return None
     names = inspect.signature(module.forward).parameters
@@ -225,8 +225,8 @@ def _open_clip(module: Any, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor
 
 
 def _cut_text(text: Any, ids: Tensor) -> Tensor:
-    """Features of ids by the parts of a text tower whose mask is cut: its own encode_text adds all
-    positions and fails, its users run the parts."""
+    """Features of ids by the parts of a text tower whose mask is cut. Its encode_text adds all
+    positions and fails, so users of such a model run the parts."""
     x = text.token_embedding(ids).to(text.ln_final.weight.dtype)
     x = x + text.positional_embedding[: ids.shape[1]].to(x)
     first = text.transformer.resblocks[0].attn.batch_first

@@ -22,7 +22,7 @@ class RationalFamily(FusionFamily):
     def of(cls, model: ModelWithHead, prefix: str) -> RationalFamily:
         """The family of a model of fasttta's own."""
         module = model if altered(model) else None
-        # "rada" asks for no attention, which is what it lacks of a fusion model
+        # it lacks attention, the part of a fusion model that "rada" does not use
         fusion = cast(FusionModel, model)
         name = f"fasttta.models.{type(model).__name__}"
         images = isinstance(model, RationalCLIP)

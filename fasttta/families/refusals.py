@@ -68,15 +68,15 @@ def hook_advice(module: nn.Module) -> str:
 
 
 def altered(module: nn.Module) -> bool:
-    """Whether one of fasttta's models may compute something else than its class says: it is of a
+    """Whether one of fasttta's models may compute something that its class does not: it is of a
     user's subclass, or has hooks."""
     ours = type(module).__module__.split(".")[0] == "fasttta"
     return not ours or bool(hooked_modules(module))
 
 
 def refuse_wrapper_hooks(wrapper: nn.Module) -> None:
-    """Raises ValueError if a wrapper (DataParallel, DDP, torch.compile), which is looked through,
-    has hooks of its own."""
+    """Raises ValueError if a wrapper (DataParallel, DDP, torch.compile), which fasttta bypasses,
+    has hooks."""
     if any(vars(wrapper).get(kind) for kind in CALLED):
         raise ValueError(
             f"hooks are registered on the {type(wrapper).__name__} around the model, which fasttta "
@@ -85,7 +85,7 @@ def refuse_wrapper_hooks(wrapper: nn.Module) -> None:
 
 
 def refuse_backward_hooks(family: str, module: nn.Module) -> None:
-    """Raises ValueError if a module that fasttta computes in its own way has backward hooks."""
+    """Raises ValueError if a module whose forward fasttta replaces has backward hooks."""
     for name, child in module.named_modules():
         if child._backward_hooks or child._backward_pre_hooks:
             raise ValueError(
@@ -112,7 +112,7 @@ def refuse_unusable_weights(model: nn.Module) -> None:
     """Checks that every weight is a plain floating point tensor, on one device.
 
     Raises:
-        ValueError: one is not; names the module, what it is and what to do.
+        ValueError: one is not; the message names the module and says what to do.
     """
     kinds: set[type] = set()
     for path, module in model.named_modules():
@@ -144,8 +144,8 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
 
 
 def _unusable_module(path: str, module: nn.Module, packed: bool) -> str | None:
-    """Why the weights of a module cannot be computed with, whatever its tensors are; ``packed``: it
-    keeps them in an object of their own."""
+    """Why fasttta cannot compute with the weights of a module, whatever its tensors are;
+    ``packed``: it keeps them in a separate object."""
     where, kind = path or "the model", type(module)
     if any(c.__name__ in _SHARDED for c in kind.__mro__):
         return (
@@ -181,7 +181,7 @@ def _without_values(model: nn.Module) -> str:
 
 
 def _unusable_tensor(name: str, x: Tensor, is_parameter: bool) -> str | None:
-    """Why a tensor cannot be computed with; None: it can."""
+    """Why fasttta cannot compute with a tensor; None if it can."""
     kind = type(x)
     if is_lazy(x):
         return (
@@ -199,7 +199,7 @@ def _unusable_tensor(name: str, x: Tensor, is_parameter: bool) -> str | None:
         return "is a nested tensor; needed plain tensors"
     if x.layout != torch.strided:
         return f"is sparse ({x.layout}); make it dense first: x.to_dense()"
-    dispatch = getattr(kind, "__torch_dispatch__", None)  # a subclass that computes its own way
+    dispatch = getattr(kind, "__torch_dispatch__", None)  # a subclass that overrides operations
     if kind not in _PLAIN and dispatch not in (
         getattr(plain, "__torch_dispatch__", None) for plain in _PLAIN
     ):
@@ -231,7 +231,7 @@ def adapters_hint(model: nn.Module) -> str | None:
 
 
 def refuse_wrapped_layers(model: nn.Module, family: str) -> None:
-    """Checks that a module whose weights fasttta runs in its own architecture has plain layers.
+    """Checks that a module whose weights fasttta runs in its architecture has plain layers.
 
     Raises:
         ValueError: names the layers that are not, and says how to make them plain.
@@ -310,8 +310,8 @@ def _towers(parts: set[str]) -> list[str]:
 
 
 def differences_from_clip(model: nn.Module) -> list[str]:
-    """What a dual encoder has in other ways than CLIP, in words; empty: it is no dual encoder, or
-    differs in none of these ways."""
+    """How a dual encoder differs from CLIP, in words; empty if it is no dual encoder, or has
+    none of these differences."""
     parts = parts_of(model)
     if not _towers(parts):
         return []

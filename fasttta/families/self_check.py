@@ -1,4 +1,4 @@
-"""Comparing a model, as methods run it, with its user's own module: values and gradients."""
+"""Compares the model that methods run with the user's module: values and gradients."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_gradients(
 
     Args:
         family: of the model, for messages.
-        theirs: by plain autograd on the module's own forward; ours: on the model as methods run it.
+        theirs: by plain autograd on the user's module; ours: on the model that methods run.
         tolerance: of the largest gradient.
         needed: every tensor must have one: the method tunes projections, which are all used.
 
@@ -61,7 +61,7 @@ def check_gradients(
     """
     names = list(names)
     if all(a is None for a in theirs) and any(b is not None for b in ours):
-        return  # a forward under torch.no_grad(), whose function is known all the same
+        return  # a forward under torch.no_grad(); its values were compared already
     if all(b is None for b in ours):
         raise ValueError(
             f"{family}: its logits depend on none of the tuned tensors ({', '.join(names[:3])}, "

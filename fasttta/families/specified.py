@@ -40,7 +40,7 @@ class SpecifiedFamily(FusionFamily):
 
     def verify(self, inputs: tuple[Tensor, ...]) -> bool:
         """Learns from two samples of the first batch how the module runs, and compares encode and
-        fuse, sample by sample, with its own forward, in float64 on a copy of its structure.
+        fuse of each sample with the module's forward, in float64 on a copy of its structure.
 
         Returns, Raises: as ``FusionFamily.verify``.
         """
@@ -58,22 +58,22 @@ class SpecifiedFamily(FusionFamily):
     def _compare(self, two: tuple[Tensor, ...], dtype: torch.dtype, tolerance: float) -> None:
         two = tuple(x.to(dtype) if x.is_floating_point() else x for x in two)
         exact, module = Precision("exact", dtype, dtype), self.module
-        assert module is not None  # it is not its own fusion model
+        assert module is not None  # SpecifiedFamily.of sets it
         kind = f"{type(module).__name__} cut as its ModelSpec says"
         with environment(two[0].device, exact, grad=False):
             twin = in_type(self._compared, dtype)
-            # with the module's hooks, which its own calls run and ours do not
-            output, own_grads = self._module_forward(twin, own_copy(module, dtype), two)
-            own = twin.own_logits(output).detach()
+            # this copy keeps the module's hooks, as calls by the user run them
+            output, module_grads = self._module_forward(twin, own_copy(module, dtype), two)
+            expected = twin.own_logits(output).detach()
             twin.own_logits(twin.learn(two, check=dtype == torch.float64))
             tokens = [twin.encode(*(x[i : i + 1] for x in two)) for i in (0, 1)]
             alone = torch.cat([twin.fuse(x) for x in tokens])
             twin.outputs = []
             together = twin.fuse(torch.cat(tokens))
             returned = twin.returned(together, 0)
-        limit = tolerance * max(1.0, own.abs().max().item())
+        limit = tolerance * max(1.0, expected.abs().max().item())
         error = max(
-            (own - x).abs().max().item() if own.shape == x.shape else float("inf")
+            (expected - x).abs().max().item() if expected.shape == x.shape else float("inf")
             for x in (alone, together)
         )
         if not error <= limit:
@@ -89,7 +89,7 @@ class SpecifiedFamily(FusionFamily):
             with environment(two[0].device, exact, grad=True):
                 _, grads = self._cut_forward(twin, two)
             names = sorted(self.tuned)
-            check_gradients(kind, names, own_grads, grads, tolerance, module, self.all_used)
+            check_gradients(kind, names, module_grads, grads, tolerance, module, self.all_used)
 
     def _module_forward(
         self, twin: SpecifiedModel, hooked: nn.Module, two: tuple[Tensor, ...]
@@ -107,5 +107,5 @@ class SpecifiedFamily(FusionFamily):
         return (rebuilt(outputs[-1], Tensor.detach) if leaves else outputs[-1]), grads
 
     def merge_into(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """Writes a parameter, whose name here begins with the wrapper's ``module.``."""
+        """Writes a parameter; its name begins with the wrapper's ``module.``."""
         super().merge_into(module, name.removeprefix("module."), value)
