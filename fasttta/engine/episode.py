@@ -1,9 +1,9 @@
-"""Episodes: updates that begin at the start with every image, and the results of B of them.
+"""Episodes: updates that start afresh with every image, and the results of B of them.
 
 ``run_updates`` is the only loop: forward, objective, backward, update, as often as the method has
-steps. What is updated is said by an object: the weights of a model (``engine.step.Weights``), a
-prompt for each image, or the pixels. All of it are tensors of fixed shapes, and nothing in the loop
-reads a value on the host, so that a captured step can replay it.
+steps. An object says what is updated: the weights of a model (``engine.step.Weights``), a
+prompt for each image, or the pixels. All tensors have fixed shapes, and nothing in the loop reads a
+value on the host, so that a captured step can replay it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .result import StepResult
 
 
 class Tuned(Protocol):
-    """What an episode's updates change, at the episode's start when it is made."""
+    """What the updates of an episode change. A new object is at the episode's start."""
 
     def values(self) -> dict[str, Tensor]:
-        """What the objective finds in its state: leaves of autograd."""
+        """Tensors for the objective's state: leaves of autograd."""
 
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
-        """Of the objective's total by what is tuned."""
+        """Gradients of the objective's total with respect to what is tuned."""
 
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
         """One update; whether it counted: [B], or 0-d of a single episode."""
@@ -37,7 +37,7 @@ class Tuned(Protocol):
 
 @dataclass
 class Updates:
-    """What the updates of an episode leave.
+    """Results of the updates of an episode.
 
     Attributes:
         first: the objective before any update.
@@ -56,11 +56,11 @@ class Updates:
 def run_updates(
     steps: int, evaluate: Callable[[Mapping[str, Tensor]], Objective], tuned: Tuned
 ) -> Updates:
-    """Updates what is tuned so often.
+    """Makes ``steps`` updates of what is tuned.
 
     Args:
-        evaluate: the method's objective; its argument is what is tuned and what the objective
-            before it returned as its state.
+        evaluate: the method's objective; its argument holds the tuned tensors and the state that
+            the previous objective returned.
     """
     state: Mapping[str, Tensor] = {}
     updates: Updates | None = None
@@ -100,13 +100,13 @@ class TunedPrompts:
         return {"tuned": self._leaf}
 
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
-        """Of the total by the prompts: the gradient of the text features, pulled back."""
+        """Gradient of the total with respect to the prompts, through that of the text features."""
         (cotangent,) = torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
         with torch.no_grad():
             return (self._at.pullback(cotangent),)
 
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
-        """One optimiser step, where gradients are finite; [B], which prompts moved."""
+        """One optimiser step where gradients are finite; returns [B], which prompts moved."""
         (grad,) = grads
         finite = grad.isfinite().all(2).all(1) & objective.losses["total"].isfinite()
         self.value.grad, before = grad, self.value.detach().clone()
@@ -133,7 +133,7 @@ class TunedPixels:
         return {"tuned": self._leaf}
 
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
-        """Of the total by what is added to the pixels."""
+        """Gradient of the total with respect to what is added to the pixels."""
         return torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
 
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
@@ -151,8 +151,8 @@ class Episodes:
     """Results of B episodes that were computed together.
 
     Attributes:
-        logits, logits_before: [B, C]; before any update: zero-shot, of the anchor.
-        used: [B], samples that were learnt from: bool, of an image whether it was.
+        logits, logits_before: [B, C]; logits_before is the zero-shot prediction of the anchor.
+        used: [B], samples that were learnt from; for images bool.
         losses: [B] each, of the first step.
         stats: [B, ...] each.
         grads: [B, ...] each, of the first step, by tuned name.
@@ -184,7 +184,7 @@ def run_episodes(
         prompts: of ``model.prompts(ids, method.tuned_length)``.
         views: of each image, alike in number.
         seed: of random numbers, the same for every image.
-        noise: [B or 1, 3, R, R], where a method that moves pixels begins; None: it draws that.
+        noise: [B or 1, 3, R, R], the start of a method that moves pixels; None: it draws one.
         trace: also return gradients and intermediates.
     """
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """A folder with a saved state: a record and a tensor file, replaced together or not at all.
 
 Several processes may save into a folder and load from it at the same time. Every file is written
-under a name of its own, then moved; the record, moved last, names the tensor file. Writers take
-turns by a lock on the folder where the filesystem has one, and clear away what killed ones left.
+under a unique name, then moved; the record, moved last, names the tensor file. Writers take
+turns by a lock on the folder where the filesystem has one, and clear away the files of killed ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MissingTensorsError(FileNotFoundError, ValueError):
 def write(
     folder: str | os.PathLike[str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Writes a record and its tensors; an earlier save stays whole until they are there.
+    """Writes a record and its tensors; an earlier save stays complete until both are there.
 
     Raises:
         ValueError: the record cannot be written as JSON.
@@ -79,7 +79,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Makes moves in the folder outlive a power failure, where the system can."""
+    """Flushes the folder, so that moves in it survive a power failure, where the system can."""
     with contextlib.suppress(OSError):
         _Place(folder).flush()
 
@@ -204,7 +204,7 @@ def _tensors(path: Path, record: Mapping[str, Any], data: bytes) -> dict[str, Te
             raise ValueError("is damaged: its checksum is not the recorded one")
         try:
             tensors = load(data)
-        except Exception as error:  # safetensors has its own kinds
+        except Exception as error:  # safetensors raises exceptions of several kinds
             raise ValueError(f"is damaged: {error}") from error
         if record["format"] != 1 and records.tensors_digest(tensors) != record["sha256"]:
             raise ValueError("is damaged: its checksum is not the recorded one")

@@ -24,10 +24,10 @@ class Plan:
 
     Attributes:
         inputs: static, for ``size`` samples.
-        features: static encoder outputs where the step is given them, else None.
+        features: static encoder outputs if the step takes them, else None.
         present: [size], 1 for rows that hold a sample.
         state: the method's state; for a window ``ring``, ``counts`` and ``place``.
-        result: static, of the whole buffer; rows of samples that are not there mean nothing.
+        result: static, of all rows; rows without a sample hold arbitrary values.
         graph: None where steps run without capture (in tests, which have no GPU).
     """
 
@@ -62,7 +62,7 @@ class GraphStep(Step):
         self.plans: dict[tuple, Plan] = {}
         self.current: Plan | None = None
         self.rows: list[int] = []  # samples in each place of the window, oldest first
-        self.place = 0  # of the newest
+        self.place = 0  # place of the newest batch
         self.past: list[tuple[Tensor, Tensor]] = []  # tokens and counts of the last places
         self.published: Mapping[str, Tensor] | None = None
         self.pool = torch.cuda.graph_pool_handle() if capture else None
@@ -70,7 +70,7 @@ class GraphStep(Step):
         self.kept_passes = None  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
-        # graphs are of the buffers they were captured with
+        # a graph uses the buffers that it was captured with
         model, state = (copy.deepcopy(x, memo) for x in (self.model, self.state))
         return GraphStep(
             model, self.method, state, self.precision, self.device, False, capture=self.capture
@@ -81,7 +81,7 @@ class GraphStep(Step):
             return super()._eager(inputs, features, trace)
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan(inputs, features)
-            # until the next is published, the buffers are of no state: a step may be interrupted
+            # a step may be interrupted: until it ends the buffers match no state
             published, self.published = self.published, None
             if plan is not self.current or self.state.method is not published:
                 self._enter(plan)
@@ -131,8 +131,8 @@ class GraphStep(Step):
 
     def _write(self, state: dict[str, Tensor], features: Tensor, counts: Tensor) -> None:
         """Writes the current batch to its place of the window. A batch that does not count gets
-        the tokens of the place before: what a weight of 0 multiplies must be finite. Its own
-        would not do even where they are finite, as the pass over them may have overflowed."""
+        the tokens of the place before: a value with weight 0 must still be finite. Its tokens
+        cannot serve even if they are finite, because the pass over them may have overflowed."""
         with torch.no_grad():
             before = state["ring"].index_select(0, (state["place"] - 1) % self._window)[0]
             tokens = torch.where(counts.amax() > 0, features, before)
@@ -206,16 +206,17 @@ class GraphStep(Step):
     def _capture(self, plan: Plan, side: torch.cuda.Stream) -> None:
         """Records the step on a stream of the current device.
 
-        cuBLAS keeps a workspace a stream. Dropped before and after, the graph's own comes from its
-        pool, which no other capture and no work on a stream of the same number can share.
+        cuBLAS keeps one workspace for each stream. It is dropped before and after the capture, so
+        that the graph's workspace comes from the graph's pool, which no other capture and no other
+        work on this stream shares.
         """
         graph, done = torch.cuda.CUDAGraph(), False
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            # a capture that fails leaves its stream the current one
+            # a failed capture leaves its stream as the current one
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
-                # other threads, such as a loader's, may go on using the device meanwhile
+                # other threads, such as a loader's, may use the device during the capture
                 torch.cuda.graph(
                     graph, pool=self.pool, stream=side, capture_error_mode="thread_local"
                 ),
@@ -256,7 +257,7 @@ class GraphStep(Step):
         return average.numel() if average is not None else 0
 
     def _advance(self, size: int) -> None:
-        """Which place the next batch takes: that of the oldest, once the window is full."""
+        """The place that the next batch takes: that of the oldest, once the window is full."""
         if self._window:
             self.place = (self.place + 1) % self._window
             self.rows = [*self.rows, size][-self._window :]
@@ -281,7 +282,7 @@ class GraphStep(Step):
         self.published = method
 
     def _taken(self, plan: Plan, size: int) -> StepResult:
-        """Fresh copies of the static results, of the samples that are there."""
+        """Fresh copies of the static results, for rows that hold a sample."""
         result = plan.result
         assert result is not None  # a step has run
 
@@ -304,7 +305,7 @@ class GraphStep(Step):
 
 
 def _fill(buffer: Tensor, x: Tensor) -> Tensor:
-    """Samples to the first rows of a buffer; the others repeat the first sample."""
+    """Writes samples to the first rows of a buffer; the other rows repeat the first sample."""
     buffer[: len(x)].copy_(x)
     if len(x) < len(buffer):
         buffer[len(x) :].copy_(x[:1].expand_as(buffer[len(x) :]))

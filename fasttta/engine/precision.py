@@ -1,4 +1,4 @@
-"""What a step computes in: its precision, and the copy of the model in it."""
+"""Precision of a step: its number types, and the working copy of the model in them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def resolve(name: str, device: torch.device, model_dtype: torch.dtype) -> Precis
     ``"auto"`` keeps a float64 model in float64, else takes bf16 on GPUs that have it, else fp32.
     """
     if name not in PRECISIONS:
-        known = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision={name!r} is unknown; known: {known}")
+        names = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision={name!r} is unknown; known: {names}")
     if name == "auto":
         if model_dtype == torch.float64:
             name = "fp64"
@@ -61,9 +61,9 @@ Model = TypeVar("Model", bound=_Multiplies)
 def working_copy(
     model: Model, tuned: set[str], precision: Precision
 ) -> tuple[Model, dict[str, nn.Parameter]]:
-    """A copy of the module tree that shares frozen weights and owns the tuned ones.
+    """A copy of the module tree that shares frozen weights and has separate tuned ones.
 
-    The user's module is not touched: its parameters stay its own, hooks and flags included.
+    The user's module is not changed, hooks and flags of its parameters included.
 
     Returns:
         The copy in evaluation mode, and its tuned parameters by name.
@@ -74,7 +74,7 @@ def working_copy(
     shared: dict[int, nn.Parameter] = {}
     leaves: dict[str, nn.Parameter] = {}
 
-    def own(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def replaced(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None:
             return None
         if name in tuned:
@@ -89,11 +89,11 @@ def working_copy(
             shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
         return shared[id(parameter)]
 
-    copy = structural_copy(model, own)
+    copy = structural_copy(model, replaced)
     for name in sorted(tuned - leaves.keys()):
         reason = how_to_unwrap(cast(nn.Module, model), name)
         raise ValueError(f"{name} cannot be tuned: {reason}")
-    # what a forward writes there must not reach the user's module
+    # a forward may write to buffers: that must not reach the user's module
     own_buffers(cast(nn.Module, copy), precision.master)
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves

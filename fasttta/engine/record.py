@@ -50,10 +50,10 @@ def written(record: Mapping[str, Any]) -> str:
     Raises:
         ValueError: an option's value has no place in JSON.
     """
-    whole = {"format": FORMAT, "fasttta": __version__, **record}
+    content = {"format": FORMAT, "fasttta": __version__, **record}
     try:
-        whole["checksum"] = _checksum(whole)
-        return json.dumps(whole, indent=1, allow_nan=False)
+        content["checksum"] = _checksum(content)
+        return json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"options of {record.get('method')!r} cannot be saved ({error}); needed finite "
@@ -62,7 +62,7 @@ def written(record: Mapping[str, Any]) -> str:
 
 
 def as_read(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as it comes back from its text: lists for tuples."""
+    """The record that its text gives back: lists in place of tuples."""
     content: dict[str, Any] = json.loads(written(record))
     return content
 
@@ -177,20 +177,21 @@ def _digest(tensor: Tensor) -> str:
 
 
 def model_digest(model: FusionModel | VisionLanguageModel) -> str:
-    """Names, shapes and a sample of the values of a whole model (every tensor gives up to 512
-    values, so that 660 MB need not be read)."""
-    whole = hashlib.sha256(model.identity().encode())
+    """Digest of names, shapes and a sample of the values of a model (up to 512 of every tensor,
+    so that 660 MB need not be read)."""
+    digest = hashlib.sha256(model.identity().encode())
     for name, x in sorted(model.state_dict().items()):
         flat = x.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 512)][:512].double().cpu()
-        whole.update(f"{name} {list(x.shape)}".encode() + sample.numpy().tobytes())
-    return whole.hexdigest()[:16]
+        digest.update(f"{name} {list(x.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(
     model: FusionModel | VisionLanguageModel, source: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What a state was made for: the model, and all values that the tuned tensors began with."""
+    """Digests of the model that a state belongs to, and of the values with which the tuned
+    tensors began."""
     return {
         "model": model_digest(model),
         "source": {name: _digest(x) for name, x in source.items()},

@@ -1,4 +1,4 @@
-"""Noticing that a stream has turned into another one."""
+"""Detects that the distribution of a stream has shifted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from .result import StepResult
 
 
 class ShiftDetector:
-    """Says when a value that a method reports of each batch leaves the range of the last ones.
+    """Detects when a value that a method reports for each batch leaves the range of the last
+    values.
 
     A reset policy for any method whose batches build on each other: with ``fasttta.adapt(model,
-    method, guard=fasttta.ShiftDetector())`` adaptation begins anew behind a batch that shows a
-    shift. Or by hand, one detector for each value that is watched::
+    method, guard=fasttta.ShiftDetector())`` the state is reset after a batch that shows a shift. Or
+    by hand, with one detector for each value::
 
         detector = fasttta.ShiftDetector()
         for audio, video in loader:
@@ -33,7 +34,7 @@ class ShiftDetector:
     for the device.
 
     Args:
-        window: values that are looked back at; nothing is detected before there are so many.
+        window: number of past values; nothing is detected before there are so many.
         threshold: in standard deviations above their mean.
         watch: as a guard, names among ``stats`` and ``losses`` of a step, each watched apart (the
             mean of a tensor of several values); None: the discrepancies of the modalities where a
@@ -67,7 +68,7 @@ class ShiftDetector:
         self.z = 0.0
 
     def update(self, value: float) -> bool:
-        """Takes the next value; true: it is a shift, and the window begins anew behind it.
+        """Takes the next value; returns whether it is a shift, after which the window is empty.
 
         Raises:
             ValueError: the value is not finite (of a batch that did not count); nothing changes.
@@ -79,7 +80,7 @@ class ShiftDetector:
         if len(self.values) > 1:
             away = value - statistics.fmean(self.values)
             spread = statistics.stdev(self.values)
-            # values that were all alike: anything above is far away
+            # equal values have no spread: any larger value is a shift
             self.z = away / spread if spread else math.copysign(math.inf, away) if away else 0.0
         shifted = len(self.values) == self.window and self.z > self.threshold
         if shifted:
@@ -94,7 +95,7 @@ class Guard:
     they are a part of the state.
 
     Args:
-        like: whose window, threshold and watch its detectors have.
+        like: its window, threshold and watch are used.
     """
 
     def __init__(self, like: ShiftDetector) -> None:
@@ -103,8 +104,8 @@ class Guard:
     def after(
         self, values: Mapping[str, tuple[float, ...]], result: StepResult
     ) -> tuple[dict[str, tuple[float, ...]], bool]:
-        """The values of the last batches with those of a step, and whether one of them has left
-        its range; then all begin anew.
+        """The values of the last batches with those of a step, and whether one of them has left its
+        range; all windows are then empty.
 
         Raises:
             ValueError: the step has no value of a name that is to be watched.

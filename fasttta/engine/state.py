@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..methods.base import Method
 from ..protocols import FusionModel, Slot
 
-_ADAM_STEPS = 2**24  # float32 counts no further
+_ADAM_STEPS = 2**24  # float32 represents no larger consecutive integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Snapshot:
     changes by one assignment of another snapshot, and an interrupt leaves the old or the new one.
 
     Attributes:
-        written: what steps write to in place, as it was: ``"tuned.NAME"``, ``"adam.KIND.NAME"``.
+        written: copies of what steps write to in place: ``"tuned.NAME"``, ``"adam.KIND.NAME"``.
         method: tensors the method carries from batch to batch.
         start: the tuned parameters that every episode begins with.
         constants: tensors the method fixed at the start.
@@ -40,17 +40,19 @@ class Snapshot:
 class State:
     """Tuned tensors, optimiser moments, method state and random state of one adapted model.
 
-    ``current`` is the state: an immutable snapshot, replaced by one assignment. The attributes
-    below are where steps run, at fixed addresses, as captured steps need it. ``sync`` brings them
-    to ``current``; a step makes them ahead of it until ``commit``. A step that is interrupted
-    anywhere leaves ``current`` as it was, and the next ``sync`` undoes what the step had done.
+    ``current`` is the state: an immutable snapshot, replaced by one assignment. Steps run on the
+    attributes below, whose addresses are fixed, as captured steps need it. ``sync`` copies
+    ``current`` into them; a step changes them, and ``commit`` makes the result ``current``. An
+    interrupted step leaves ``current`` as it was, and the next ``sync`` undoes what the step had
+    done.
 
     Attributes:
         leaves: the tuned parameters by their name in the module.
         slots: tuned name -> parameter, or rows of one.
         method: tensors the method carries from batch to batch; replaced, never written to.
         constants: tensors the method fixed at the start.
-        source: the tuned parameters as ``adapt`` made them; start: as every episode begins.
+        source: the tuned parameters as ``adapt`` made them; start: those with which every episode
+            begins.
         generator: on the CPU, seeded.
     """
 
@@ -71,11 +73,12 @@ class State:
         self.episodic, self.updates = method.episodic, method.updates
         self.optimizer = method.optimizer(leaves.values()) if leaves else None
         if self.optimizer is not None:
-            # what it warns of is meant: the same optimiser runs in and out of a capture
+            # it warns of one optimiser that runs both in and out of a capture, which is intended
+            # here
             self.optimizer._warned_capturable_if_run_uncaptured = True
         for leaf in leaves.values():
-            # as Adam's first step would make it; made here so that a state can be saved,
-            # restored and reset before any step
+            # Adam's first step would make the same; made here, a state can be saved, restored and
+            # reset before any step
             assert self.optimizer is not None
             self.optimizer.state[leaf] = {
                 "step": torch.zeros((), dtype=torch.float32, device=leaf.device),
@@ -83,7 +86,7 @@ class State:
                 "exp_avg_sq": torch.zeros_like(leaf),
             }
         self.first = self.current = self._captured({}, _copies(self._written()))
-        self._live: Snapshot | None = self.first  # what the tensors above hold; None: not known
+        self._live: Snapshot | None = self.first  # held by the tensors above; None: unknown
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by parameter name -> views of them by tuned name."""
@@ -104,7 +107,7 @@ class State:
     def with_tuned(self, values: Mapping[str, Tensor]) -> Snapshot:
         """The state with other values of some or all tuned tensors, which ``checked_value`` made.
         Nothing is changed yet."""
-        # of episodes not what the last one made of the others
+        # episodes: the other tensors must not keep the result of the last episode
         begin = self.current.start if self.episodic else self.parameters()
         with torch.inference_mode(False), torch.no_grad():
             tuned = {name: begin[name].clone() for name in self.leaves}
@@ -115,7 +118,7 @@ class State:
         return replace(
             self.current,
             written={**self.current.written, **written},
-            # or the next episode would not begin with them
+            # the next episode begins with them
             start=tuned if self.episodic else self.current.start,
         )
 
@@ -136,7 +139,7 @@ class State:
         )
 
     def sync(self) -> None:
-        """Brings the tensors that steps run on to ``current``, where they are not there."""
+        """Copies ``current`` into the tensors that steps run on, unless they hold it."""
         wanted = self.current
         if self._live is wanted:
             return
@@ -149,12 +152,12 @@ class State:
         self._live = wanted
 
     def begin(self) -> None:
-        """From here on the tensors may be ahead of ``current``, until ``commit`` or ``sync``."""
+        """Marks the tensors as possibly newer than ``current``, until ``commit`` or ``sync``."""
         self.sync()
         self._live = None
 
     def commit(self, guard: Mapping[str, tuple[float, ...]]) -> None:
-        """Makes what a step has left in the tensors the state."""
+        """Makes the values that a step has left in the tensors the state."""
         written = self.current.written
         if self.updates:
             with torch.inference_mode(False), torch.no_grad():
@@ -177,7 +180,7 @@ class State:
         return replace(self.first, constants=self.current.constants)
 
     def journal(self) -> Callable[[], None]:
-        """Remembers what the tensors hold within a step; the function returned puts it back."""
+        """Copies the tensors within a step; the function that it returns restores them."""
         saved = _copies(self._written())
         method, random = self.method, self.generator.get_state()
 
@@ -206,7 +209,7 @@ class State:
         tensors |= {f"constant.{name}": value for name, value in now.constants.items()}
         if self.episodic:
             tensors |= {f"start.{name}": value for name, value in now.start.items()}
-        # `.cpu()` alone gives the memory of the state on a CPU, which nobody may write to
+        # on a CPU `.cpu()` alone would return the memory of the state
         layout = torch.contiguous_format
         return {
             name: tensor.detach().to("cpu", copy=True, memory_format=layout)
@@ -230,8 +233,8 @@ def checked_value(name: str, value: object, like: Tensor) -> Tensor:
         TypeError, ValueError: not a floating point tensor of its shape with finite values.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating point tensor, found {found}")
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating point tensor, found {kind}")
     if value.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, needed {tuple(like.shape)}")
     if value.device.type == "meta":
@@ -279,7 +282,7 @@ def restored(
     _check_random(fixed["random"])
     leaf = next(iter(state.leaves.values()), next(model.parameters()))
     device = leaf.device
-    # what a method says nothing of may be of any type
+    # tensors whose type the method does not name
     described = (
         type(method).check_saved is not Method.check_saved
         or type(method).blank_state is not Method.blank_state
@@ -293,7 +296,7 @@ def restored(
     method.check_saved(model, groups["constant"], groups["method"])
     with torch.inference_mode(False), torch.no_grad():
 
-        def own(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: x.detach().to(device, copy=True) for name, x in values.items()}
 
         start = {n: fixed[f"start.{n}"] for n in first.start} if state.episodic else {}
@@ -303,9 +306,9 @@ def restored(
         kept = {name: x.cpu() for name, x in groups["method"].items() if name == "place"}
         return Snapshot(
             written=written,
-            method=own(groups["method"]) | kept,
-            start=own(start) if state.episodic else first.start,
-            constants=own(groups["constant"]),
+            method=copied(groups["method"]) | kept,
+            start=copied(start) if state.episodic else first.start,
+            constants=copied(groups["constant"]),
             random=fixed["random"].detach().to("cpu", copy=True),
             guard=guard,
         )

@@ -64,10 +64,10 @@ class Step:
         return self.model.encode(*inputs) if self.method.frozen_encoder else inputs
 
     def _valid(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """0-d float on the device: 1 if every input value is finite."""
+        """1 if every input value is finite: 0-d float on the device."""
         valid = torch.ones((), dtype=self.precision.master, device=self.device)
         if self.host_checks:
-            return valid  # prepare has refused anything else
+            return valid  # prepare refuses non-finite values
         for x in inputs:
             valid = valid * torch.isfinite(x).all()
         return valid
@@ -125,7 +125,7 @@ class Step:
         return objective.state
 
     def _episode(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
-        """Updates that begin at the start, and leave nothing but the weights that they end at."""
+        """Updates from the start of an episode; nothing but the weights after them is kept."""
         weights = Weights(self, valid)
         updates = run_updates(
             self.method.steps, lambda state: self._objective(features, valid, state), weights
@@ -157,7 +157,7 @@ class Step:
         if "total" in objective.losses:
             finite = finite * torch.isfinite(objective.losses["total"].detach())
         for grad in grads:
-            # Adam keeps the square: where that overflows, the tensor never moves again
+            # Adam keeps the square: after an overflow the tensor would never move again
             finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()
         return finite
 
@@ -285,7 +285,7 @@ class Step:
             return x.detach().clone()
 
         def shown(x: Tensor) -> Tensor:
-            # a batch that did not count was computed from zeros: say so rather than show it
+            # a batch that did not count was computed from zeros: show NaN in place of its results
             x = fresh(x)
             return x if self.host_checks else torch.where(valid.amax() > 0, x, torch.nan)
 
@@ -315,7 +315,7 @@ class Weights:
         step.state.recover(torch.ones((), dtype=torch.bool, device=step.device))
 
     def values(self) -> dict[str, Tensor]:
-        """Nothing for the objective, which runs the model that holds the weights."""
+        """Empty: the objective runs the model that holds the weights."""
         return {}
 
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
@@ -330,7 +330,7 @@ class Weights:
 
 
 def _apart(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Mapping[str, Tensor]:
-    """The method's state without memory of the caller's, who may refill it."""
+    """The method's state, with copies of tensors that share memory with the caller's inputs."""
     theirs = {x.untyped_storage().data_ptr() for x in inputs}
     shared = {n: x for n, x in state.items() if x.untyped_storage().data_ptr() in theirs}
     if not shared:
@@ -342,7 +342,7 @@ def _apart(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Mapping[str
 def prepare(
     model: FusionModel, inputs: tuple, dtype: torch.dtype, check_finite: bool
 ) -> tuple[Tensor, ...]:
-    """Checked inputs in a precision, usable by autograd; the caller's tensors are kept.
+    """Checked inputs in a precision, usable by autograd; the caller's tensors do not change.
 
     Raises:
         ValueError, TypeError: they cannot be one batch, are no dense tensors, or (check_finite) are

@@ -1,6 +1,6 @@
 """A stream: batches of a loader, in groups brought to the device and encoded ahead of their steps.
 
-Batches that were read ahead and not stepped on are not lost: see ``Reader``.
+Batches that were read ahead and not stepped on are not lost, see ``Reader``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 # iterator's address -> the reader that has batches of it; closed ones hold what was not stepped on
 _READERS: dict[int, Reader] = {}
-_CLOSED = 8  # iterators whose unread batches are kept at most, the oldest are given up
+_CLOSED = 8  # closed iterators whose unread batches are kept; older ones are dropped
 
 
 class Stream(Generic[T]):
@@ -93,15 +93,15 @@ class Reader:
         self._read[-1] = batch
 
     def refuse(self) -> None:
-        """The batch that was read last cannot be used: it does not come again."""
+        """Drops the batch that was read last, which cannot be used."""
         self._read.pop()
 
     def stepped(self) -> None:
-        """The oldest batch that was read is done with."""
+        """Drops the oldest batch that was read, after its step."""
         self._read.popleft()
 
     def give_up(self) -> Iterator[Any]:
-        """Ends this stream; what it has not stepped on."""
+        """Ends this stream; returns the batches that it has not stepped on."""
         self.ended = True
         unread, self._read, self._waiting = [*self._read, *self._waiting], deque(), deque()
         return iter(unread)
@@ -122,20 +122,20 @@ class Reader:
 
 
 def copied(x: Any) -> Any:
-    """A tensor's values, whatever is written to it from now on; other things as they are."""
+    """A copy of a tensor; other objects are returned unchanged."""
     if not isinstance(x, Tensor):
         return x
     try:
         x = dense("input", x)
-    except TypeError:  # which the check of the whole batch says by its name
+    except TypeError:  # the check of the batch names the input
         return x
     with torch.inference_mode(False):
         return x.detach().clone()
 
 
 def groups(batches: Iterable[T], size: int, samples: Callable[[T], int]) -> Iterator[list[T]]:
-    """Consecutive batches of at least ``size`` samples together; where the loader fails, what came
-    before it is given out first."""
+    """Consecutive batches of at least ``size`` samples together; if the loader fails, the
+    batches before the failure are yielded first."""
     group: list[T] = []
     try:
         for batch in batches:
@@ -152,9 +152,9 @@ def groups(batches: Iterable[T], size: int, samples: Callable[[T], int]) -> Iter
 
 
 def one_ahead(made: Iterator[T]) -> Iterator[T]:
-    """Every item, given out once the one after it has been made as well, so that on a GPU the work
-    of making it is queued before that of using this one. Where making one fails, the one before it
-    is given out first."""
+    """Yields every item after the next one has been made, so that on a GPU the work of making
+    the next is queued before the work of using this one. If making an item fails, the item
+    before it is yielded first."""
     held: list[T] = []
     try:
         for item in made:
@@ -168,7 +168,7 @@ def one_ahead(made: Iterator[T]) -> Iterator[T]:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One a device: there are 32 in all, taken in turn, and captured steps have theirs."""
+    """One for each device: PyTorch has 32 in all, and captured steps use others."""
     return torch.cuda.Stream(device)
 
 
