@@ -25,21 +25,11 @@ from .ops import checks, entropies, registry
 from .ops.shared_prefix_attention import layout as layout_of
 
 __all__ = [
-    "Moments",
-    "adaptation_head",
-    "attention_bootstrap",
-    "balance_entropy",
-    "entropy",
-    "flat_attention",
-    "gaussian_kl",
-    "marginal_entropy",
-    "principal_entropy",
-    "reliability_ensemble",
-    "reliability_weights",
-    "score_moments",
-    "shared_prefix_attention",
+    "Moments", "adaptation_head", "attention_bootstrap", "balance_entropy", "entropy",
+    "flat_attention", "gaussian_kl", "marginal_entropy", "principal_entropy",
+    "reliability_ensemble", "reliability_weights", "score_moments", "shared_prefix_attention",
     "total_variation",
-]
+]  # fmt: skip
 
 
 _OPERATIONS = registry.operations()
@@ -105,12 +95,7 @@ def gaussian_kl(
     deviation of 0 gives inf or nan, as the formula does.
     """
     compute = _backend("gaussian_kl", backend)
-    for name, x in zip(
-        ("mean_p", "std_p", "mean_q", "std_q"), (mean_p, std_p, mean_q, std_q), strict=True
-    ):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating point tensor, found {kind}")
+    checks.floating_tensors(mean_p=mean_p, std_p=std_p, mean_q=mean_q, std_q=std_q)
     moments = map(registry.wide, (mean_p, std_p, mean_q, std_q))
     return compute(*moments)
 
@@ -128,17 +113,10 @@ def attention_bootstrap(
     return_moments: Literal[True], backend: str | None = None,
 ) -> tuple[Tensor, Moments]: ...  # fmt: skip
 def attention_bootstrap(
-    q: Tensor,
-    k: Tensor,
-    spans: Sequence[int],
-    scale: float | None = None,
-    heads: str = "mean",
-    pair: str = "key",
-    *,
-    anchor: Moments | None = None,
-    return_moments: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Moments]:
+    q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None = None, heads: str = "mean",
+    pair: str = "key", *, anchor: Moments | None = None,
+    return_moments: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Moments]:  # fmt: skip
     """Attention bootstrapping loss: cross-modal attention pulled towards self-attention.
 
     Sum over the cross blocks (i, j), i != j, of KL(N(block i,j) || N(self block)); the self
@@ -148,8 +126,8 @@ def attention_bootstrap(
         q, k, spans, scale, heads: as in ``score_moments``; ``"each"`` gives the mean over heads.
         pair: ``"key"`` matches block (i, j) with (j, j), as the official code does; ``"query"``
             with (i, i), as figure 2 of the paper draws it.
-        anchor: fixed statistics of the self blocks in place of the batch's own: mean and std [M],
-            or [H, M] for heads="each".
+        anchor: fixed statistics of the self blocks in place of the batch's: mean and std [M], or
+            [H, M] for heads="each".
         return_moments: also return the ``Moments`` of all blocks (without gradient).
 
     Returns:
@@ -162,10 +140,7 @@ def attention_bootstrap(
     checks.one_of("pair", pair, checks.PAIRS)
     anchors: tuple[Tensor, ...] = ()
     if anchor is not None:
-        shape = (q.shape[1], len(spans)) if per_head else (len(spans),)
-        for name, x in zip(("mean", "std"), anchor, strict=True):
-            if x.shape != shape:
-                raise ValueError(f"anchor.{name} must be {list(shape)}, found {list(x.shape)}")
+        checks.anchor(anchor, (q.shape[1], len(spans)) if per_head else (len(spans),))
         anchors = tuple(registry.wide(x).to(registry.wide(q[:0])) for x in anchor)
     loss, mean, std = compute(q, k, spans, scale, per_head, pair == "query", *anchors)
     return (loss, Moments(mean.detach(), std.detach())) if return_moments else loss
@@ -343,13 +318,7 @@ def reliability_ensemble(
     Source: A-TPT, the TV-weighted ensemble of probabilities.
     """
     compute = _backend("reliability_ensemble", backend)
-    checks.map_shape(maps, count=1)
-    checks.logits_shape(logits, rows=1)
-    if maps.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"logits must be of the {maps.shape[0]} maps' views, found {logits.shape[0]} rows"
-        )
-    checks.same(ValueError, "device", maps, logits, "maps and logits")
+    checks.maps_and_logits(maps, logits)
     temperature = checks.temperature_of(temperature)
     return compute(maps, logits, temperature)
 

@@ -164,6 +164,21 @@ def floating(name: str, x: Tensor, rank: int, layout: str) -> None:
         raise TypeError(f"{name} must be floating point, found {x.dtype}")
 
 
+def floating_tensors(**tensors: Tensor) -> None:
+    """Raises TypeError for an argument that is no floating point tensor, by its name."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a floating point tensor, found {kind}")
+
+
+def anchor(moments: tuple[Tensor, Tensor], shape: tuple[int, ...]) -> None:
+    """Raises ValueError for means or standard deviations of another shape."""
+    for name, x in zip(("mean", "std"), moments, strict=True):
+        if x.shape != shape:
+            raise ValueError(f"anchor.{name} must be {list(shape)}, found {list(x.shape)}")
+
+
 def scores(
     q: Tensor, k: Tensor, spans: Sequence[int], scale: float | None, heads: str
 ) -> tuple[list[int], float, bool]:
@@ -325,6 +340,17 @@ def map_shape(maps: Tensor, count: int = 0) -> None:
         raise ValueError(
             f"maps need at least {count} map of 1 x 1, found shape {tuple(maps.shape)}"
         )
+
+
+def maps_and_logits(maps: Tensor, logits: Tensor) -> None:
+    """Refuses maps [N, height, width] and logits [N, classes] of different views or devices."""
+    map_shape(maps, count=1)
+    logits_shape(logits, rows=1)
+    if maps.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"logits must be of the {maps.shape[0]} maps' views, found {logits.shape[0]} rows"
+        )
+    same(ValueError, "device", maps, logits, "maps and logits")
 
 
 def temperature_of(value: float) -> float:
