@@ -101,9 +101,9 @@ class CAVMAE(FusionDefaults, nn.Module):
         Every size but the head count follows from the tensors' shapes. Names may carry prefixes of
         wrappers (``module.``, ``_orig_mod.``, ``model.``, ``net.``, in any nesting) and lie under
         ``state_dict``, ``model_state_dict``, ``model`` or ``net`` of what a training script saved;
-        the layouts with 478 keys (CAV-MAE), 484 (READ) and 490 (ABPEM) are known. The split q, k,
+        files with 478 keys (CAV-MAE), 484 (READ) and 490 (ABPEM) can be read. The split q, k,
         v of the latter two are ignored, as the official code overwrites them with the rows of the
-        packed qkv. Of BriMPR's ``PromptVA`` tuned prompts are taken along (see ``take_prompts``).
+        packed qkv. Tuned prompts of BriMPR's ``PromptVA`` are kept (see ``take_prompts``).
         Weights stored in half precision are widened to float32.
 
         Args:
@@ -140,10 +140,9 @@ class CAVMAE(FusionDefaults, nn.Module):
     def take_prompts(self, prompts: Mapping[str, Tensor]) -> CAVMAE:
         """Takes the prompts that a model came with (BriMPR's); returns itself.
 
-        BriMPR starts with them and comes back to them at ``reset``. Prompts that were tuned also
-        count for predictions: the model then computes what the official ``PromptVA`` does with
-        ``prompt=True``, under every method. Fresh ones (no value beyond 1e-4) say nothing, and
-        ones that are fresh and of another shape are left. ``state_dict()`` does not hold them.
+        BriMPR starts from them, and ``reset`` returns to them. Tuned prompts also count in
+        predictions of every method, as in the official ``PromptVA`` with ``prompt=True``. Fresh
+        prompts (no value beyond 1e-4) of another shape are ignored. ``state_dict()`` holds none.
 
         Args:
             prompts: by modality, [blocks, n, D]; empty: none.
@@ -158,9 +157,7 @@ class CAVMAE(FusionDefaults, nn.Module):
         tuned = max(largest, default=0.0) > FRESH_PROMPTS * (1 + 1e-6)
         for name in self.input_names:
             blocks, dim = shapes[name]
-            x = prompts.get(name)
-            if x is None:
-                x = self.norm.weight.new_zeros(blocks, 0, dim)
+            x = prompts.get(name, self.norm.weight.new_zeros(blocks, 0, dim))
             if x.ndim != 3 or (x.shape[0], x.shape[2]) != (blocks, dim):
                 if not tuned:
                     return self
@@ -395,9 +392,8 @@ class CAVMAE(FusionDefaults, nn.Module):
         if x is None:
             raise ValueError(f"mode={mode!r} needs {name}, found None")
         self._check_input(name, x)
-        modality, encode = name[0], self.encode_audio if name == "audio" else self.encode_video
-        tokens = encode(x)
-        pooled, _ = self.pool(tokens, modality)
+        tokens = (self.encode_audio if name == "audio" else self.encode_video)(x)
+        pooled, _ = self.pool(tokens, name[0])
         if mode.startswith("missing"):
             pooled = (self.pool(tokens)[0] + pooled) / 2
         return self.mlp_head(pooled)
