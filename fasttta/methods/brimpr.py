@@ -21,8 +21,8 @@ _INIT = 1e-4  # prompts start in U(-1e-4, 1e-4)
 
 @dataclass(frozen=True)
 class BriMPR(Method):
-    """Tune deep prompts of both encoders so that the features' moments are those of source data,
-    predictions hold with half of a modality masked away, and modalities agree sample by sample.
+    """Tune deep prompts of both encoders so that the moments of features match source data,
+    predictions stay the same with half of a modality masked, and modalities agree on each sample.
 
     total = alignment_weight * alignment + recombination_weight * recombination + contrast_weight *
     contrast. Needs statistics of source data: ``adapt(..., source_stats=...)``, made by
@@ -30,9 +30,9 @@ class BriMPR(Method):
 
     Args:
         prompts: prompts a block, audio and video.
-        mask_ratio: part of each modality's tokens that is masked away, drawn anew for each batch;
-            0: nothing is masked. ``step(..., keep=(audio_ids, video_ids))``
-            gives the ids [B, K] of the kept tokens in place of the draw.
+        mask_ratio: share of each modality's tokens that is masked, drawn at random for each batch;
+            0: nothing is masked. ``step(..., keep=(audio_ids, video_ids))`` sets the ids [B, K] of
+            the kept tokens.
         temperature: of the contrast.
         teacher_scale, teacher_offset: a and b of the teacher's temperature
             1 + a / (1 + exp(b - discrepancy of the joint feature)).
@@ -41,17 +41,17 @@ class BriMPR(Method):
         lr: Adam's learning rate.
 
     Tuned: ``"prompts.audio"``, ``"prompts.video"`` [blocks, prompts, D], drawn from U(-1e-4, 1e-4)
-    by the seed; of a model that came with prompts (BriMPR's ``PromptVA``, or a checkpoint of one)
-    those, and as many. The model with fresh prompts is not the source model (LayerNorm magnifies
-    them).
+    by the seed; a model that came with prompts (BriMPR's ``PromptVA``, or a checkpoint of one)
+    keeps these and their number. With fresh prompts predictions differ from the source model's
+    (LayerNorm magnifies the prompts).
     ``losses``: ``"alignment"``, ``"recombination"``, ``"contrast"``, ``"total"``. ``stats``, 0-d:
     ``"discrepancy.audio"``, ``".video"``, ``".joint"``, ``"teacher_temperature"``. The prediction
-    is the one before the update. One sample has no spread and nothing to be told from: of it
-    alignment is to the source means only, contrast is 0, and the first such batch warns.
+    is the one before the update. A batch of one sample has no spread and no contrast: alignment
+    uses the source means only, contrast is 0, and the first such batch warns.
 
     Source: Li and Feng, "Bridging Modalities via Progressive Re-alignment for Multimodal Test-Time
-    Adaptation", AAAI 2026, and its official code, which is followed where the two differ (features
-    under the next block's LayerNorm, eps in distances, the start of prompts). Presets:
+    Adaptation", AAAI 2026, and its official code, whose version is used where the two differ
+    (features under the next block's LayerNorm, eps in distances, the start of prompts). Presets:
     ``"one-corrupted"`` and ``"both-corrupted"`` (modalities), batch 64. The official code runs in
     fp16 with a loss scaler that skips updates; here master precision, and none is skipped.
     """
@@ -126,12 +126,13 @@ class BriMPR(Method):
                 "video; leave the option out to go on with them, or pass the model without them "
                 "(PromptVA's va_model)"
             )
-        return self  # fresh ones hold nothing that drawing others would lose
+        return self  # fresh prompts are random: others serve as well
 
     def extend(self, model: FusionModel, seed: int) -> FusionModel:
-        """The model with its own prompts, if their number fits, else with fresh ones."""
+        """The model with the prompts that it came with, if their number fits, else with fresh
+        ones."""
         assert isinstance(model, Promptable)  # fitted
-        # another sequence than the one that masks are drawn from
+        # not the sequence from which masks are drawn
         generator = torch.Generator().manual_seed((seed + 0x5EED) % 2**63)
         weight = next(model.parameters())
         shapes, prompts = model.feature_shapes(), {}
@@ -140,7 +141,7 @@ class BriMPR(Method):
             return model.prompted({name: x.detach().clone() for name, x in start.items()})
         for name, count in zip(model.input_names, self.prompts, strict=True):
             blocks, dim = shapes[name]
-            # whatever the default type of the process is: the same seed, the same numbers
+            # explicit type and device: the process's defaults must not change the numbers of a seed
             drawn = torch.rand(
                 (blocks, count, dim), generator=generator, dtype=torch.float32, device="cpu"
             )

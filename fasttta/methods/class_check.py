@@ -1,4 +1,4 @@
-"""Whether the class of a method is complete, asked when the class is made."""
+"""Checks that the class of a method is complete, when the class is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods of vision-language models: every image is an episode of its own."""
+"""Base of methods of vision-language models, which adapt to each image separately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Images:
         views: of each image, alike in number.
         text: [1, C, E], normalised features of the classes with the prompt at the start.
         seed: of random numbers, the same for every image.
-        noise: [B or 1, 3, R, R], where a method that moves pixels begins; None: it draws that.
+        noise: [B or 1, 3, R, R], the start of a method that moves pixels; None: it draws one.
     """
 
     views: Sequence[Views]
@@ -45,13 +45,13 @@ class Images:
 
 @dataclass
 class Seen:
-    """What the forward pass of B episodes leaves, before any update and without gradient.
+    """Results of the forward pass of B episodes, before any update and without gradient.
 
     Attributes:
         features: [B, N, E] of the views, normalised.
         logits: [B, N, C] of the views with the prompt at the start; view 0 is the image itself.
         stats: [B, ...] each, for ``StepResult.stats``.
-        parts: tensors [B, ...] that objective and prediction need besides, by name.
+        parts: further tensors [B, ...] that objective and prediction need, by name.
     """
 
     features: Tensor
@@ -62,7 +62,7 @@ class Seen:
 
 @dataclass
 class Prediction:
-    """What B episodes predict: logits [B, C], statistics and intermediates [B, ...] each."""
+    """Predictions of B episodes: logits [B, C], statistics and intermediates [B, ...] each."""
 
     logits: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)
@@ -85,11 +85,11 @@ class _AsOptionsSay(abc.ABCMeta):
 
 @dataclass(frozen=True)
 class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
-    """Methods that treat every image or sample as an episode: it begins at the start, and leaves
-    nothing to the next.
+    """Base of methods that treat every image as an episode: all start from the same state, and
+    nothing of one is kept for the next.
 
-    ``isinstance(method, Episodic)`` asks ``method.episodic``, so that it holds for ``RAda`` with
-    ``loss="views"`` too, whose options decide. Subclasses are methods of vision-language models.
+    ``isinstance(method, Episodic)`` returns ``method.episodic``, so that it is also true of
+    ``RAda`` with ``loss="views"``. Subclasses are methods of vision-language models.
     The engine runs an episode (``engine/episode.py``): ``forward`` once, then ``steps`` times
     ``objective``, its gradient and an update, then ``predict``. A subclass says ``strategy``, what
     is updated, and declares the options ``prompt`` and ``prompt_length`` itself, to control their
@@ -103,7 +103,7 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
 
     Args:
         prompt: what precedes the class name and a full stop, where classes are names; or a template
-            such as ``"a photo of a {}, a type of pet."``, whose words behind the name stay fixed.
+            such as ``"a photo of a {}, a type of pet."``, whose words after the name stay fixed.
         prompt_length: tuned tokens after SOT. None: the space-separated words of ``prompt`` before
             the name, as official code counts them (a hyphenated word is several tokens, the last of
             which then stay fixed).
@@ -119,7 +119,7 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
 
     score_at: str = field(default="after", kw_only=True)
 
-    if TYPE_CHECKING:  # fields of every subclass, which places them
+    if TYPE_CHECKING:  # fields that every subclass declares
 
         @property
         def prompt(self) -> str:
@@ -127,7 +127,7 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
 
         @property
         def prompt_length(self) -> int | None:
-            """Tuned tokens behind SOT, where classes are token ids; None: those of ``prompt``."""
+            """Tuned tokens after SOT, if classes are token ids; None: those of ``prompt``."""
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(abstract=abstract, **kwargs)
@@ -151,7 +151,7 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
 
     @property
     def tuned_length(self) -> int:
-        """Tokens after SOT that are tuned (or could be)."""
+        """Number of tokens after SOT that the method tunes, or would tune."""
         if self.prompt_length is not None:
             return self.prompt_length
         return prompt_words(self.prompt)
@@ -172,7 +172,7 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
         return False
 
     def tuned(self, model: Any) -> dict:
-        """Nothing of the model: what an episode tunes is the engine's."""
+        """Empty: an episode tunes prompts or pixels, which the engine holds."""
         return {}
 
     def fitted(self, model: Any) -> Self:
@@ -185,13 +185,13 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
         return self
 
     def forward(self, model: VisionLanguageModel, images: Images) -> Seen:
-        """What is computed once, before any update and without gradient; by default the features
-        and logits of all views."""
+        """Computes once what updates and prediction need, without gradient; by default the
+        features and logits of all views."""
         features = model.encode_image(images.joined("augmix"))
         return self.seen(model, images, features)
 
     def seen(self, model: VisionLanguageModel, images: Images, features: Tensor) -> Seen:
-        """Of the views' features [B * N, E], not normalised."""
+        """The results of a forward pass from the views' features [B * N, E], not normalised."""
         features = unit(features).unflatten(0, (len(images.views), -1))
         logits = model.logit_scale.exp() * features @ images.text.transpose(1, 2)
         return Seen(features, logits, parts={"text": images.text})
@@ -209,7 +209,8 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
 
         Args:
             features: what ``forward`` returned.
-            state: ``"tuned"``, what is updated, and what the last call returned as its state.
+            state: ``"tuned"``, the tensor that is updated, and the state that the last call
+                returned.
         """
         raise TypeError(f"{type(self).__name__} defines no objective")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..files import defect, plain_name, read_file
 
-# how far a published source value may be from the model's own: that of half precision
+# tolerance between published source values and the model's: that of half precision
 _RELATIVE, _ABSOLUTE = 1e-3, 1e-6
 
 
@@ -52,7 +52,7 @@ def fitted(fisher: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values: the model's tuned values by name.
 
     Raises:
-        TypeError: it is none of these. ValueError: it is of another model, not finite or negative.
+        TypeError: fisher is neither. ValueError: it is of another model, not finite or negative.
     """
     if not isinstance(fisher, Mapping) or not all(map(_is_entry, fisher.values())):
         raise TypeError(

@@ -21,7 +21,7 @@ class MTA(Episodic):
         views: of an image, the anchor included; without AugMix, as published.
         prompt, prompt_length: as in ``TPT``; nothing of it is tuned.
         nearest: share of the other views that a view's bandwidth is measured on.
-        affinity: weight of what views with like predictions say about a view's inlierness.
+        affinity: weight of the inlierness of views with similar predictions in that of a view.
         temperature: of the inlierness.
         iterations: of each fixed point, and of their alternation.
         tolerance: of each fixed point.
@@ -73,7 +73,7 @@ class MTA(Episodic):
         """Squared, [B, N]: half the mean squared distance to the nearest other views."""
         n = features.shape[1]
         count = int(self.nearest * (n - 1))
-        if not count:  # too few views for a share of them: those that there are
+        if not count:  # too few views for this share: all of them are used
             count = n - 1
         if not count:
             return features.new_ones(features.shape[:2])
@@ -86,7 +86,7 @@ class MTA(Episodic):
         affinity = p @ p.transpose(1, 2)  # [B, N, N]
         mode = features[:, 0]
         y = torch.full_like(bandwidth, 1 / features.shape[1])
-        # equal views lie at distances of rounding from each other and from their mean
+        # distances between equal views, and to their mean, are rounding errors
         width = 2 * bandwidth.clamp_min((16 * torch.finfo(bandwidth.dtype).eps) ** 2)
 
         def exponent(mode: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class MTA(Episodic):
             return exponent(mode).exp()
 
         def fixed_point(start: Tensor, update) -> Tensor:
-            """Iterates until nothing moves, per image; decided on the device."""
+            """Iterates until the values of an image no longer move; decided on the device."""
             value, going = start, torch.ones_like(start[:, 0], dtype=torch.bool)
             for _ in range(self.iterations):
                 new = torch.where(going[:, None], update(value), value)
@@ -111,7 +111,7 @@ class MTA(Episodic):
 
         def shifted(y: Tensor):
             def update(mode: Tensor) -> Tensor:
-                e = exponent(mode)  # of the nearest view 0: what all have in common cancels
+                e = exponent(mode)  # 0 for the nearest view: a common factor cancels
                 w = (e - e.amax(1, keepdim=True)).exp() * y
                 return unit((w[..., None] * features).sum(1) / w.sum(1, keepdim=True))
 

@@ -1,4 +1,4 @@
-"""A prompt as users write it: words before the class name, or a template with its place."""
+"""Parses prompts: words before the class name, or a template with a place for it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ PLACE = "{}"
 
 
 def split_prompt(prompt: Any) -> tuple[str, str]:
-    """What stands before and behind a class name: ``"a photo of a"`` is followed by a space, the
+    """The texts before and after a class name: ``"a photo of a"`` is followed by a space, the
     name and a full stop; in the template ``"a photo of a {}, a pet."`` the name stands at ``{}``
     and nothing is added. Underscores are spaces.
 
     Raises:
-        ValueError: no words, several places, or braces that are none.
+        ValueError: no words, several places, or other braces.
     """
     require(isinstance(prompt, str) and bool(prompt.strip()), "prompt",
             prompt, "words such as \"a photo of a\"")  # fmt: skip

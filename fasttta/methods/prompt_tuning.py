@@ -18,7 +18,7 @@ from .view_ensemble import ensemble_logits, similarity_weights
 
 @dataclass(frozen=True)
 class PromptTuning(Episodic, abstract=True):
-    """Options of methods that tune a prompt.
+    """Base of methods that tune a prompt.
 
     Args:
         views: of an image, the anchor included.
@@ -63,7 +63,7 @@ class PromptTuning(Episodic, abstract=True):
     def pixels(
         self, model: VisionLanguageModel, images: Images
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Views to learn from [B * N, 3, R, R]; their features [B * N, E] where these are known
+        """Views to learn from [B * N, 3, R, R]; their features [B * N, E] if they are computed
         already; statistics [B, ...] of how the views were made."""
         return images.joined("augmix"), None, {}
 
@@ -192,7 +192,7 @@ class RTPT(PromptTuning):
         neighbours: nearest views that a view is compared with, at most all others.
         temperature: of the weights, softmax(mean similarity / temperature).
         drop_self: pattern of a run of the official code; see ``similarity_weights``. None: a view
-            is never its own neighbour.
+            is never a neighbour of itself.
 
     ``losses``: ``"entropy"`` (mean over the selected views), ``"total"``. ``stats``:
     ``"selected"``, ``"weights"`` [N] over all views, ``"prompt"``. The prediction is the weighted

@@ -29,22 +29,23 @@ class RAda(Method):
     (its class texts) or on the linear classifier of a CAV-MAE (its rows): until the first update
     predictions are the source model's.
 
-    ``loss="views"``: the views of one image, the original first; the entropy of the mean prediction
-    of the most certain ones is minimised, every image from the start again, and ``.logits`` [1, C]
-    is the original's. A batch of features is one image's views; CLIP takes images and makes theirs.
-    ``loss="entropy"``: a batch are samples of a stream; their mean entropy is minimised.
+    ``loss="views"``: a batch holds the views of one image, the original first. The entropy of the
+    mean prediction of the most certain views is minimised, starting afresh with every image;
+    ``.logits`` [1, C] are those of the original. Features come as the views of one image; CLIP
+    takes images and makes the views.
+    ``loss="entropy"``: a batch holds samples of a stream, whose mean entropy is minimised.
 
     Args:
         loss: ``"views"`` or ``"entropy"``; None: entropy on audio-visual models, views on others.
-        select: part of the views that is used, those of lowest entropy (at least one), found with
-            the weights an episode starts from. Only they take part in the backward pass.
+        select: share of the views that is used: those of lowest entropy (at least one) under the
+            weights from which an episode starts. Only they take part in the backward pass.
         tune: ``"all"`` parameters of the head, or ``"out"``, its last projection: with a fresh head
-            (projection 0) and one step no other gets a gradient.
+            (projection 0) and one step, no other parameter gets a gradient.
         weight_decay: of AdamW, decoupled.
         lr: AdamW's learning rate; None: 5e-3 for views, 1e-4 for a stream.
         heads, temperature, scale_multiplier: of a fresh head, as ``RationalHead`` takes them.
-        views, augment: of an image given to CLIP: how many, the original included, and whether
-            with AugMix. prompt: what precedes class names given to CLIP.
+        views, augment: for images: how many views of each, the original included, and whether with
+            AugMix. prompt: for class names: the words before the name.
         score_at: None: views are scored after the update, streams before it.
 
     ``losses``: ``"entropy"``, ``"total"``; ``stats`` of views: ``"selected"``, indices by ascending
@@ -124,7 +125,7 @@ class RAda(Method):
         return self.augment
 
     def extend(self, model: Any, seed: int) -> FusionModel:
-        """The model with a head, its own or a fresh one."""
+        """The model with a head: the one that it has, or a fresh one."""
         return model.rational(
             seed=seed, heads=self.heads, temperature=self.temperature,
             scale_multiplier=self.scale_multiplier,
@@ -137,7 +138,7 @@ class RAda(Method):
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """AdamW."""
         parameters = list(parameters)
-        assert self.lr is not None  # settled by ``fitted``
+        assert self.lr is not None  # ``fitted`` has set it
         return torch.optim.AdamW(
             parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True,
             capturable=parameters[0].is_cuda,
@@ -163,7 +164,7 @@ class RAda(Method):
     def _views(
         self, model: Any, views: Tensor, state: Mapping[str, Tensor], weight: Tensor | None
     ) -> Objective:
-        """Views [V, D] of one image. Those chosen by the first step stay chosen in later ones."""
+        """Selected views [V, D] of one image. Later steps keep the selection of the first."""
         most = max(1, int(self.select * len(views)))
         with torch.no_grad():
             if "selected" in state:
@@ -176,7 +177,7 @@ class RAda(Method):
                 chosen = entropy.argsort(stable=True)[:most]
         logits = model.fuse(views.index_select(0, chosen))
         log_p = logits.log_softmax(dim=-1)
-        if weight is not None:  # fewer views than places: fewer are chosen
+        if weight is not None:  # with fewer views than places fewer are selected
             places = (self.select * weight.sum()).floor().clamp(min=1)
             present = torch.arange(most, device=views.device) < places
             log_p = torch.where(present.unsqueeze(1), log_p, -torch.inf)

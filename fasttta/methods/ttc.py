@@ -17,22 +17,22 @@ from .options import Finite, Positive, Range
 
 @dataclass(frozen=True)
 class TTC(Episodic):
-    """Test-time counterattack: pixels move so that the feature leaves where it was; images whose
-    feature a little noise hardly moves (falsely stable, as attacked ones are) get the
-    perturbation, others only the noise.
+    """Test-time counterattack: a perturbation of the pixels moves the feature away from its old
+    value. Images whose feature hardly moves under small noise (attacked images are falsely stable)
+    get the perturbation, others only the noise.
 
     Args:
         eps: radius of the perturbation, in pixels of [0, 1].
-        threshold: relative move of the feature under the noise, below which an image is taken for
-            attacked.
+        threshold: an image counts as attacked if the noise moves its feature by a smaller relative
+            distance.
         beta: the perturbation after step k counts with weight softmax(beta k).
         prompt, prompt_length: as in ``TPT``; nothing of it is tuned.
         lr: length of a sign step, in pixels.
         steps: sign steps.
 
     ``stats``: ``"perturbation"`` [3, R, R], ``"stability"``: the relative move, 0-d. ``.logits``:
-    of the image with the perturbation. ``adapted.step(images, noise=noise)`` gives the start
-    [B or 1, 3, R, R], in [-eps, eps], that is drawn otherwise.
+    of the image with the perturbation. ``adapted.step(images, noise=noise)`` sets the start
+    [B or 1, 3, R, R], in [-eps, eps], in place of a random one.
 
     Source: Xing et al., CVPR 2025, and its code (its 224-pixel resize is that of the anchor).
     """
@@ -64,7 +64,7 @@ class TTC(Episodic):
         return (x + self._noise(x, images)).clamp(0, 1) - x
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
-        """The move of the feature, to be made larger: its loss falls."""
+        """The negative distance that the feature has moved: updates increase the distance."""
         clean, added = features.parts["clean"], state["tuned"]
         moved = model.encode_image(features.parts["pixels"] + added) - clean
         stability = state.get("stability")
@@ -116,9 +116,9 @@ class TTC(Episodic):
             noise = dense("noise", noise).detach()
         fits = isinstance(noise, Tensor) and noise.ndim == 4 and len(noise) in (1, len(x))
         if not fits or noise.shape[1:] != x.shape[1:]:
-            found = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            kind = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
             raise ValueError(f"noise must be [{len(x)}, {', '.join(map(str, x.shape[1:]))}] or one "
-                             f"for all images, found {found}")  # fmt: skip
+                             f"for all images, found {kind}")  # fmt: skip
         if not torch.isfinite(noise).all():
             raise ValueError("noise holds non-finite values (NaN or infinity)")
         return noise.to(x).expand_as(x)

@@ -18,7 +18,7 @@ def similarity_weights(
     Args:
         features: [B, N, E], normalised.
         neighbours: at most N - 1 are taken.
-        drop_self: None: a view is never its own neighbour. The official code leaves it out only
+        drop_self: None: a view is never a neighbour of itself. The official code leaves it out only
             where the float product is at least 1, which rounding decides for about half of the
             views; a pattern [N] of True (left out) and False (kept) reproduces one such run.
 
@@ -38,7 +38,7 @@ def similarity_weights(
 
 def ensemble_log_probabilities(logits: Tensor, weights: Tensor) -> Tensor:
     """log of the weighted mean of predictions: [B, N, C], [B, N] -> [B, C]."""
-    log_w = weights.log()[..., None]  # -inf where a view has no part
+    log_w = weights.log()[..., None]  # -inf for a view with weight 0
     return torch.logsumexp(logits.log_softmax(-1) + log_w, 1)
 
 
