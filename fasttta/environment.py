@@ -1,4 +1,4 @@
-"""What fasttta finds on this machine: ``fasttta doctor``."""
+"""Versions, devices and live backends on this machine: ``fasttta doctor``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import __version__
 from .ops import native, registry
 
 _PACKAGES = ("torch", "numpy", "safetensors", "nvtx", "ninja")
-# what each is for, by the name that pip knows it under
+# package name for pip -> purpose
 _OPTIONAL = {
     "triton": "kernels on GPUs (PyTorch's CUDA builds bring it)",
     "matplotlib": "charts of reports as PNG",
@@ -68,7 +68,8 @@ def _optional() -> dict[str, dict[str, str | None]]:
 
 
 def _native() -> dict[str, Any]:
-    """The C++ kernels; builds them if that was not tried, as the first use on a CPU does."""
+    """State of the C++ kernels. Builds them if nothing has tried yet, as the first use on a CPU
+    would."""
     outcome, compiler = native.attempt(), native.compiler()
     try:
         cache, note = str(native.cache_folder()), native.cache_note()
@@ -89,13 +90,13 @@ def _native() -> dict[str, Any]:
 
 
 def _operations() -> dict[str, dict[str, str]]:
-    """For every operation what serves it on a CPU and on a GPU, from the dispatcher itself, and
-    which backends can be asked for, or why not."""
+    """For every operation: the backend on a CPU and on a GPU, as the dispatcher has it, and
+    which backends can be requested, or why not."""
     operations = {}
-    registry.operations()  # their files, whichever are imported
+    registry.operations()  # imports the files of all operations
     for name, operator in registry.OPERATORS.items():
         if operator.default is None or name.endswith("_backward"):
-            continue  # parts of other operations, and what comes with its forward
+            continue  # parts of other operations, and backward operations
         operations[name] = {
             "cpu": "cpp" if registry.has_kernel(name, "CPU") else "composite",
             "cuda": "triton" if registry.has_kernel(name, "CUDA") else "composite",
@@ -134,7 +135,7 @@ def diagnose() -> dict[str, Any]:
             "graph": "live" if gpus else "captured steps need a GPU",
         },
         "precision_auto": "bf16 on GPUs that have it, else fp32; a float64 model stays in float64",
-        "native": _native(),  # before the operations: it loads what they then have
+        "native": _native(),  # before the operations: this loads their C++ kernels
         "operations": _operations(),
     }
 

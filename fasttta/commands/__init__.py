@@ -1,1 +1,1 @@
-"""What the command line runs."""
+"""Commands of the command line."""

@@ -1,4 +1,5 @@
-"""How a command ends: one message in place of a traceback, warnings as text, the exit status."""
+"""Runs a command: errors as one message in place of a traceback, warnings as text, the exit
+status."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class UserCodeError(ValueError):
 
 def run(command: Callable[[], int], show_traceback: bool = False) -> int:
     """Runs a command; returns the exit status: 2 where the command line, a file or the user's code
-    is at fault, 1 for an error that nobody foresaw.
+    is at fault, 1 for an unexpected error.
 
     Args:
         show_traceback: print the traceback in front of the message.
@@ -31,14 +32,14 @@ def run(command: Callable[[], int], show_traceback: bool = False) -> int:
         warnings.showwarning = _show_warning
         try:
             status = command()
-            sys.stdout.flush()  # notices a closed pipe before the interpreter's end does
+            sys.stdout.flush()  # raises for a closed pipe here, not when the interpreter ends
             return status
         except BrokenPipeError:
             drop_output()
             return BROKEN_PIPE
         except KeyboardInterrupt:
             if sys.stderr.isatty():
-                _say("\r\x1b[K", end="")  # what a progress bar has drawn
+                _say("\r\x1b[K", end="")  # erases a progress bar
             return INTERRUPTED
         except (ValueError, TypeError, OSError, ImportError) as error:
             _say_error(error, show_traceback, str(error) or type(error).__name__)
@@ -50,8 +51,8 @@ def run(command: Callable[[], int], show_traceback: bool = False) -> int:
 
 
 def drop_output() -> None:
-    """Sends what is still buffered nowhere: the reader of standard output is gone, and the
-    interpreter's last flush must not fail on it."""
+    """Discards buffered output: the reader of standard output is gone, and the interpreter's
+    last flush must not fail."""
     with contextlib.suppress(OSError, ValueError):  # standard output without a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -18,9 +18,10 @@ _NEEDED = "needed a torch.nn.Module, or a function or class without arguments th
 
 
 def imported_model(name: str) -> nn.Module:
-    """Imports ``package.module:name``, from this folder too, and calls it if it is no module yet.
+    """Imports ``package.module:name``, also from the current folder, and calls it unless it is a
+    module.
 
-    Nothing is called that cannot build a model: built-in functions and classes that are no
+    Only what can build a model is called: built-in functions and classes that are no
     ``torch.nn.Module`` are refused, and so is what needs arguments.
 
     Raises:
@@ -44,7 +45,7 @@ def _this_folder_first() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the user's code took it out itself
+        with contextlib.suppress(ValueError):  # the user's code has removed it
             sys.path.remove(folder)
 
 
@@ -93,7 +94,7 @@ def _arguments(value: Callable) -> list[str]:
     """Names of the arguments that a call must give."""
     try:
         parameters = inspect.signature(value).parameters.values()
-    except (TypeError, ValueError):  # none that Python can tell
+    except (TypeError, ValueError):  # Python cannot tell them
         return []
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [

@@ -1,4 +1,4 @@
-"""What fasttta makes of a model: ``fasttta inspect``."""
+"""Describes a model and what methods would tune in it: ``fasttta inspect``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .inspect_clip import describe_clip, table_clip
 
 
 def describe(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Any]:
-    """What a model was recognised as, what each method would tune, what input it expects.
+    """Describes a model: its family, what each method would tune, the inputs that it expects.
 
     Args:
         model, spec: as for ``fasttta.adapt``.
@@ -85,8 +85,8 @@ def detect(
     """The ModelSpec of a model that takes inputs of these shapes, found with random ones.
 
     Args:
-        shapes: ``"4x1024x128"``, ``"4x20:int64"`` for token ids, which are drawn from the whole
-            of the largest embedding that the model takes them for.
+        shapes: ``"4x1024x128"``, ``"4x20:int64"`` for token ids, which are drawn from the range of
+            the largest embedding with which the model runs.
         logits: a key, or the digits of an index.
 
     Raises:
@@ -98,7 +98,7 @@ def detect(
         return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
     except (TypeError, ValueError):
         raise
-    except Exception as error:  # whatever the model's own forward raises
+    except Exception as error:  # the model's forward may raise anything
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise UserCodeError(
             f"{type(model).__name__} failed on inputs of {', '.join(shapes)}: {reason}"
@@ -106,8 +106,8 @@ def detect(
 
 
 def _in_range(model: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Integer inputs drawn from the largest range that the model runs on with finite results: of
-    ids 0 and 1 only, most tokens would be alike in all samples."""
+    """Integer inputs drawn from the largest range with which the model runs and returns finite
+    results: with ids 0 and 1 only, most tokens would be the same in all samples."""
     sizes = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     for i, x in enumerate(inputs):
         if x.is_floating_point() or x.dtype == torch.bool:
@@ -125,7 +125,7 @@ def _runs(model: nn.Module, inputs: list[torch.Tensor]) -> bool:
     try:
         with undisturbed(model):
             output = model(*(x.clone() for x in inputs))
-    except Exception:  # an id out of range, whatever a model makes of it
+    except Exception:  # such as an error for an id out of range
         return False
     return all(torch.isfinite(x).all() for x in tensors(output) if x.is_floating_point())
 
@@ -145,7 +145,7 @@ def _random(shape: str) -> torch.Tensor:
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """The ModelSpec that says of a CAV-MAE what fasttta knows of it: an example to start from.
+    """A ModelSpec that describes a CAV-MAE: an example to start from.
 
     Raises:
         ValueError: it is no CAV-MAE.
@@ -224,7 +224,7 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     size = 8 if next(fusion.parameters()).dtype == torch.float64 else 4
     return {
         "tuned": values,
-        # of episodes also what they start from
+        # episodes also keep the values from which they start
         "delta_bytes": (4 if method.episodic else 3) * values * size + 4 * len(parameters),
         "names": list(slots),
     }

@@ -1,4 +1,4 @@
-"""What fasttta makes of a vision-language model: ``fasttta inspect`` on CLIPs."""
+"""Describes a vision-language model: ``fasttta inspect`` on CLIPs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ..models.copies import structural_copy
 
 
 def describe_clip(family: ClipFamily) -> dict[str, Any]:
-    """As ``inspection.describe``, of a CLIP.
+    """Describes a CLIP, as ``inspect.describe`` does other models.
 
     ``"delta_bytes"`` is the prompt (RAda: the head) that ``Adapted.save`` writes; the class list,
-    8 bytes a token, comes on top. ``"note"``: what of a method's options means something else here.
+    8 bytes a token, comes on top. ``"note"``: options of a method that mean something else for this
+    model.
     """
     clip = family.model
     weight = clip.positional_embedding
@@ -108,7 +109,7 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
 
 
 def _rational(clip: CLIP, method: methods.RAda) -> dict[str, Any]:
-    """Of RAda's head, which is the same whatever the classes."""
+    """The entry of RAda, whose head does not depend on the classes."""
     bare = structural_copy(clip, lambda name, parameter: parameter)
     bare.class_features = torch.ones(2, clip.text_projection.shape[1])
     model = method.extend(bare, 0)
@@ -118,7 +119,7 @@ def _rational(clip: CLIP, method: methods.RAda) -> dict[str, Any]:
     size = 8 if clip.positional_embedding.dtype == torch.float64 else 4
     return {
         "tuned": values,
-        # as they are, what an episode starts from, two moments and a step count
+        # current values, those from which an episode starts, two moments and a step count
         "delta_bytes": 4 * values * size + 4 * len(tensors),
         "names": list(names),
         "shape": list(tensors[0].shape),
