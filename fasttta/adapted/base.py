@@ -212,6 +212,18 @@ class Adapted(Saved):
         for name, value in self.tuned.items():
             yield f"{prefix}.{name}" if prefix else name, nn.Parameter(value)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The tuned tensor of a name, a copy as ``named_parameters`` yields it.
+
+        Raises:
+            AttributeError: nothing of this name is tuned.
+        """
+        tuned = self.tuned
+        if target not in tuned:
+            names = ", ".join(list(tuned)[:6]) or "nothing by this method"
+            raise AttributeError(f"{target!r} is not tuned; tuned: {names}")
+        return nn.Parameter(tuned[target])
+
     def print_tuned(self) -> None:
         """Prints how many values are tuned, and their share of the model's."""
         tuned = self.tuned

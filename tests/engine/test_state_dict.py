@@ -231,6 +231,9 @@ def test_parameters_are_the_tuned_tensors(tiny_model, tiny_batch, capsys):
     named, tuned = dict(adapted.named_parameters()), adapted.tuned
     assert named.keys() == tuned.keys()
     assert all(torch.equal(x, tuned[name]) for name, x in named.items())
+    assert all(torch.equal(adapted.get_parameter(name), x) for name, x in tuned.items())
+    with pytest.raises(AttributeError, match="'pos_embed_a' is not tuned; tuned: blocks_u.0.attn"):
+        adapted.get_parameter("pos_embed_a")
     assert sum(x.numel() for x in adapted.parameters()) == 468
     before = snapshot(adapted)
     optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)
