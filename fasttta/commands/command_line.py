@@ -35,7 +35,9 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
         "a function that builds one",
     )
     inspect.add_argument(
-        "--num-heads", type=_at_least_one, help="attention heads of a CAV-MAE (default 12)"
+        "--num-heads",
+        type=_at_least_one,
+        help="attention heads of a CAV-MAE (default: 12 at width 768; else they are needed)",
     )
     inspect.add_argument(
         "--input",
