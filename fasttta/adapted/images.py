@@ -21,6 +21,7 @@ from ..families.class_names import token_ids
 from ..families.clip import ClipFamily
 from ..methods.base import Method
 from ..methods.episodic import Episodic, zero_shot
+from ..methods.source import Source
 from ..models import CLIP
 from ..ops.checks import dense
 from ..views import Views, make_views
@@ -97,10 +98,9 @@ class AdaptedCLIP(ImageCalls):
             working, _ = working_copy(family.model, set(), precision)
             if episodic is not None:
                 episodic.fitted(working)
-            ids = token_ids(
-                classes, "a photo of a" if episodic is None else episodic.prompt,
-                family.model.context_length, resources.get("tokenizer"),
-            )  # fmt: skip
+            prompt = method.prompt if isinstance(method, (Episodic, Source)) else "a photo of a"
+            length, tokenizer = family.model.context_length, resources.get("tokenizer")
+            ids = token_ids(classes, prompt, length, tokenizer)
             if len(ids) < 2 and method.group is not None:
                 raise ValueError(
                     f"{method.name!r} learns from the distribution over classes, and of one class "
