@@ -24,7 +24,7 @@ class Source(Method):
     name: ClassVar[str] = "source"
     RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    families: ClassVar[tuple[str, ...]] = ("fusion", "vision-language")
+    families: ClassVar[tuple[str, ...]] = ("fusion", "vision-language", "features")
     group: ClassVar[str | None] = None
     frozen_encoder: ClassVar[bool] = True
 

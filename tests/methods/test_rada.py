@@ -163,6 +163,12 @@ def mean_entropy(logits):
     return -(p * p.log()).sum()
 
 
+def test_methods_of_bare_features():
+    assert fasttta.methods.names("features") == ["source", "rada"]
+    model, x = classifier(), views()
+    assert torch.equal(fasttta.adapt(model, "source")(x), model(x))
+
+
 def test_episodes_begin_alike(tmp_path):
     model = classifier()
     adapted = fasttta.adapt(model, "rada", lr=1e-2)
