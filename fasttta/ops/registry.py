@@ -173,6 +173,8 @@ def _no_cpp(operator: Operator, *args: Any) -> str | None:
         return f"it needs tensors on the CPU, found {elsewhere[0]}" if elsewhere else None
     if operator.no_cpp is not None:
         return operator.no_cpp(*args)
+    if not outcome.reason:
+        return f"{operator.name} has no C++ kernel"
     return f"the C++ kernels are not there: {outcome.reason}"
 
 

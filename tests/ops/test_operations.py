@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from op_cases import DEVICE, IMPLEMENTATIONS, composite, logits_of, qk, using, without_native
@@ -9,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from fasttta import functional as F
+from fasttta.ops import native, registry
 from fasttta.ops.adaptation_head import adaptation_head
 from fasttta.ops.attention_bootstrap import attention_bootstrap
 from fasttta.ops.score_moments import score_moments_reference
@@ -174,6 +177,17 @@ def test_a_named_backend_runs_that_or_says_why_not():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_an_operator_without_kernels_says_so(monkeypatch):
+    alone = registry.Operator("alone", torch.neg, None, None, None)
+    monkeypatch.setitem(registry.OPERATORS, "alone", alone)
+    monkeypatch.setattr(registry, "has_kernel", lambda name, key: False)
+    monkeypatch.setattr(native, "attempt", lambda: native.Outcome(Path("library.so")))
+    assert registry.refusal("alone", "cpp") == "alone has no C++ kernel"
+    monkeypatch.setattr(native, "attempt", lambda: native.Outcome(None, "no compiler"))
+    assert registry.refusal("alone", "cpp") == "the C++ kernels are not there: no compiler"
+    assert registry.refusal("alone", "triton") == "alone has no Triton kernel"
 
 
 def test_arguments_are_checked():
