@@ -364,13 +364,13 @@ class TwoPassMethod(Method, abstract=True):
         raise NotImplementedError
 
 
-def balance_warning(method: Method, window: int = 1) -> str:
+def balance_warning(method: Method, window: int | None = None) -> str:
     """The warning of methods with a class-balance term about a batch of a single sample.
 
     Args:
-        window: batches in the loss.
+        window: batches in the loss; None: the method has no window.
     """
-    advice = "" if window > 1 else ", or a window of past batches"
+    advice = ", or a window of past batches" if window == 1 else ""
     return (
         f"{type(method).__name__} on a single sample: the balance term is the entropy of that one "
         f"prediction and works against the entropy term. Give larger batches{advice}"

@@ -330,8 +330,19 @@ def test_warnings_point_at_the_caller(tiny_model, tiny_batch):
         with pytest.warns(UserWarning, match="single sample") as caught:
             call(fasttta.adapt(tiny_model(), "read"))
         assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="Give larger batches$"):
-        fasttta.adapt(tiny_model(), "abpem", k=3).step(*tiny_batch(1))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "advice"),
+    [
+        ("read", {}, "Give larger batches$"),  # it has no window
+        ("abpem", {"k": 3}, "Give larger batches$"),
+        ("abpem", {"k": 3, "window": 1}, "Give larger batches, or a window of past batches$"),
+    ],
+)
+def test_single_samples_are_told_what_helps(method, options, advice, tiny_model, tiny_batch):
+    with pytest.warns(UserWarning, match=advice):
+        fasttta.adapt(tiny_model(), method, **options).step(*tiny_batch(1))
 
 
 def test_results_are_printed_in_short(tiny_model, tiny_batch):
