@@ -39,7 +39,7 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
     if abstract:
         # dataclass(slots=True) makes a copy of the class, without the keyword
         cls._abstract = True  # type: ignore[attr-defined]
-    if _is_base(cls):
+    if is_base(cls):
         return
     for name, what in _PARTS.items():
         if not hasattr(cls, name):
@@ -80,7 +80,8 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
         )
 
 
-def _is_base(cls: type) -> bool:
+def is_base(cls: type) -> bool:
+    """Whether a class is a base of methods: abstract, so that it has no objects."""
     return (
         "_abstract" in vars(cls)
         or abc.ABC in cls.__bases__
@@ -96,7 +97,7 @@ def check_episodes(cls: Any, base: Any) -> None:
     Raises:
         TypeError: a part is missing.
     """
-    if _is_base(cls):
+    if is_base(cls):
         return
     if cls.strategy not in _STRATEGIES:
         raise TypeError(

@@ -23,7 +23,7 @@ from .abpem import ABPEM
 from .atpt import ATPT
 from .base import Method
 from .brimpr import BriMPR
-from .class_check import check_decorated
+from .class_check import check_decorated, is_base
 from .eata import EATA
 from .mta import MTA
 from .prompt_tuning import CTPT, RTPT, TPT
@@ -61,7 +61,8 @@ def register(cls: M | None = None) -> M | Callable[[M], M]:
     Raises:
         TypeError: it is not a class of a method, or a base that lacks parts, or an option has no
             default.
-        ValueError: another class has its name; the message has the import paths of both.
+        ValueError: another class has its name (the message has the import paths of both), or the
+            name is ``"auto"``.
     """
     if cls is None:
         return register
@@ -69,6 +70,13 @@ def register(cls: M | None = None) -> M | Callable[[M], M]:
         raise TypeError(f"register: needed a subclass of fasttta.methods.Method, found {cls!r:.80}")
     if not isinstance(getattr(cls, "name", None), str):
         raise TypeError(f"register: {cls.__name__} has no name; it is a base of methods")
+    if is_base(cls):
+        raise TypeError(f"register: {cls.__name__} is abstract; it is a base of methods")
+    if cls.name == "auto":
+        raise ValueError(
+            f"register: the name of {cls.__name__} is 'auto', with which adapt chooses a method; "
+            "give it another name"
+        )
     check_decorated(cls)
     for option in fields(cls):
         if option.default is MISSING and option.default_factory is MISSING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import subprocess
 import sys
@@ -101,6 +102,24 @@ def test_what_is_refused():
             methods.register(thing)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="Method has no name; it is a base"):
         methods.register(Method)
+
+    @dataclass(frozen=True)
+    class Unfinished(Method, abc.ABC):
+        name = "unfinished"
+        group = None
+        frozen_encoder = True
+
+        @abc.abstractmethod
+        def objective(self, *args, **others) -> Objective: ...
+
+    class Base(sharpened("base"), abstract=True): ...  # type: ignore[misc, call-arg]
+
+    for base in (Unfinished, dataclass(frozen=True)(Base)):
+        with pytest.raises(TypeError, match=rf"{base.__name__} is abstract; it is a base"):
+            methods.register(base)
+        assert base.name not in methods.names()
+    with pytest.raises(ValueError, match="'auto', with which adapt chooses a method"):
+        methods.register(sharpened("auto"))
 
     @dataclass(frozen=True)
     class Needing(Method):
