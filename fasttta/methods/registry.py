@@ -165,7 +165,7 @@ def _load(name: str) -> str | None:
         if getattr(cls, "name", None) != name:
             raise TypeError(f"the class has the name {getattr(cls, 'name', None)!r}")
         register(cls)
-    except Exception as error:  # whatever the package raises as it is imported
+    except (Exception, SystemExit) as error:  # whatever the package raises as it is imported
         return _warn(name, f"{texts[0]} cannot be used: {type(error).__name__}: {error}")
     return None
 

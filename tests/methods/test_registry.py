@@ -169,6 +169,7 @@ def test_installed_packages_are_imported_when_asked_for(tmp_path):
 
 def test_a_broken_package_is_named_and_breaks_nothing(tmp_path):
     package(tmp_path, "broken", "import no_such_module", "worse = broken:Worse")
+    package(tmp_path, "leaving", "raise SystemExit(3)", "gone = leaving:Gone")
     package(tmp_path, "renamed", SOURCE, "other = renamed:Mine")
     package(tmp_path, "taking", SOURCE.replace('"mine"', '"tent"'), "tent = taking:Mine")
     out = python(
@@ -185,6 +186,7 @@ def test_a_broken_package_is_named_and_breaks_nothing(tmp_path):
     assert out.count("UserWarning: method 'worse': broken:Worse of broken cannot be used") == 1
     assert "No module named 'no_such_module'" in out
     assert "method='worse': broken:Worse of broken cannot be used: ModuleNotFoundError" in out
+    assert "method 'gone': leaving:Gone of leaving cannot be used: SystemExit: 3" in out
     assert "method 'other': renamed:Mine of renamed cannot be used: TypeError: the class has" in out
     assert "'tent' belongs to fasttta.methods.tent.Tent already, so taking.Mine cannot" in out
 
