@@ -77,6 +77,22 @@ def test_files_that_commands_name_are_there(path):
     assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
 
 
+TABLE = re.compile(r"^\| file \|.*\n\| --- .*\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES[1:] if TABLE.search(page.read_text())],
+    ids=lambda page: str(page.parent.relative_to(ROOT)),
+)
+def test_tables_of_files_have_all_files(page):
+    """A room's README that lists the room's files lists each of them, and no other."""
+    rows = TABLE.search(page.read_text())[1].splitlines()
+    listed = [name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    there = {path.name for path in page.parent.iterdir() if path.suffix in (".py", ".html", ".css")}
+    assert sorted(listed) == sorted(there - {"__init__.py"})
+
+
 def test_the_demo_table_is_the_demos():
     """The first page shows rows of the table in the demo's README, which its own tests check."""
 

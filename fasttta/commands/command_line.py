@@ -37,7 +37,7 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect.add_argument(
         "--num-heads",
         type=_at_least_one,
-        help="attention heads of a CAV-MAE (default: 12 at width 768; else they are needed)",
+        help="attention heads of a CAV-MAE (default: 12 at width 768, none at others)",
     )
     inspect.add_argument(
         "--input",
