@@ -317,8 +317,13 @@ def load(
         ValueError: the files are damaged or of another model; names the file and the field.
         TypeError: ``method`` is no class of a method; not a model that fasttta knows.
     """
-    if method is not None and not (isinstance(method, type) and issubclass(method, Method)):
-        raise TypeError(f"method must be a subclass of fasttta.methods.Method, found {method!r}")
+    if method is not None:
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise TypeError(
+                f"method must be a subclass of fasttta.methods.Method, found {method!r}"
+            )
+        if not hasattr(method, "name"):
+            raise TypeError(f"method={method.__name__} has no name; it is a base of methods")
     record, tensors = saves.read(folder)
     file = Path(folder) / saves.RECORD
     with saves.naming(file):

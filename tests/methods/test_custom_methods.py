@@ -126,6 +126,7 @@ def test_saved_and_loaded_by_its_class(tiny_model, tiny_batch, tmp_path):
         (Gap(), TypeError, "method must be a subclass"),
         ("gap", TypeError, "method must be a subclass"),
         (torch.nn.Linear, TypeError, "method must be a subclass"),
+        (methods.Method, TypeError, "method=Method has no name; it is a base of methods"),
     ):
         with pytest.raises(error, match=match):
             fasttta.load(model, tmp_path, method=wrong)
