@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, NamedTuple, Protocol, Union, get_args, get_origin
 
-_MOST_COUNT = 10**6  # of any integer: more than a machine can do
-_MOST_NUMBER = 2.0**63  # of any number: sums and products of a few stay finite in float32
+_MOST_COUNT = 10**6  # largest integer option
+_MOST_NUMBER = 2.0**63  # largest number option: sums and products of a few stay finite in float32
 
 
 class Rule(Protocol):
@@ -94,11 +94,12 @@ class _Capped(Range):
 
     def needed(self, value: Any, kind: type) -> str | None:
         """As ``Rule.needed``."""
-        needed = super().needed(value, kind)
-        if needed is None and self.most is not None and value > self.most:
+        of = int if kind is int else (int, float)
+        number = isinstance(value, of) and not isinstance(value, bool)
+        if number and self.most is not None and self.most < value < math.inf:
             noun = "an integer" if kind is int else "a number"
             return f"{noun} of at most {self.most:g}"
-        return needed
+        return super().needed(value, kind)
 
 
 class Finite(_Capped):
@@ -193,7 +194,7 @@ def _evaluated(annotation: str, owner: type, name: str) -> Any:
     for names in (vars(module) if module else {}, *functions):
         try:
             return eval(annotation, dict(names), dict(vars(owner)))
-        except Exception as failure:  # whatever the text refers to
+        except Exception as failure:  # evaluating the text may raise anything
             error = failure
     raise TypeError(
         f"{owner.__name__}.{name}: its type {annotation!r} cannot be read: {error}; needed names "
