@@ -144,7 +144,7 @@ class AdaptedFusion(Adapted):
 
         def compare() -> bool:
             verified = self._family.verify(prepared)
-            # to classes that exist by now
+            # the first batch has shown the number of classes
             self.options = self._step.method = self._step.method.fitted(self._family.model)
             return verified
 

@@ -48,7 +48,7 @@ class GraphStep(Step):
     """Runs a method with forward, objective, backward, update and prediction as one graph replay.
 
     A batch smaller than the captured one leaves rows empty, with weight 0; a larger one, or one
-    of other shapes, is captured anew. While the window fills, its empty places have weight 0.
+    of other shapes, causes a new capture. While the window fills, its empty places have weight 0.
     ``trace=True`` runs eagerly on the same state.
 
     Args:
@@ -226,8 +226,9 @@ class GraphStep(Step):
         finally:
             torch._C._cuda_clearCublasWorkspaces()
             if not done:
-                self.failed.append(graph)  # the allocator goes on asking it,
-                # and some versions of PyTorch leave its pool as the one to allocate from
+                # The allocator may still ask the failed graph, and some versions of PyTorch leave
+                # its pool as the one to allocate from.
+                self.failed.append(graph)
                 with contextlib.suppress(RuntimeError):
                     assert self.pool is not None
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)

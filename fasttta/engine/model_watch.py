@@ -189,7 +189,7 @@ class ModelWatch:
         self._remember()
 
     def _check_modules(self) -> set[str]:
-        """Names of buffers that are new or gone: a forward may register what it keeps.
+        """Names of buffers that are new or gone: a forward may register buffers.
 
         Raises:
             ValueError: parameters are, or a forward was replaced.

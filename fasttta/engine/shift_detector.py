@@ -29,7 +29,7 @@ class ShiftDetector:
                 adapted.reset()
 
     BriMPR's continual variant watches ``discrepancy.audio`` and ``discrepancy.video`` apart and
-    draws only that modality's prompts anew, with Adam's moments kept: there
+    replaces only that modality's prompts by random ones, with Adam's moments kept: there
     ``adapted.load_tuned({"prompts.audio": fresh})`` in place of the reset. Reading a value waits
     for the device.
 

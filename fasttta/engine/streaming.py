@@ -58,9 +58,9 @@ def as_inputs(batch: object) -> tuple[Any, ...]:
 class Reader:
     """Batches of a loader, each remembered until it was stepped on.
 
-    A loader that is its own iterator (a generator, ``iter(...)``) gives each batch once. What a
-    stream has read of it, but not stepped on when it is left, comes first in the next stream over
-    the same iterator, also where the stream before is still open: that one then ends.
+    A loader that is its own iterator (a generator, ``iter(...)``) gives each batch once. Batches
+    that a stream has read but not stepped on come first in the next stream over the same iterator.
+    If the earlier stream is still open, it ends then.
     """
 
     def __init__(self, loader: Iterable) -> None:

@@ -1,4 +1,4 @@
-"""Which family a user's model belongs to, told by its structure, never by importing its code."""
+"""Recognises the family of a user's model by its structure, without importing its code."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def token_ids(
         raise TypeError("classes is an empty list; needed a list of names")
     if odd:
         raise TypeError(f"classes must be a list of names, found {odd[0]!r:.80} in it")
-    before, behind = split_prompt(prompt)
-    texts = [before + name.replace("_", " ") + behind for name in classes]
+    before, after = split_prompt(prompt)
+    texts = [before + name.replace("_", " ") + after for name in classes]
     if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
         rows = _builtin(tokenizer)(texts)
     elif callable(tokenizer):

@@ -27,7 +27,7 @@ from .refusals import (
     refuse_wrapped_layers,
 )
 
-#: parts by which a CLIP is told: Hugging Face's, OpenAI's (fasttta's too), open_clip's custom text
+#: parts of a CLIP: Hugging Face's, OpenAI's (fasttta's too), open_clip's with a custom text tower
 HUGGING_FACE = ("text_model", "vision_model", "visual_projection", "text_projection")
 OPENAI = ("visual", "transformer", "token_embedding", "ln_final", "logit_scale")
 CUSTOM_TEXT = ("visual", "text.transformer", "text.token_embedding", "text.ln_final", "logit_scale")

@@ -33,7 +33,7 @@ class ABPEM(WindowedMethod):
         heads: statistics of the head-mean of the scores (``"mean"``), or of each head.
         pair: self block that a cross block is matched with: that of its ``"key"`` modality (the
             official code) or of its ``"query"`` modality (figure 2 of the paper).
-        anchor: ``"self"``: statistics of the batch's own self-attention blocks; ``"source"``:
+        anchor: ``"self"``: statistics of the batch's self-attention blocks; ``"source"``:
             fixed ones of source data, ``adapt(..., source_stats=fasttta.collect_stats(...))``.
         lr: Adam's learning rate.
 
@@ -95,7 +95,7 @@ class ABPEM(WindowedMethod):
                 "a method without attention (read, tent)"
             )
         classes = model.num_classes
-        if classes is None:  # not known before the first batch
+        if classes is None:  # the first batch shows it
             return self
         if isinstance(self.k, DefaultInt):
             return replace(self, k=min(int(self.k), classes))
@@ -144,7 +144,7 @@ class ABPEM(WindowedMethod):
             stats = SourceStats(scores_per_head=pair) if each else SourceStats(scores=pair)
             self.constants(model, {"source_stats": stats})
         sample = None
-        if isinstance(model, Promptable):  # of others the width is known after the first batch
+        if isinstance(model, Promptable):  # for other models the first batch shows the width
             sample = sum(model.spans), model.feature_shapes()["joint"][1]
         check_queue(state, self.window, sample)
 
@@ -182,10 +182,10 @@ class ABPEM(WindowedMethod):
         attention = weighted_mean(gap, weight.to(gap.dtype))
         if self.attention_weight != 0:
             total = total + self.attention_weight * attention
-        # without this a batch that does not count would give the loss of the past ones alone
+        # without this, a batch that does not count would give the loss of the past batches
         total = torch.where(valid.amax() > 0, total, torch.nan)
         current = window.current(logits)
-        # where others stood in for its tokens, these logits are not the batch's
+        # if other tokens replaced the batch's, these logits are not of the batch
         current = torch.where(valid.amax() > 0, current, torch.nan)
         return Objective(
             losses={

@@ -19,9 +19,9 @@ from .view_ensemble import ensemble_log_probabilities, sharpen, upsampled
 class ATPT(PromptTuning):
     """Attention-guided test-time prompt tuning, for images under attack.
 
-    Every view keeps its own pixels where the model attends, and takes those of an augmented copy
-    elsewhere; the most confident views sharpen the prompt; what views predict with it counts the
-    more the smoother their attention is.
+    Every view keeps its pixels where the model attends, and takes those of an augmented copy
+    elsewhere. The prompt is tuned on the most confident views. In the prediction, views with
+    smoother attention have larger weights.
 
     Args:
         views, select, lr, weight_decay, prompt, prompt_length: as in ``TPT``.
@@ -29,8 +29,8 @@ class ATPT(PromptTuning):
             ``"gar"``: plain gradient attention rollout over all layers. ResNets have Grad-CAM.
         mask: ``"quantile"``: pixels above a quantile (code); ``"top"``: an exact count (paper).
         high, low: shares of the pixels of high and of low attention; the rest, if any, is mixed
-            with the view's own AugMix weight.
-        mix_high, mix_low: weight of the view's own pixels there.
+            with the view's AugMix weight.
+        mix_high, mix_low: weight of the view's pixels there.
         base_view: ``"crop"``: random resized crops and flips (code); ``"flip"``: the flipped
             centre crop (paper).
         ensemble: ``"tv"``: probabilities of the selected views, weights softmax(-total variation
@@ -42,9 +42,9 @@ class ATPT(PromptTuning):
         cam_sharpen: threshold that Grad-CAM maps are cut at, for masks.
         neighbours, similarity_temperature, drop_self: of ``"similarity"``, as in ``RTPT``.
 
-    ``losses``: ``"entropy"`` of the selected views, ``"total"``. ``stats``: ``"attention"``
-    [N, G, G], ``"region"`` uint8 [N, R, R] (2 high, 1 between, 0 low), ``"tv"`` [N] (these three
-    where attention was computed; a given region needs it only for the ensemble and tv_loss),
+    ``losses``: ``"entropy"`` of the selected views, ``"total"``. ``stats``: ``"attention"`` [N, G,
+    G], ``"region"`` uint8 [N, R, R] (2 high, 1 between, 0 low), ``"tv"`` [N] (these three where
+    attention was computed; if the region is an argument, only the ensemble and tv_loss need it),
     ``"selected"``, ``"weights"`` [N] (0 where not selected), ``"prompt"`` [n_ctx, D].
     ``.logits`` are log-probabilities for ``"tv"`` and ``"mean"``, weighted logits else.
 
@@ -103,7 +103,7 @@ class ATPT(PromptTuning):
             attention = model.attention_maps(images.joined("base"), text, self.rollout)
             maps = attention.grid
             if all(each.mix.data_ptr() == each.base.data_ptr() for each in views):
-                features = attention.features  # without augmentation nothing is mixed
+                features = attention.features  # without augmentation mixing changes nothing
             stats["attention"] = maps.unflatten(0, (b, n))
             large, size = maps, views[0].resolution
             if self.tv_map == "pixel" or model.map_kind == "grad-cam":

@@ -17,7 +17,7 @@ from .saved_state import check_layout
 
 @dataclass
 class Objective:
-    """What ``Method.objective`` returns: the losses of one batch and its prediction.
+    """Losses and prediction of one batch, as ``Method.objective`` returns them.
 
     Attributes:
         losses: 0-d tensors, unweighted, and ``"total"``, the one that is minimised.
@@ -206,9 +206,10 @@ class Method:
 
         Args:
             features: output of ``model.encode``, [B, T, D], if ``frozen_encoder``; else the inputs
-                of the batch, a tuple, and what ``draw`` returned behind them.
-            state: the ``Objective.state`` of the batch before; empty at the start. Of several steps
-                on a batch each gets the state that the one before it returned. Never write to it.
+                of the batch, a tuple, followed by what ``draw`` returned.
+            state: the ``Objective.state`` of the batch before; empty at the start. With several
+                steps on a batch, each gets the state that the step before returned. Never write to
+                it.
             constants: what ``constants`` returned, on the device of the model.
             valid: 0-d float, 0 if the batch has non-finite values: the step then skips the update
                 on the device, and this batch must not spoil the state. Or [B], 0 also for rows that
@@ -241,7 +242,7 @@ class Method:
         by ``adapt``.
 
         Args:
-            resources: what the caller gave for ``RESOURCES``; names that were not given are absent.
+            resources: arguments of the caller for ``RESOURCES``; missing ones are absent.
 
         Raises:
             TypeError, ValueError: a resource is missing, or of another model.
@@ -278,7 +279,7 @@ class Method:
         (0.9, 0.999) and no weight decay, as in all published runs of this benchmark."""
         parameters = list(parameters)
         cuda = parameters[0].is_cuda
-        assert self.lr is not None  # settled by ``fitted``
+        assert self.lr is not None  # ``fitted`` has set it
         return torch.optim.Adam(parameters, lr=self.lr, fused=True, capturable=cuda)
 
     def logits(self, model: FusionModel, features: Any) -> Tensor:
@@ -310,12 +311,12 @@ class Method:
         generator: torch.Generator,
         keep: Any = None,
     ) -> tuple[Tensor, ...]:
-        """What a step draws at random for a batch; ``objective`` finds it behind the inputs. Called
-        once a batch.
+        """Draws random tensors for a batch; ``objective`` gets them after the inputs. Called once a
+        batch.
 
         Args:
             generator: to draw from; its state is part of the state of the adapted model.
-            keep: what ``step(..., keep=)`` gives in place of a draw; None: nothing.
+            keep: the argument of ``step(..., keep=)``, which replaces random tensors; None: draw.
 
         Raises:
             TypeError, ValueError: ``keep`` cannot be used.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import weighted_mean
 
-EPS = 1e-6  # what F.pairwise_distance adds to every component of a difference
+EPS = 1e-6  # F.pairwise_distance adds it to every component of a difference
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def discrepancy(
     Args:
         features: [B, N, D].
         std, mean: [N, D] of source data.
-        weight: [B], 1 for samples that count, else 0; None: all do.
+        weight: [B], 1 for samples that count, else 0; None: all count.
 
     Returns:
         [N]: |std_s - std_t + eps| + |mean_s - mean_t + eps|, standard deviations over n - 1. One
@@ -46,8 +46,8 @@ def discrepancy(
 
 def shares(discrepancies: Sequence[Tensor]) -> list[Tensor]:
     """Weights (0-d each) of the terms of ``recombination``, from the modalities' discrepancies (0-d
-    each): the less a modality has moved away from source data, the more its term counts. They add
-    up to 1. Of two modalities each gets the relative discrepancy of the other."""
+    each): a modality that is closer to source data gets a larger weight. They sum to 1. With two
+    modalities, each gets the relative discrepancy of the other."""
     total = torch.stack(list(discrepancies)).detach().sum()
     others = len(discrepancies) - 1
     return [(1 - d.detach() / total) / others for d in discrepancies]
@@ -91,7 +91,7 @@ def contrast(
     terms = []
     for a, b in itertools.permutations(unit, 2):
         scores = a @ b.T / temperature  # [B, B]
-        if weight is not None:  # a sample that does not count meets itself only
+        if weight is not None:  # a sample that does not count is compared with itself only
             same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
             both = (weight.unsqueeze(1) * weight) > 0
             scores = torch.where(both, scores, torch.where(same, 0.0, -torch.inf))

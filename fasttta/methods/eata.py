@@ -133,7 +133,7 @@ class EATA(Method):
         entropy = F.entropy(logits)
         with torch.no_grad():
             p = logits.softmax(dim=-1)
-            average = state.get("average", torch.zeros_like(p[0]))  # zeros: none yet, nothing alike
+            average = state.get("average", torch.zeros_like(p[0]))  # zeros at first: cosine 0
             similar = nnf.cosine_similarity(average.unsqueeze(0), p, dim=1).abs()
             used = (entropy < margin) & (similar < self.d_margin) & (valid > 0)
             share = used.to(p.dtype)

@@ -19,15 +19,15 @@ def split_prompt(prompt: Any) -> tuple[str, str]:
     """
     require(isinstance(prompt, str) and bool(prompt.strip()), "prompt",
             prompt, "words such as \"a photo of a\"")  # fmt: skip
-    before, place, behind = prompt.partition(PLACE)
+    before, place, after = prompt.partition(PLACE)
     if not place:
-        before, behind = f"{prompt} ", "."
-    if any(brace in before + behind for brace in "{}"):
+        before, after = f"{prompt} ", "."
+    if any(brace in before + after for brace in "{}"):
         raise ValueError(
             f"prompt={prompt!r}: needed words that precede the class name, or a template with one "
             '{} in its place, such as "a photo of a {}."; no other braces'
         )
-    return before.replace("_", " "), behind.replace("_", " ")
+    return before.replace("_", " "), after.replace("_", " ")
 
 
 def prompt_words(prompt: Any) -> int:

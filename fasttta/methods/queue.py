@@ -57,8 +57,8 @@ class WindowedMethod(Method, abstract=True):
 
 
 def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
-    """Tokens [B, ...] of a batch if it counts; else those of a past batch, or zeros: what a weight
-    of 0 multiplies must be finite, and something that a model can take.
+    """Tokens [B, ...] of a batch if it counts; else those of a past batch, or zeros: values with
+    weight 0 must also be finite, and valid input of the model.
 
     Args:
         counts: 0-d, or [B] where rows only fill a captured batch. Those rows repeat a sample, so
@@ -67,7 +67,7 @@ def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
     """
     counts = counts.amax()
     if counts.device.type == "cpu" and counts:
-        return tokens  # on a GPU the question would wait for the device
+        return tokens  # on a GPU this check would wait for the device
     fill = next((p[: len(tokens)] for p in past if len(p) >= len(tokens)), torch.zeros_like(tokens))
     return torch.where(counts > 0, tokens, fill)
 
@@ -164,7 +164,7 @@ def without_newest(
     """The state that ``after`` returned, without the newest batch if ``counts`` (0-d) is 0.
 
     That batch keeps its place and gets the weight 0. In a queue, tokens of the state before replace
-    its own; in a ring the step replaces them.
+    its tokens; in a ring the step replaces them.
     """
     if "kept" in state:
         return {"kept": state["kept"] * counts}
@@ -185,7 +185,7 @@ def check_queue(
 
     Args:
         window: number of batches, the current one included.
-        sample: shape of the tokens of one sample; None: not known.
+        sample: shape of the tokens of one sample; None: unknown.
 
     Raises:
         ValueError: it is no state of a queue; names the tensor.
@@ -218,11 +218,11 @@ def check_queue(
 
 
 class KeptPasses:
-    """A model whose last prediction's fusion pass is kept, with what its backward needs, and given
-    again when the next step asks for it. One of ``window`` forward passes of a step is saved.
+    """A model that keeps the fusion pass of the last prediction, with its graph, and returns it to
+    the next step. This saves one of the ``window`` forward passes of a step.
 
-    Whether it still holds is asked of the tensors themselves: reset, load and every other change
-    in place counts their versions up.
+    Versions of tensors tell whether a kept pass is still valid: reset, load and every other change
+    in place increases them.
     """
 
     def __init__(self, model: FusionModel, leaves: Sequence[Tensor]) -> None:
@@ -243,7 +243,7 @@ class KeptPasses:
         for i, (kept, versions, output) in enumerate(self._kept):
             # Same pointer and shape: same tensor. It is held here, so its memory is not reused.
             if kept.data_ptr() == tokens.data_ptr() and kept.shape == tokens.shape:
-                del self._kept[i]  # its graph is good for one backward
+                del self._kept[i]  # its graph allows one backward pass
                 if versions == self._versions(tokens):
                     return output
                 break

@@ -40,7 +40,7 @@ _BUILT_IN: tuple[type[Method], ...] = (
     Source, Tent, EATA, SAR, READ, ABPEM, BriMPR, TPT, CTPT, RTPT, ATPT, MTA, TTC, RAda,
 )  # fmt: skip
 _methods: dict[str, type[Method]] = {method.name: method for method in _BUILT_IN}
-_warned: set[str] = set()  # names of entry points that a warning was given for
+_warned: set[str] = set()  # entry points for which a warning was issued
 
 M = TypeVar("M", bound=type[Method])
 
@@ -50,7 +50,7 @@ def register(cls: M) -> M: ...
 @overload
 def register(cls: None = None) -> Callable[[M], M]: ...
 def register(cls: M | None = None) -> M | Callable[[M], M]:
-    """Makes the name of a method known: to ``adapt``, ``load``, ``names``, the command line, the
+    """Registers a method under its name, for ``adapt``, ``load``, ``names``, the command line, the
     demo, ``inspect`` and reports. A decorator, ``@fasttta.methods.register``.
 
     A class that is made again under its import path, as in a notebook, replaces the earlier one.
@@ -104,7 +104,7 @@ def is_registered(cls: type[Method]) -> bool:
 
 
 def registered_at(name: str, path: str) -> type[Method] | None:
-    """The class that has this name and this import path, if it is registered or offered."""
+    """The class with this name and import path, if it is registered or an entry point names it."""
     if name not in _methods and name in _entry_points():
         _load(name)
     cls = _methods.get(name)
@@ -112,7 +112,7 @@ def registered_at(name: str, path: str) -> type[Method] | None:
 
 
 def names(family: str | None = None) -> list[str]:
-    """Names that ``fasttta.adapt`` takes as ``method``; imports the packages that offer some.
+    """Names that ``fasttta.adapt`` takes as ``method``; imports packages with entry points.
 
     Args:
         family: only methods for its models: ``"fusion"``, ``"vision-language"`` or ``"features"``.
@@ -165,7 +165,7 @@ def _load(name: str) -> str | None:
         if getattr(cls, "name", None) != name:
             raise TypeError(f"the class has the name {getattr(cls, 'name', None)!r}")
         register(cls)
-    except (Exception, SystemExit) as error:  # whatever the package raises as it is imported
+    except (Exception, SystemExit) as error:  # the import of a package may raise anything
         return _warn(name, f"{texts[0]} cannot be used: {type(error).__name__}: {error}")
     return None
 

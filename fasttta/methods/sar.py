@@ -91,7 +91,7 @@ class SAR(TwoPassMethod):
         """Mean entropy of those that are still reliable, and whether to recover."""
         logits = self.logits(model, features)
         loss, used = self._mean_entropy(logits, first.stats["used"])
-        average = state.get("average", -torch.ones_like(loss.detach()))  # below 0: none yet
+        average = state.get("average", -torch.ones_like(loss.detach()))  # negative at first
         new = loss.detach()
         moved = torch.where(average < 0, new, 0.9 * average + 0.1 * new)
         average = torch.where(used.any() & torch.isfinite(new), moved, average)

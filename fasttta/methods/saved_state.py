@@ -13,11 +13,11 @@ def check_layout(
     """Checks that tensors have the names, the shapes and the kinds of types of others.
 
     Args:
-        kind: what they are, for messages, such as ``"constant"``.
+        kind: of the tensors, for messages, such as ``"constant"``.
         shapes: False: compare the numbers of dimensions only.
 
     Raises:
-        ValueError: they have not; names the first one.
+        ValueError: a tensor differs, is missing or unexpected; names the first.
     """
     odd = sorted(tensors.keys() ^ needed.keys())
     if odd:

@@ -36,8 +36,8 @@ FAULTS = [
     ),
     (
         "a template ends at the class name", "fasttta/methods/prompt_text.py",
-        "before, place, behind = prompt.partition(PLACE)",
-        'before, place, behind = *prompt.partition(PLACE)[:2], ""',
+        "before, place, after = prompt.partition(PLACE)",
+        'before, place, after = *prompt.partition(PLACE)[:2], ""',
         "methods/test_prompts.py::test_templates[a photo of a {}.-texts0-source]",
     ),
     (
