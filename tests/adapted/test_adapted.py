@@ -240,12 +240,12 @@ def test_abpem_is_its_formula(tiny_model, tiny_batch, options):
     """Losses, statistics and gradients over the window, written out."""
     model = tiny_model().double()
     options = {"k": 2, "window": 3, "lr": 1e-15, **options}
-    given, anchors = {}, None
+    resources, anchors = {}, None
     if options.get("anchor") == "source":
         clean = [tiny_batch(seed=s, dtype=torch.float64) for s in (50, 51)]
-        given["source_stats"] = fasttta.collect_stats(model, clean, n=10)
-        anchors = given["source_stats"].self_scores(options.get("heads", "mean"))  # std, mean
-    adapted = fasttta.adapt(model, "abpem", **options, **given)
+        resources["source_stats"] = fasttta.collect_stats(model, clean, n=10)
+        anchors = resources["source_stats"].self_scores(options.get("heads", "mean"))  # std, mean
+    adapted = fasttta.adapt(model, "abpem", **options, **resources)
     batches = [tiny_batch(n, seed=n, dtype=torch.float64) for n in (5, 3, 4, 2)]
     qkv = model.blocks_u[0].attn.qkv
     for i in range(len(batches)):
@@ -261,10 +261,11 @@ def test_abpem_is_its_formula(tiny_model, tiny_batch, options):
             blocks = [[scores[:, :, a, b].flatten(2) for b in parts] for a in parts]
             gap = 0
             for a, b in ((0, 1), (1, 0)):  # query, key modality
-                own = b if options.get("pair", "key") == "key" else a
-                mean, std = blocks[own][own].mean(-1).detach(), blocks[own][own].std(-1).detach()
+                matched = b if options.get("pair", "key") == "key" else a
+                block = blocks[matched][matched].detach()
+                mean, std = block.mean(-1), block.std(-1)
                 if anchors is not None:
-                    std, mean = (x[..., own] for x in anchors)
+                    std, mean = (x[..., matched] for x in anchors)
                 m, s = blocks[a][b].mean(-1), blocks[a][b].std(-1)
                 gap = gap + (std / s).log() + (s**2 + (m - mean) ** 2) / (2 * std**2) - 0.5
             gaps.append(gap.mean(1))

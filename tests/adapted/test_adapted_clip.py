@@ -110,13 +110,13 @@ def test_order_and_company_do_not_matter(model, method):
 
 def test_many_images_are_taken_in_turns(model, method, monkeypatch):
     pictures = [image(i) for i in range(5)]
-    whole = adapt(model, method).step(pictures, trace=True)
+    together = adapt(model, method).step(pictures, trace=True)
     from fasttta.adapted import images
 
     monkeypatch.setattr(images, "_VIEWS", 16)
     parts = adapt(model, method).step(pictures, trace=True)
-    same(whole, parts, **NOISE)
-    assert whole.trace.keys() == parts.trace.keys()
+    same(together, parts, **NOISE)
+    assert together.trace.keys() == parts.trace.keys()
 
 
 def test_images_of_every_kind(model):
@@ -136,10 +136,10 @@ def test_given_views(model, method):
     from fasttta.views import make_views
 
     adapted = adapt(model, method)
-    own = adapted.options
+    options = adapted.options
     views = make_views(
-        image(0), getattr(own, "view_count", 1), generator=torch.Generator().manual_seed(0),
-        resolution=24, augment=getattr(own, "augmented", False),
+        image(0), getattr(options, "view_count", 1), generator=torch.Generator().manual_seed(0),
+        resolution=24, augment=getattr(options, "augmented", False),
     )  # fmt: skip
     same(adapted.step(image(0)), adapted.step(views=views))
     assert adapted(views=views).shape == (1, 6)

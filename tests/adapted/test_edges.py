@@ -16,13 +16,13 @@ from fasttta.methods import ABPEM
 def few(classes, tiny_model):
     """A model of fasttta's own, and one by a ModelSpec, with so many classes; and a batch each."""
     torch.manual_seed(0)
-    own, user = tiny_model(), build("joint")
-    own.num_classes = classes
-    own.mlp_head[1] = type(own.mlp_head[1])(12, classes).requires_grad_(False)
+    cavmae, user = tiny_model(), build("joint")
+    cavmae.num_classes = classes
+    cavmae.mlp_head[1] = type(cavmae.mlp_head[1])(12, classes).requires_grad_(False)
     user.head = nn.Linear(16, classes)
     g = torch.Generator().manual_seed(1)
     batch = torch.randn(4, 6, 8, generator=g), torch.randn(4, 3, 6, 6, generator=g)
-    return (own, batch, {}), (user, Joint.batch(4), {"spec": Joint.spec})
+    return (cavmae, batch, {}), (user, Joint.batch(4), {"spec": Joint.spec})
 
 
 def test_the_default_k_gives_way(tiny_model, tmp_path):

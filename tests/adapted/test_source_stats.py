@@ -23,10 +23,10 @@ def test_collect_and_anchor(tiny_model, tiny_batch, tmp_path, heads):
     used = [torch.cat([b[i] for b in clean])[:10] for i in range(2)]
     _, (q, k, scale) = model.fuse_attention(model.encode(*used))
     moments = F.score_moments(q, k, model.spans, scale, heads, backend="reference")
-    own = [x.diagonal(dim1=-2, dim2=-1) for x in moments]
+    blocks = [x.diagonal(dim1=-2, dim2=-1) for x in moments]
     std, mean = stats.self_scores(heads)
-    assert torch.allclose(mean, own[0].mean(0), atol=1e-6)
-    assert torch.allclose(std, own[1].square().mean(0).sqrt(), atol=1e-6)
+    assert torch.allclose(mean, blocks[0].mean(0), atol=1e-6)
+    assert torch.allclose(std, blocks[1].square().mean(0).sqrt(), atol=1e-6)
 
     stats.save(tmp_path / "stats.safetensors")
     again = fasttta.SourceStats.load(tmp_path / "stats.safetensors")

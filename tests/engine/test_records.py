@@ -22,8 +22,8 @@ def saved(tiny_model, tiny_batch, tmp_path):
 
     def make(method, **options):
         model = tiny_model()
-        given = {**METHODS[method], **options}
-        adapted = fasttta.adapt(model, method, guard=fasttta.ShiftDetector(3), **given)
+        settings = {**METHODS[method], **options}
+        adapted = fasttta.adapt(model, method, guard=fasttta.ShiftDetector(3), **settings)
         for seed in (1, 2, 3):
             adapted.step(*tiny_batch(seed=seed))
         adapted.save(tmp_path)

@@ -61,10 +61,10 @@ def test_their_own_outputs(name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_weights_are_shared(name):
     module = MAKERS[name]()
-    own = {x.untyped_storage().data_ptr() for x in module.state_dict().values()}
+    memory = {x.untyped_storage().data_ptr() for x in module.state_dict().values()}
     clip = recognise(module).model
     copied = {
-        key for key, x in clip.state_dict().items() if x.untyped_storage().data_ptr() not in own
+        key for key, x in clip.state_dict().items() if x.untyped_storage().data_ptr() not in memory
     }
     packed = {key for key in clip.state_dict() if ".in_proj_" in key}
     assert copied == (packed if name.startswith("hf") else set())
@@ -80,10 +80,10 @@ def test_wrapped():
         adapted = fasttta.adapt(model, "tpt", classes=tiny_ids(), views=6, select=0.5)
         assert torch.equal(adapted(views=views), expected)
         assert adapted.unwrap() is model
-    own = fasttta.adapt(
+    adapted_clip = fasttta.adapt(
         nn.DataParallel(tiny_clip()), "tpt", classes=tiny_ids(), views=6, select=0.5
     )
-    assert own(views=views).isfinite().all()
+    assert adapted_clip(views=views).isfinite().all()
 
 
 def test_half_precision():

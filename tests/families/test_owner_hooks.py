@@ -75,13 +75,13 @@ def own_logits(model, batch):
 def right_or_refused(adapted, model, batch, words):
     """A step gives the owner's logits, or an error with these words; then nothing is changed."""
     before = {name: x.clone() for name, x in adapted.tuned.items()}
-    own = own_logits(model, batch)
+    expected = own_logits(model, batch)
     try:
         logits = adapted.step(*batch).logits_before
     except ValueError as error:
         text = str(error)
     else:
-        return torch.allclose(logits, own, atol=1e-5), ""
+        return torch.allclose(logits, expected, atol=1e-5), ""
     same = all(torch.equal(before[name], x) for name, x in adapted.tuned.items())
     return same and all(word in text for word in words), text
 
@@ -229,21 +229,21 @@ def test_hooks_on_clips(name, tower, method):
 
     options = {"views": 6, "select": 0.5} if method == "tpt" else {}
     options |= {"heads": 2, "loss": "entropy"} if method == "rada" else {}
-    given = {"images": tiny_views().base[:2]}
+    inputs = {"images": tiny_views().base[:2]}
     model = CLIPS[name]()
     model.get_submodule(TOWERS[name][tower]).register_forward_hook(add)
     adapted = fasttta.adapt(model, method, classes=tiny_ids(), **options)
     for call in (adapted.step, adapted.predict):
         with pytest.raises(ValueError, match="Hooks are registered on .*remove"):
-            call(**given)
+            call(**inputs)
     seen = []
     model = CLIPS[name]()
     model.get_submodule(TOWERS[name][tower]).register_forward_hook(lambda *_: seen.append(1))
-    assert fasttta.adapt(model, method, classes=tiny_ids(), **options)(**given).isfinite().all()
+    assert fasttta.adapt(model, method, classes=tiny_ids(), **options)(**inputs).isfinite().all()
     assert len(seen) <= 2
     model.get_submodule(TOWERS[name][tower]).register_full_backward_hook(steeper)
     with pytest.raises(ValueError, match="has backward hooks"):
-        fasttta.adapt(model, method, classes=tiny_ids(), **options)(**given)
+        fasttta.adapt(model, method, classes=tiny_ids(), **options)(**inputs)
 
 
 # -- hooks that belong to the model
@@ -287,11 +287,11 @@ def test_hooks_of_the_model_itself(how, used):
     with torch.no_grad():
         if used:
             model(*Three.batch(1, seed=9))
-        own = Recording.forward(model, *(x.clone() for x in batch))[1]
+        expected = Recording.forward(model, *(x.clone() for x in batch))[1]
     adapted = fasttta.adapt(model, "read", spec=Three.spec, lr=1e-2)
     kept = model.once, dict(model.features)
     result = adapted.step(*batch)
-    assert torch.allclose(result.logits_before, own, atol=1e-5)
+    assert torch.allclose(result.logits_before, expected, atol=1e-5)
     assert model.once is kept[0]
     assert model.features.keys() == kept[1].keys()
     assert all(model.features[n] is x for n, x in kept[1].items())
@@ -333,12 +333,12 @@ def test_captured_outputs(used, method):
     spec = fasttta.ModelSpec("inner.layers.1.attention", HuggingFaceStyle.spec.spans)
     adapted = fasttta.adapt(model, method, spec=spec, **({"k": 2} if method == "abpem" else {}))
     with torch.no_grad():
-        own = model(*batch)
+        expected = model(*batch)
     before = adapted.predict(*batch)
-    assert torch.allclose(before["logits"], own["logits"], atol=1e-5)
+    assert torch.allclose(before["logits"], expected["logits"], atol=1e-5)
     assert len(before["states"]) == 2
     assert all(torch.allclose(a, b, atol=1e-5)
-               for a, b in zip(before["states"], own["states"], strict=True))  # fmt: skip
+               for a, b in zip(before["states"], expected["states"], strict=True))  # fmt: skip
     adapted.step(*batch)
     with torch.no_grad():
         merged = adapted.unwrap(merge=True)(*batch)
@@ -366,11 +366,11 @@ def test_hidden_states_of_transformers():
             return self.h(torch.stack(states).mean(0)[:, 0])
 
     model, pixels = Weighted().eval(), torch.randn(4, 3, 32, 32)
-    own = model(pixels)
+    expected = model(pixels)
     spec = fasttta.ModelSpec("m.layers.1.attention", {"image": (1, 17)})
     for method in ("source", "read", "tent"):
         adapted = fasttta.adapt(model, method, spec=spec)
-        assert torch.allclose(adapted.step(pixels).logits_before, own, atol=1e-6)
+        assert torch.allclose(adapted.step(pixels).logits_before, expected, atol=1e-6)
 
 
 def test_native_classes_are_not_compared(tiny_model, tiny_batch, monkeypatch):

@@ -138,9 +138,9 @@ def test_masks_that_hide_nothing_pass(how):
     for seed in range(3):
         inputs = batch(seed=seed)
         with torch.no_grad():
-            own = adapted.unwrap(merge=True)(*inputs)
+            expected = adapted.unwrap(merge=True)(*inputs)
         result = adapted.step(*inputs)
-        assert torch.allclose(result.logits_before, own, atol=1e-5)
+        assert torch.allclose(result.logits_before, expected, atol=1e-5)
         assert int(result.n_used) == (4 if seed == 0 else 8)
 
 
@@ -152,8 +152,8 @@ def test_other_methods_are_right_under_later_masks(how, method):
     merged = adapted.unwrap(merge=True)
     inputs = batch(2, seed=1)
     with torch.no_grad():
-        own = merged(*inputs)
-    assert torch.allclose(adapted.step(*inputs).logits_before, own, atol=1e-5)
+        expected = merged(*inputs)
+    assert torch.allclose(adapted.step(*inputs).logits_before, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["sdpa bool", "eager", "multihead"])
@@ -267,10 +267,10 @@ def test_visual_bert():
     with pytest.raises(ValueError, match="mask that hides"):
         fasttta.adapt(model, "abpem", spec=bert, k=2).step(ids, image, padded, seen)
     adapted = fasttta.adapt(model, "abpem", spec=bert, k=2)
-    own = model(ids, image, ones, seen)
-    assert torch.allclose(adapted.step(ids, image, ones, seen).logits_before, own, atol=1e-5)
+    expected = model(ids, image, ones, seen)
+    assert torch.allclose(adapted.step(ids, image, ones, seen).logits_before, expected, atol=1e-5)
     with pytest.raises(ValueError, match="mask that hides"):
         adapted.step(ids, image, padded, seen)
     source = fasttta.adapt(model, "source", spec=bert)
-    own = model(ids, image, padded, seen)
-    assert torch.allclose(source.step(ids, image, padded, seen).logits, own, atol=1e-5)
+    expected = model(ids, image, padded, seen)
+    assert torch.allclose(source.step(ids, image, padded, seen).logits, expected, atol=1e-5)

@@ -125,9 +125,9 @@ def test_wrapped_frozen_layers_compute_right(name, cls):
     assert torch.allclose(result.logits_before, expected, rtol=1e-9)
     names = [s.parameter.removeprefix("module.") for s in adapted._state.slots.values()]
     leaves = sorted(set(names))
-    own = dict(zip(leaves, own_gradients(model, None, batch, leaves, logits), strict=True))
+    gradients = dict(zip(leaves, own_gradients(model, None, batch, leaves, logits), strict=True))
     for tuned, slot in adapted._state.slots.items():
-        grad = own[slot.parameter.removeprefix("module.")]
+        grad = gradients[slot.parameter.removeprefix("module.")]
         grad = grad if slot.rows is None else grad[slice(*slot.rows)]
         assert torch.allclose(result.grads[tuned], grad, rtol=1e-6, atol=1e-12)
     assert not torch.allclose(result.logits, expected, rtol=1e-4)
@@ -138,8 +138,8 @@ def test_later_changes_of_a_frozen_weight_norm_do_not_leak():
     model = build("three")
     nn.utils.weight_norm(model.head)
     adapted = fasttta.adapt(model, "source", spec=Three.spec, precision="fp64")
-    own = model.double()(*(x.double() for x in Three.batch(3)))[1]
-    assert torch.allclose(adapted.step(*Three.batch(3)).logits, own, atol=1e-5)
+    expected = model.double()(*(x.double() for x in Three.batch(3)))[1]
+    assert torch.allclose(adapted.step(*Three.batch(3)).logits, expected, atol=1e-5)
 
 
 # -- adapters of peft
@@ -184,14 +184,14 @@ def test_peft():
     for model, spec in ((wrapped, inside), (wrapped.base_model.model, HuggingFaceStyle.spec)):
         with pytest.raises(ValueError, match=r"(query|value).(weight|bias).*merge_and_unload"):
             fasttta.adapt(model, "abpem", k=2, spec=spec)
-        own = model(*batch).logits
+        expected = model(*batch).logits
         tent = fasttta.adapt(model, "tent", spec=spec)
-        assert torch.allclose(tent.step(*batch).logits_before, own, atol=1e-5)
+        assert torch.allclose(tent.step(*batch).logits_before, expected, atol=1e-5)
     with wrapped.disable_adapter():
-        own = wrapped(*batch).logits
+        expected = wrapped(*batch).logits
         source = fasttta.adapt(wrapped, "source", spec=inside)
-        assert torch.allclose(source.step(*batch).logits, own, atol=1e-5)
-    own = wrapped(*batch).logits
+        assert torch.allclose(source.step(*batch).logits, expected, atol=1e-5)
+    expected = wrapped(*batch).logits
     merged = wrapped.merge_and_unload()
     adapted = fasttta.adapt(merged, "abpem", k=2, spec=HuggingFaceStyle.spec)
-    assert torch.allclose(adapted.step(*batch).logits_before, own, atol=1e-5)
+    assert torch.allclose(adapted.step(*batch).logits_before, expected, atol=1e-5)

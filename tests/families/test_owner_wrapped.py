@@ -114,9 +114,9 @@ def test_peft_on_a_cav_mae(user, tiny_batch):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
     wrapped.eval()
-    own = wrapped(*tiny_batch(), "multimodal")
+    expected = wrapped(*tiny_batch(), "multimodal")
     for model in (wrapped, user):
         with pytest.raises((TypeError, ValueError), match="merge_and_unload"):
             fasttta.adapt(model, "read")
     adapted = fasttta.adapt(wrapped.merge_and_unload(), "read")
-    assert torch.allclose(adapted.step(*tiny_batch()).logits_before, own, atol=1e-5)
+    assert torch.allclose(adapted.step(*tiny_batch()).logits_before, expected, atol=1e-5)

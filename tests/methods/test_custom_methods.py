@@ -330,8 +330,8 @@ def test_frozen_encoders_give_their_layers_no_gradient():
     for group in ("norm", "encoder_norm", "prompts"):
         with pytest.raises(TypeError, match=f"tunes '{group}', .* frozen_encoder = False"):
             type("Mine", (Method,), {**COMPLETE, "group": group, "frozen_encoder": True})
-    own = {**COMPLETE, "frozen_encoder": True, "tuned": lambda self, model: {}}
-    type("Mine", (Method,), own)  # says itself what it tunes
+    parts = {**COMPLETE, "frozen_encoder": True, "tuned": lambda self, model: {}}
+    type("Mine", (Method,), parts)  # says itself what it tunes
 
 
 class Count:

@@ -45,8 +45,8 @@ def test_the_published_form_is_ours(made, tiny_batch, tmp_path):
     assert "norm.weight" in read
     assert "norm_a.weight" in read
     results = []
-    for given in (fisher, published, read):
-        adapted = fasttta.adapt(model, "eata", fisher=given, **OPTIONS)
+    for weights in (fisher, published, read):
+        adapted = fasttta.adapt(model, "eata", fisher=weights, **OPTIONS)
         adapted.step(*tiny_batch())
         results.append((adapted.step(*tiny_batch(seed=2)), adapted.tuned))
     assert results[0][0].losses["fisher"] > 0

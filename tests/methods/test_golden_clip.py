@@ -153,8 +153,8 @@ def test_masks(vit, vit_model, device, precision):
 
 def mixing(vit, case):
     names = {"p_high": "high", "p_low": "low", "m_high": "mix_high", "m_low": "mix_low"}
-    given = vit.config["mix_cases"][case]
-    return {names[key.removeprefix("attn_")]: value for key, value in given.items()}
+    shares = vit.config["mix_cases"][case]
+    return {names[key.removeprefix("attn_")]: value for key, value in shares.items()}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -66,8 +66,8 @@ def _tuning(tensors, about):
                 {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
             )
             also |= {f"{name}.{n}": p for n, p in modules[name].named_parameters()}
-        image, given = modules["adapter_image"], text
-        text = lambda: modules["adapter_text"](given)  # noqa: E731
+        image, class_text = modules["adapter_image"], text
+        text = lambda: modules["adapter_text"](class_text)  # noqa: E731
     if kind in ("coop", "ivlp", "promptsrc"):
         names = {"coop": ["logit_scale"]}.get(kind, ["image_encoder.VPT_w"])
         names.append("prompt_learner.ctx")

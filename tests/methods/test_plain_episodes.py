@@ -119,8 +119,8 @@ def test_attention_guided(model, ensemble, tv_loss):
     assert torch.allclose(result.stats["tv"], tv, **EXACT)
     order = maps.flatten(1)
     assert ((order.amin(1) == 0) & (order.amax(1) > 0.999)).all()
-    own = views.weight[:, None, None].expand(region.shape)
-    share = torch.where(region == 2, 0.8, torch.where(region == 0, 0.2, own))[:, None]
+    augmix = views.weight[:, None, None].expand(region.shape)
+    share = torch.where(region == 2, 0.8, torch.where(region == 0, 0.2, augmix))[:, None]
     pixels = share * views.base.double() + (1 - share) * views.mix.double()
     pixels[0] = views.base[0]
     assert {0, 2} <= set(region.flatten().tolist())

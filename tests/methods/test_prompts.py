@@ -94,11 +94,11 @@ def test_words_behind_the_name_stay_fixed(method):
     assert adapted.tuned["prompt"].shape == (4, 20)
     tokenizer = Tokenizer()
     ids = token_ids(NAMES, "a photo of a {}, a pet.", tokenizer=tokenizer)
-    given = fasttta.adapt(
+    by_ids = fasttta.adapt(
         clips.tiny_clip(), method, classes=ids, prompt_length=4, **clips.METHODS[method]
     )
     image = clips.image(3)
-    clips.same(adapted.step(image), given.step(image))
+    clips.same(adapted.step(image), by_ids.step(image))
     # only the end differs, which is a token of its own
     plain = token_ids(NAMES, "a photo of a {}.", tokenizer=tokenizer)
     assert torch.equal(plain[:, :6], ids[:, :6])

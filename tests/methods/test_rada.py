@@ -258,7 +258,7 @@ def test_stream_of_samples():
 
 def test_views_in_portions(monkeypatch):
     """Many views of many classes: a few at a time where no gradient is needed."""
-    whole = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
+    joint = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
     monkeypatch.setattr("fasttta.models.rational.models._TOGETHER", 3 * 7 * 12)
     sizes, score = [], FeatureClassifier.scored
     monkeypatch.setattr(
@@ -268,8 +268,8 @@ def test_views_in_portions(monkeypatch):
     )
     result = fasttta.adapt(classifier(torch.float64), "rada").step(views(0, dtype=torch.float64))
     assert sizes == [3] * 6 + [2, 2, 1]  # 20 views, the selected ones, the original
-    assert torch.allclose(result.logits, whole.logits, atol=1e-12)
-    assert torch.equal(result.stats["selected"], whole.stats["selected"])
+    assert torch.allclose(result.logits, joint.logits, atol=1e-12)
+    assert torch.equal(result.stats["selected"], joint.stats["selected"])
 
 
 def test_only_the_last_projection():

@@ -45,11 +45,11 @@ def tiny_ids(classes: int = 6, prompt: int = 4, length: int = 14, seed: int = 1)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.zeros(classes, length, dtype=torch.int64)
     for i, row in enumerate(rows):
-        own = 1 + (i * 5 + 2) % 6
+        length_of_name = 1 + (i * 5 + 2) % 6
         row[0], row[1 : 1 + prompt] = SOT, torch.arange(5, 5 + prompt)
-        name = torch.randint(20, 90, (own,), generator=generator)
-        row[1 + prompt : 1 + prompt + own] = name
-        row[1 + prompt + own] = EOT
+        name = torch.randint(20, 90, (length_of_name,), generator=generator)
+        row[1 + prompt : 1 + prompt + length_of_name] = name
+        row[1 + prompt + length_of_name] = EOT
     return rows
 
 

@@ -171,10 +171,10 @@ def poisoned(f: Fuzz) -> None:
     thing = f.object()
     for _ in range(f.random.choice([1, 3])):
         key = f.one(thing)
-        whole = thing[key] if isinstance(thing[key], torch.Tensor) else torch.rand(2, 3)
-        x = whole.clone().flatten()
+        tensor = thing[key] if isinstance(thing[key], torch.Tensor) else torch.rand(2, 3)
+        x = tensor.clone().flatten()
         x[f.random.randrange(len(x))] = f.random.choice([torch.nan, torch.inf, -torch.inf])
-        thing[key] = x.view(whole.shape)
+        thing[key] = x.view(tensor.shape)
     f.write(thing)
 
 

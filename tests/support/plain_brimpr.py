@@ -59,19 +59,19 @@ def plain(model: CAVMAE, prompts, stats, inputs, keep, *, tau=0.07, a=0.2, b=5.0
     Args:
         prompts: [blocks, n, D] by modality; stats: SourceStats; inputs, keep: audio and video.
     """
-    whole, masked, distance = {}, {}, {}
+    complete, masked, distance = {}, {}, {}
     for (name, letter), x, ids in zip(LETTERS.items(), inputs, keep, strict=True):
         embed = model.embed_audio if name == "audio" else model.embed_video
         tokens = embed(x)
-        whole[name], features = _encoder(model, letter, tokens, prompts[name])
+        complete[name], features = _encoder(model, letter, tokens, prompts[name])
         kept = torch.stack([row[i.long()] for row, i in zip(tokens, ids, strict=True)])
         masked[name], _ = _encoder(model, letter, kept, prompts[name])
         distance[name] = _distance(features, *getattr(stats, name))
-    joint = _fused(model, torch.cat(tuple(whole.values()), dim=1).detach())
+    joint = _fused(model, torch.cat(tuple(complete.values()), dim=1).detach())
     logits = model.mlp_head(joint)
     students = {
-        "audio": torch.cat((masked["audio"], whole["video"]), dim=1),
-        "video": torch.cat((whole["audio"], masked["video"]), dim=1),
+        "audio": torch.cat((masked["audio"], complete["video"]), dim=1),
+        "video": torch.cat((complete["audio"], masked["video"]), dim=1),
     }
     moved = _distance(joint.unsqueeze(1), *stats.joint).detach()
     teacher = (logits.detach() / (1 + a / (1 + torch.exp(b - moved)))).softmax(dim=-1)
@@ -83,7 +83,7 @@ def plain(model: CAVMAE, prompts, stats, inputs, keep, *, tau=0.07, a=0.2, b=5.0
     )
     alone = [
         nnf.normalize((_fused(model, x) + _fused(model, x, f"_{LETTERS[name]}")) / 2)
-        for name, x in whole.items()
+        for name, x in complete.items()
     ]
     scores, target = alone[0] @ alone[1].T / tau, torch.arange(len(joint))
     losses = {
