@@ -110,7 +110,7 @@ def _method(clip: CLIP, method: methods.Method) -> dict[str, Any]:
 
 def _rational(clip: CLIP, method: methods.RAda) -> dict[str, Any]:
     """The entry of RAda, whose head does not depend on the classes."""
-    bare = structural_copy(clip, lambda name, parameter: parameter)
+    bare = structural_copy(clip)
     bare.class_features = torch.ones(2, clip.text_projection.shape[1])
     model = method.extend(bare, 0)
     names = method.tuned(model)

@@ -73,23 +73,23 @@ def working_copy(
     """
     shared: dict[int, nn.Parameter] = {}
     leaves: dict[str, nn.Parameter] = {}
-
-    def replaced(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None:
-            return None
-        if name in tuned:
-            value = parameter.detach().to(precision.master, copy=True)
-            leaves[name] = nn.Parameter(value.contiguous())
-            return leaves[name]
-        if id(parameter) not in shared:  # tied parameters stay tied
-            value = parameter.detach()
-            value = value.clone() if value.is_inference() else value
-            if value.is_floating_point():
-                value = value.to(precision.master)
-            shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
-        return shared[id(parameter)]
-
-    copy = structural_copy(model, replaced)
+    copy = structural_copy(model)
+    for path, child in cast(nn.Module, copy).named_modules():
+        for leaf, parameter in child._parameters.items():
+            name = f"{path}.{leaf}" if path else leaf
+            if parameter is None:
+                continue
+            if name in tuned:
+                value = parameter.detach().to(precision.master, copy=True)
+                child._parameters[leaf] = leaves[name] = nn.Parameter(value.contiguous())
+                continue
+            if id(parameter) not in shared:  # tied parameters stay tied
+                value = parameter.detach()
+                value = value.clone() if value.is_inference() else value
+                if value.is_floating_point():
+                    value = value.to(precision.master)
+                shared[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            child._parameters[leaf] = shared[id(parameter)]
     for name in sorted(tuned - leaves.keys()):
         reason = how_to_unwrap(cast(nn.Module, model), name)
         raise ValueError(f"{name} cannot be tuned: {reason}")

@@ -45,7 +45,7 @@ def recognise(model: nn.Module, spec: ModelSpec | None = None) -> Family:
         family = ClipFamily.of(inner, prefix)
     else:
         refuse_unknown(model, inner, cavmae.PARTS)
-    family.structure = structural_copy(family.model, lambda name, parameter: parameter)
+    family.structure = structural_copy(family.model)
     own_buffers(family.structure, None)
     return family
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from ..engine.precision import Precision
 from ..engine.step import environment
-from ..models.copies import Tree, own_buffers, structural_copy, without_checkpointing
+from ..models.copies import (
+    Tree,
+    own_buffers,
+    replace_parameters,
+    structural_copy,
+    without_checkpointing,
+)
 from ..protocols import FusionModel
 from .refusals import hook_advice
 from .self_check import check_gradients, gradients_of
@@ -190,24 +196,23 @@ def graded(run: Callable[[], Any], leaves: list[nn.Parameter]) -> tuple[Any, lis
 def in_type(module: Tree, dtype: torch.dtype) -> Tree:
     """A copy of a module tree with separate parameters and buffers in a type, without users'
     hooks."""
-    twin = structural_copy(module, _in(dtype))
-    own_buffers(cast(nn.Module, twin), dtype)
+    twin = structural_copy(module)
+    _convert(cast(nn.Module, twin), dtype)
     return twin
 
 
 def own_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the user's module in a type, with all its hooks and without gradient
     checkpointing. It computes what the module does; running it does not change the module."""
-    twin = structural_copy(module, _in(dtype), hooks=True)
-    own_buffers(twin, dtype)
+    twin = structural_copy(module, hooks=True)
+    _convert(twin, dtype)
     without_checkpointing(twin)
     return twin
 
 
-def _in(dtype: torch.dtype) -> Callable[[str, nn.Parameter | None], nn.Parameter | None]:
-    def convert(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None:
-            return None
-        return nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
-
-    return convert
+def _convert(twin: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a copy of a module parameters and buffers of its own in a type."""
+    replace_parameters(
+        twin, lambda _, x: nn.Parameter(x.detach().to(dtype, copy=True), requires_grad=False)
+    )
+    own_buffers(twin, dtype)

@@ -82,7 +82,7 @@ class CavmaeFamily(FusionFamily):
         }
         with torch.inference_mode(False):
             if self.module in (None, self.model):  # the user's object is never changed
-                self.model = structural_copy(self.model, lambda name, parameter: parameter)
+                self.model = structural_copy(self.model)
             self.model.take_prompts(
                 {name: x.clone() if x.is_inference() else x for name, x in prompts.items()}
             )

@@ -14,7 +14,7 @@ from ..engine.precision import Precision, working_copy
 from ..engine.step import environment
 from ..models import CLIP
 from ..models.clip.convert import convert_hugging_face, convert_open_clip, mask_length
-from ..models.copies import structural_copy
+from ..models.copies import replace_parameters, structural_copy
 from ..protocols import FusionModel
 from .base import Family, FusionFamily
 from .class_names import token_ids
@@ -99,7 +99,7 @@ class ClipFamily(Family):
         ids = token_ids(classes, prompt, self.model.context_length, resources.get("tokenizer"))
         with torch.inference_mode(False), torch.no_grad():
             encoder, _ = working_copy(self.model, set(), precision)
-            clip = structural_copy(self.model, lambda name, parameter: parameter)
+            clip = structural_copy(self.model)
             with environment(self.model.positional_embedding.device, precision, grad=False):
                 text = encoder.encode_text(ids)
                 clip.class_features = text / text.norm(dim=-1, keepdim=True)
@@ -122,9 +122,12 @@ class ClipFamily(Family):
         dtype = next(self.module.parameters()).dtype
         ids = ids[:2].to(pixels.device)
         x = clip._normalised(pixels).to(dtype)
-        twin = structural_copy(self.module, lambda name, parameter: parameter, hooks=True)
+        twin = structural_copy(self.module, hooks=True)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        ours = structural_copy(clip, lambda name, parameter: _as(parameter, wide))
+        ours = structural_copy(clip)
+        replace_parameters(
+            ours, lambda _, x: nn.Parameter(x.detach().to(wide), requires_grad=False)
+        )
         for name, buffer in ours.named_buffers():
             path, _, leaf = name.rpartition(".")
             if buffer.is_floating_point():
@@ -196,12 +199,6 @@ def _own_logits(module: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor | None
     if "pixel_values" in names and "input_ids" in names:
         return getattr(module(pixel_values=pixels, input_ids=ids), "logits_per_image", None)
     return None
-
-
-def _as(parameter: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter | None:
-    if parameter is None:
-        return None
-    return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
 
 
 def _feature(x: Any) -> Tensor:

@@ -32,17 +32,15 @@ _CHECKPOINTING = re.compile("checkpointing|(use|grad|gradient|activation)_checkp
 
 def structural_copy(
     model: Tree,
-    parameter: Callable[[str, nn.Parameter | None], nn.Parameter | None],
     hooks: bool = False,
 ) -> Tree:
-    """A copy of a module tree, in evaluation mode, that shares all but its parameters.
+    """A copy of a module tree, in evaluation mode, that shares its parameters and buffers.
 
     Unlike ``copy.deepcopy`` it takes modules that hold on to activations, locks or files. One
     module under several names stays one module.
 
     Args:
         model: a module; it is not changed.
-        parameter: (name, parameter) -> the parameter that the copy has instead.
         hooks: also copy hooks that others have registered. Those that belong to the model
             (``copy_hooks``) are always copied. With the others goes the flag by which
             transformers 5 knows that a model has its hooks, so that a copy installs its own.
@@ -50,7 +48,7 @@ def structural_copy(
     twins: dict[int, tuple[nn.Module, nn.Module]] = {}
     off = () if hooks else ("_output_capturing_hooks_installed",)
 
-    def twin(module: nn.Module, prefix: str) -> nn.Module:
+    def twin(module: nn.Module) -> nn.Module:
         if id(module) in twins:  # one object under several names stays one
             return twins[id(module)][1]
         new = module.__class__.__new__(module.__class__)
@@ -65,19 +63,31 @@ def structural_copy(
         }
         # of Module.compile(): it is bound to the original
         new.__dict__.pop("_compiled_call_impl", None)
-        for name, theirs in module._parameters.items():
-            new._parameters[name] = parameter(prefix + name, theirs)
         for name, child in module._modules.items():
-            new._modules[name] = None if child is None else twin(child, f"{prefix}{name}.")
+            new._modules[name] = None if child is None else twin(child)
         new.training = False
         return new
 
-    copied = twin(cast(nn.Module, model), "")
+    copied = twin(cast(nn.Module, model))
     if not hooks:
         without_checkpointing(copied)
     rebind_attributes(twins)
     copy_hooks(twins, every=hooks)
     return cast(Tree, copied)
+
+
+def replace_parameters(
+    module: nn.Module, replacement: Callable[[str, nn.Parameter], nn.Parameter]
+) -> None:
+    """Gives a copy of a module other parameters.
+
+    Args:
+        replacement: (name, parameter) -> the parameter that the copy has instead.
+    """
+    for path, child in module.named_modules():
+        for leaf, x in child._parameters.items():
+            if x is not None:
+                child._parameters[leaf] = replacement(f"{path}.{leaf}" if path else leaf, x)
 
 
 def own_buffers(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.checks import class_labels
 from ..clip.model import CLIP
-from ..copies import structural_copy
+from ..copies import replace_parameters, structural_copy
 from .head import RationalHead
 from .models import ModelWithHead, RationalCAVMAE, RationalCLIP
 
@@ -228,7 +228,8 @@ def finetune(
             scale = 100.0 if scale is None else scale
             tuning = FineTuning(tuned, text, scale=scale, epochs=epochs, **options)
         else:
-            tuned = cast(ModelWithHead, structural_copy(model, _copier(encoders)))
+            tuned = cast(ModelWithHead, structural_copy(model))
+            replace_parameters(tuned, _copier(encoders))
             with torch.no_grad():
                 inputs = inputs if encoders else (_encoded(tuned, inputs, batch),)
             also = _encoder_parameters(tuned, classes) if encoders else []
@@ -296,13 +297,11 @@ def _check_model(model, inputs, text, scale, encoders, classes) -> bool:
     return False
 
 
-def _copier(encoders: bool) -> Callable[[str, nn.Parameter | None], nn.Parameter | None]:
-    """Makes a copy's parameters for ``structural_copy``: copies of those that are trained, others
-    over the same memory, so that neither flags nor gradients reach the caller's."""
+def _copier(encoders: bool) -> Callable[[str, nn.Parameter], nn.Parameter]:
+    """Parameters for ``replace_parameters``: copies of those that are trained, others over the same
+    memory, so that neither flags nor gradients reach the caller's."""
 
-    def copied(name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None:
-            return None
+    def copied(name: str, parameter: nn.Parameter) -> nn.Parameter:
         trained = encoders or name.startswith("head.")
         value = parameter.detach().clone() if trained else parameter.detach()
         return nn.Parameter(value, requires_grad=False)
