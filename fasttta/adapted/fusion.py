@@ -20,7 +20,8 @@ from ..engine.state import Snapshot, State, restored
 from ..engine.step import Step
 from ..engine.streaming import Lane, Pipeline, as_inputs, copied
 from ..families import FusionFamily
-from ..methods.base import Method
+from ..methods.base import Method, WeightedMethod, runs_episodes
+from ..methods.special_bases import DrawingMethod, ExtendingMethod
 from ..protocols import FusionModel, ReturnsMore
 from .base import Adapted, exclusive
 
@@ -46,12 +47,14 @@ class AdaptedFusion(Adapted):
     ) -> None:
         source = family.model
         method = method.fitted(source)
-        if guard is not None and method.episodic:
+        if guard is not None and runs_episodes(method):
             raise ValueError(
                 f"guard: {method.name!r} begins every image anew, so that there is nothing to reset"
             )
         with torch.inference_mode(False):
-            fusion = method.extend(source, seed)
+            fusion = source
+            if isinstance(method, ExtendingMethod):
+                fusion = method.extend(source, seed)
         device = next(fusion.parameters()).device
         slots = method.tuned(fusion)
         if method.group is not None and not slots:
@@ -116,6 +119,9 @@ class AdaptedFusion(Adapted):
         self._refuse(options, "trace", "keep")
         prepared, drawn = self._prepare(inputs), None
         if keep is not None:
+            if not isinstance(self.options, DrawingMethod):
+                kind = type(self.options).__name__
+                raise TypeError(f"keep: {kind} masks no tokens; only brimpr does")
             drawn = self._step.draw(prepared, keep)
         return self._step_on(prepared, trace=trace, drawn=drawn)
 
@@ -156,7 +162,8 @@ class AdaptedFusion(Adapted):
         if self._in_source:
             return self._unadapted(inputs, options.get("trace", False))
         alone = inputs[0].shape[0] == 1 and not (self._warned_single or self._state.method)
-        if alone and (message := self._step.method.single_sample):
+        method = self._step.method
+        if alone and isinstance(method, WeightedMethod) and (message := method.single_sample()):
             self._warned_single = True
             warn(message, UserWarning)
         return self._adapt(inputs, **options)

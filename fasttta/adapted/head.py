@@ -79,7 +79,7 @@ class AdaptedHead(ImageCalls, AdaptedFusion):
             parts = [self._unadapted(inputs, trace) for inputs in batches]
         else:
             parts = self._adapt_all(batches, trace=trace)
-        if len(parts) == 1 and (single or not self.options.episodic or self._in_source):
+        if len(parts) == 1 and (single or not self._state.episodic or self._in_source):
             return parts[0]
         with torch.inference_mode(False), torch.no_grad():
             return as_result([as_episodes(part) for part in parts], False, trace)

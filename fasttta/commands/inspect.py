@@ -11,6 +11,8 @@ from torch import nn
 from .. import methods
 from ..families import recognise
 from ..families.clip import ClipFamily
+from ..methods.base import runs_episodes
+from ..methods.special_bases import ExtendingMethod
 from ..models import CAVMAE, CLIP
 from ..models.clip.checkpoint import is_clip_checkpoint
 from ..models.computed_weights import how_to_unwrap
@@ -210,7 +212,8 @@ def _inputs(fusion: CAVMAE) -> dict[str, str]:
 def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     try:
         method = method.fitted(fusion)
-        fusion = method.extend(fusion, 0)
+        if isinstance(method, ExtendingMethod):
+            fusion = method.extend(fusion, 0)
         slots = method.tuned(fusion)
     except ValueError as error:
         return {"impossible": f"with its default options: {error}"}
@@ -225,7 +228,7 @@ def _method(fusion: FusionModel, method: methods.Method) -> dict[str, Any]:
     return {
         "tuned": values,
         # episodes also keep the values from which they start
-        "delta_bytes": (4 if method.episodic else 3) * values * size + 4 * len(parameters),
+        "delta_bytes": (4 if runs_episodes(method) else 3) * values * size + 4 * len(parameters),
         "names": list(slots),
     }
 

@@ -20,6 +20,7 @@ from ..evaluate import (
     table,
 )
 from ..methods import Method, by_name, names
+from ..methods.base import updates_tensors
 from ..models import CAVMAE
 from .digits import CORRUPTIONS, load_model, load_statistics, stream
 
@@ -84,7 +85,7 @@ def adapt_stream(
         resources = {"source_stats": load_statistics(), **resources}
     adapted = adapt(model, method, **resources)
     result = measure_stream(adapted, batches, len(CLASSES))
-    if not method.updates or method.group == "head":  # attention is the source model's
+    if not updates_tensors(method) or method.group == "head":  # attention is the source model's
         return result, encoded.gap
     merged = adapted.unwrap(merge=True)
     tokens = encoded.tokens if method.frozen_encoder else _tokens(merged, batches)
@@ -151,10 +152,10 @@ def run(
             "samples": samples,
             "batch": batch,
             "steps": 1,
-            "lr": {name: m.lr for name, m in objects.items() if m.updates},
+            "lr": {name: m.lr for name, m in objects.items() if updates_tensors(m)},
             "options": {n: s for n, s in SETTINGS.items() if n in chosen and len(s) > 1},
             "score_at": {
-                name: m.fitted(model).score_at for name, m in objects.items() if m.updates
+                name: m.fitted(model).score_at for name, m in objects.items() if updates_tensors(m)
             },
             "seeds": list(seeds),
             "order": "pairs shuffled by the seed, the same for every method",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods.queue import WindowedMethod
+from ..methods.special_bases import StatefulMethod
 from .result import StepResult
 from .step import Step, environment
 
@@ -67,7 +68,7 @@ class GraphStep(Step):
         self.published: Mapping[str, Tensor] | None = None
         self.pool = torch.cuda.graph_pool_handle() if capture else None
         self.failed: list[torch.cuda.CUDAGraph] = []
-        self.kept_passes = None  # the window is one pass here
+        self.keeps_passes = False  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
         # a graph uses the buffers that it was captured with
@@ -172,7 +173,7 @@ class GraphStep(Step):
                 "counts": plan.present.new_zeros((places, size)),
                 "place": torch.zeros(1, dtype=torch.int64, device=self.device),
             }
-        elif self.method.updates:
+        elif self.state.updates and isinstance(self.method, StatefulMethod):
             first = tokens if isinstance(tokens, Tensor) else plan.present
             with environment(self.device, self.precision, grad=False):
                 classes = self.method.logits(self.model, tokens).shape[1]
@@ -248,7 +249,10 @@ class GraphStep(Step):
                 plan.state["counts"][place, :n] = state[f"valid.{i}"]
             self.past = [(tokens, state[f"valid.{i}"]) for i, tokens in enumerate(past)]
         else:
-            blank = self.method.blank_state(plan.present.new_zeros(0), self._classes(plan))
+            blank = {}
+            if isinstance(self.method, StatefulMethod):
+                empty = plan.present.new_zeros(0)
+                blank = self.method.blank_state(empty, self._classes(plan))
             for name, buffer in plan.state.items():
                 buffer.copy_(state.get(name, blank[name]))
         self.current = plan

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import Method
+from ..methods.base import Method, runs_episodes, updates_tensors
+from ..methods.special_bases import StatefulMethod, check_saved
 from ..protocols import FusionModel, Slot
 
 _ADAM_STEPS = 2**24  # float32 represents no larger consecutive integers
@@ -70,7 +71,7 @@ class State:
         self.start: Mapping[str, Tensor] = self.source  # of every episode
         self.method: Mapping[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.episodic, self.updates = method.episodic, method.updates
+        self.episodic, self.updates = runs_episodes(method), updates_tensors(method)
         self.optimizer = method.optimizer(leaves.values()) if leaves else None
         if self.optimizer is not None:
             # it warns of one optimiser that runs both in and out of a capture, which is intended
@@ -282,18 +283,14 @@ def restored(
     _check_random(fixed["random"])
     leaf = next(iter(state.leaves.values()), next(model.parameters()))
     device = leaf.device
-    # tensors whose type the method does not name
-    described = (
-        type(method).check_saved is not Method.check_saved
-        or type(method).blank_state is not Method.blank_state
-    )
     for name, x in groups["constant"].items():
         if x.dtype != master:
             raise ValueError(f"constant.{name} is {_describe(x)}, needed {master}")
     for name, x in groups["method"].items():
-        if described and x.is_floating_point() and x.dtype != master:
+        # what a method says nothing of may be of any type
+        if isinstance(method, StatefulMethod) and x.is_floating_point() and x.dtype != master:
             raise ValueError(f"method.{name} is {_describe(x)}, needed {master}")
-    method.check_saved(model, groups["constant"], groups["method"])
+    check_saved(method, model, groups["constant"], groups["method"])
     with torch.inference_mode(False), torch.no_grad():
 
         def copied(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import trace as ranges
-from ..methods.base import Method, Objective, TwoPassMethod, check_objective
+from ..methods.base import EpisodeMethod, Method, Objective, check_objective
 from ..methods.queue import KeptPasses, WindowedMethod
+from ..methods.special_bases import DrawingMethod, TwoPassMethod
 from ..ops.checks import dense
 from ..protocols import FusionModel, ReturnsMore
 from .episode import run_updates
@@ -40,15 +41,12 @@ class Step:
     ) -> None:
         self.model, self.method, self.state = model, method, state
         self.precision, self.device, self.host_checks = precision, device, host_checks
-        revisits = (
-            isinstance(method, WindowedMethod) and method.window > 1 and method.score_at == "after"
-        )
         self.first_passes = 1
-        self._episodic = method.episodic  # options of a method do not change
         self._recorder = model if isinstance(model, ReturnsMore) else None
+        windowed = isinstance(method, WindowedMethod) and method.window > 1
         # on a CPU, where the window is fused batch by batch
-        keeps = revisits and device.type == "cpu"
-        self.kept_passes = KeptPasses(model, list(state.leaves.values())) if keeps else None
+        self.keeps_passes = windowed and method.score_at == "after" and device.type == "cpu"
+        self.kept_passes: KeptPasses | None = None  # made by the first prediction that is kept
 
     def prepare(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Checked inputs in the master precision."""
@@ -79,6 +77,8 @@ class Step:
 
     def draw(self, inputs: tuple[Tensor, ...], keep: Any = None) -> tuple[Tensor, ...]:
         """What the method draws at random for a batch, or ``keep`` in its place."""
+        if not isinstance(self.method, DrawingMethod):
+            return ()
         with torch.inference_mode(False):
             return self.method.draw(self.model, inputs, self.state.generator, keep)
 
@@ -108,9 +108,9 @@ class Step:
 
     def _run(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
         """One step as the method's strategy is: an episode, updates, or the objective alone."""
-        if self._episodic:
+        if self.state.episodic:
             return self._episode(features, valid, trace)
-        if self.method.updates:
+        if self.state.updates:
             return self._adapt(features, valid, trace)
         with torch.no_grad():
             objective = self._objective(features, valid, self.state.method)
@@ -134,12 +134,13 @@ class Step:
         with torch.no_grad():
             logits = self._logits(features) if self.method.score_at == "after" else first.logits
             self.state.method = {}
-            used = first.n_used * updates.counted
             named = dict(zip(self.state.leaves, updates.grads, strict=True))
-            return self._result(first, logits, valid, used, named, trace)
+            return self._result(first, logits, valid, first.n_used * updates.counted, named, trace)
 
     def _logits(self, features: Any) -> Tensor:
-        return self.method.score(self.model, features)
+        if isinstance(self.method, EpisodeMethod):
+            return self.method.score(self.model, features)
+        return self.method.logits(self.model, features)
 
     def _objective(self, features: Any, valid: Tensor, state: Mapping[str, Tensor]) -> Objective:
         # everything but the kept passes is the model's
@@ -148,7 +149,7 @@ class Step:
             objective = self.method.objective(
                 model, features, state=state, constants=self.state.constants, valid=valid
             )
-        check_objective(self.method, objective)
+        check_objective(self.method, objective, self.state.updates)
         return objective
 
     def _finite(self, objective: Objective, valid: Tensor, grads: Sequence[Tensor] = ()) -> Tensor:
@@ -190,16 +191,18 @@ class Step:
                 named = dict(zip(state.leaves, grads, strict=True))
         assert first is not None  # steps is at least 1
         with torch.no_grad():
-            after = None
+            logits = first.logits
             if method.score_at == "after":
                 with ranges.span("predict"):
-                    predict = self.kept_passes.predict if self.kept_passes else self._logits
-                    after = predict(features)
+                    if self.keeps_passes:
+                        self.kept_passes = self.kept_passes or KeptPasses(self.model, leaves)
+                        logits = self.kept_passes.predict(features)
+                    else:
+                        logits = self._logits(features)
             after_state = self._state_after(objective, all_finite)
             state.method = {name: x.detach() for name, x in after_state.items()}
             if recovered is not None:
                 first.stats["recovered"] = recovered
-            logits = first.logits if after is None else after
             return self._result(first, logits, valid, used, named, trace)
 
     def _gradients(self, objective: Objective, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:

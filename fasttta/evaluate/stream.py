@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapted.base import Adapted
 from ..adapted.images import as_list
+from ..methods.base import updates_tensors
 from ..ops.checks import class_count, class_labels
 
 
@@ -52,7 +53,7 @@ def measure_stream(
         if result.logits.is_cuda:
             torch.cuda.synchronize()
         seconds += time.perf_counter() - start
-        is_final = method.score_at == "after" or not method.updates
+        is_final = method.score_at == "after" or not updates_tensors(method)
         after = result.logits if is_final else adapted.predict(*inputs)
         labels = labels.to(after.device)
         series["samples"].append(len(labels))

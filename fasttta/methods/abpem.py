@@ -12,13 +12,14 @@ from torch import Tensor
 from .. import functional as F
 from ..protocols import FusionModel, Promptable
 from ..source_stats import SourceStats
-from .base import Objective, balance_warning, joined, weighted_mean
+from .base import Objective, WeightedMethod, balance_warning, joined, weighted_mean
 from .options import AtLeast, DefaultInt, Finite, OneOf, require
 from .queue import WindowedMethod, check_queue
+from .special_bases import StatefulMethod
 
 
 @dataclass(frozen=True)
-class ABPEM(WindowedMethod):
+class ABPEM(WindowedMethod, StatefulMethod, WeightedMethod):
     """Tune the fusion block's q, k, v so that cross-modal attention scores are distributed like
     self-attention ones, and the k most probable classes are sharpened.
 
@@ -71,12 +72,10 @@ class ABPEM(WindowedMethod):
     lr: float = 1e-4
     score_at: str = field(default="after", kw_only=True)
 
-    @property
-    def updates(self) -> bool:
-        """Whether any of the three terms has a weight."""
-        return any((self.entropy_weight, self.balance_weight, self.attention_weight))
+    def weights(self) -> tuple[float, ...]:
+        """Of the three terms."""
+        return self.entropy_weight, self.balance_weight, self.attention_weight
 
-    @property
     def single_sample(self) -> str:
         """A warning, if the class-balance term has a weight."""
         return balance_warning(self, self.window) if self.balance_weight != 0 else ""

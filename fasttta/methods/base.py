@@ -12,7 +12,6 @@ from torch import Tensor
 from ..protocols import FusionModel, Slot
 from .class_check import check_class, check_decorated
 from .options import AtLeast, Finite, OneOf, Positive, check_option, check_options, declared
-from .saved_state import check_layout
 
 
 @dataclass
@@ -38,9 +37,12 @@ class Objective:
     apply: Tensor | float = 1.0
 
 
-def check_objective(method: Method, result: Any) -> None:
+def check_objective(method: Method, result: Any, updates: bool) -> None:
     """Checks what a method's ``objective`` returned, before anything is updated by it. It reads no
     values, so that nothing waits for a GPU.
+
+    Args:
+        updates: whether steps change the tuned tensors by it.
 
     Raises:
         TypeError, ValueError: a part is missing or of the wrong kind; names the part.
@@ -51,7 +53,7 @@ def check_objective(method: Method, result: Any) -> None:
             f"{where} returned {type(result).__name__}; needed fasttta.methods.Objective("
             'losses={"total": loss}, logits=logits, n_used=len(logits))'
         )
-    if method.updates and "total" not in result.losses:
+    if updates and "total" not in result.losses:
         names = ", ".join(map(repr, result.losses)) or "none"
         raise ValueError(
             f'{where} returned the losses {names}; needed "total", the one that is minimised'
@@ -202,11 +204,11 @@ class Method:
         valid: Tensor,
     ) -> Objective:
         """The losses of one batch, differentiable with respect to the tuned tensors, and its
-        prediction. Called ``steps`` times a batch, with a gradient if the method ``updates``.
+        prediction. Called ``steps`` times a batch, with a gradient if something is tuned.
 
         Args:
             features: output of ``model.encode``, [B, T, D], if ``frozen_encoder``; else the inputs
-                of the batch, a tuple, followed by what ``draw`` returned.
+                of the batch, a tuple, followed by what a ``DrawingMethod`` drew.
             state: the ``Objective.state`` of the batch before; empty at the start. With several
                 steps on a batch, each gets the state that the step before returned. Never write to
                 it.
@@ -228,7 +230,7 @@ class Method:
         Raises:
             ValueError: the method or its options do not fit the model.
         """
-        if self.updates and model.num_classes == 1:
+        if self.group is not None and model.num_classes == 1:
             raise ValueError(
                 f"{type(self).__name__} learns from entropies of predictions, and of one class, "
                 "logits [B, 1], they are 0 whatever the weights: needed at least 2 classes. "
@@ -249,31 +251,6 @@ class Method:
         """
         return {}
 
-    def blank_state(self, features: Tensor, num_classes: int) -> dict[str, Tensor]:
-        """The state before any batch, as tensors of the shapes that ``Objective.state`` will have.
-        Needed by captured steps (``engine="graph"``) and to check saved states.
-
-        Args:
-            features: an empty tensor of the device and type that the state shall have.
-        """
-        return {}
-
-    def check_saved(
-        self, model: FusionModel, constants: Mapping[str, Tensor], state: Mapping[str, Tensor]
-    ) -> None:
-        """Checks constants and state (finite tensors) from a file. Called by ``load``. By default
-        the state must be empty or have the names and shapes of ``blank_state``, and the constants
-        those that ``constants`` returns without resources.
-
-        Raises:
-            ValueError: the method cannot go on with them; names the tensor.
-        """
-        if not self.RESOURCES:
-            check_layout("constant", constants, self.constants(model, {}))
-        blank = self.blank_state(torch.zeros(0), model.num_classes or 0)
-        if blank and state:
-            check_layout("method", state, blank, shapes=model.num_classes is not None)
-
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimiser of the tuned tensors. Called once, by ``adapt``. By default Adam with betas
         (0.9, 0.999) and no weight decay, as in all published runs of this benchmark."""
@@ -289,80 +266,49 @@ class Method:
             return model.fuse(model.encode(*features))
         return joined(model.fuse(part) for part in model.pieces(features))
 
-    @property
-    def updates(self) -> bool:
-        """Whether a step changes the tuned tensors; False: ``objective`` runs without gradient."""
-        return self.group is not None
 
-    @property
+@dataclass(frozen=True)
+class WeightedMethod(Method, abstract=True):
+    """A method whose loss is a sum of terms over a batch with weights that are options."""
+
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the terms; where all are 0, no step updates anything."""
+        raise NotImplementedError
+
+    def fitted(self, model: FusionModel) -> Method:
+        """As of ``Method``; of a method that updates nothing the model may be of one class."""
+        return super().fitted(model) if any(self.weights()) else self
+
     def single_sample(self) -> str:
         """What to warn of when the first batch is a single sample; empty: nothing."""
-        return ""
+        raise NotImplementedError
 
-    def extend(self, model: FusionModel, seed: int) -> FusionModel:
-        """The model that steps run, if that has more tensors than the source model, such as
-        prompts; frozen weights stay shared. Called once, by ``adapt``."""
-        return model
 
-    def draw(
-        self,
-        model: FusionModel,
-        inputs: tuple[Tensor, ...],
-        generator: torch.Generator,
-        keep: Any = None,
-    ) -> tuple[Tensor, ...]:
-        """Draws random tensors for a batch; ``objective`` gets them after the inputs. Called once a
-        batch.
-
-        Args:
-            generator: to draw from; its state is part of the state of the adapted model.
-            keep: the argument of ``step(..., keep=)``, which replaces random tensors; None: draw.
-
-        Raises:
-            TypeError, ValueError: ``keep`` cannot be used.
-        """
-        if keep is not None:
-            raise TypeError(f"keep: {type(self).__name__} masks no tokens; only brimpr does")
-        return ()
+@dataclass(frozen=True)
+class EpisodeMethod(Method, abstract=True):
+    """A method whose steps start from the same tensors, whatever the steps before them learnt, if
+    its options say so."""
 
     @property
     def episodic(self) -> bool:
-        """Whether every step starts from the same tensors, whatever the steps before it learnt."""
-        return False
+        """Whether every step is an episode of its own."""
+        return True
 
     def score(self, model: FusionModel, features: Any) -> Tensor:
         """The prediction [B, C] of a step after its update; by default ``logits``."""
         return self.logits(model, features)
 
 
-@dataclass(frozen=True)
-class TwoPassMethod(Method, abstract=True):
-    """A method with sharpness-aware updates: the gradient at the weights perturbs them by ``rho``
-    along it, and the gradient of a second objective there updates them.
+def updates_tensors(method: Method) -> bool:
+    """Whether a step changes the tuned tensors; False: ``objective`` runs without gradient."""
+    if isinstance(method, WeightedMethod) and not any(method.weights()):
+        return False
+    return method.group is not None
 
-    Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equation 2.
-    """
 
-    if TYPE_CHECKING:  # a field of every subclass, which decides its position
-
-        @property
-        def rho(self) -> float:
-            """Length of the perturbation, a positive option."""
-
-    def second_objective(
-        self, model: FusionModel, features: Any, first: Objective, *, state: Mapping[str, Tensor]
-    ) -> tuple[Objective, Tensor]:
-        """The objective at the perturbed weights.
-
-        Args:
-            first: what ``objective`` returned at the weights themselves.
-            features, state: as ``objective`` got them.
-
-        Returns:
-            The ``Objective`` that replaces the first one, and a 0-d bool tensor; True: after this
-            update tuned tensors and optimiser go back to the start.
-        """
-        raise NotImplementedError
+def runs_episodes(method: Method) -> bool:
+    """Whether every step of a method starts from the same tensors."""
+    return isinstance(method, EpisodeMethod) and method.episodic
 
 
 def balance_warning(method: Method, window: int | None = None) -> str:

@@ -13,14 +13,15 @@ from ..ops.checks import dense
 from ..protocols import FusionModel, Promptable, Prompted
 from ..source_stats import SourceStats
 from . import brimpr_losses
-from .base import Method, Objective, sample_weight, samples_used
+from .base import Objective, WeightedMethod, sample_weight, samples_used
 from .options import AtLeast, Finite, Positive, Range, check_option, require
+from .special_bases import DrawingMethod, ExtendingMethod, StatefulMethod
 
 _INIT = 1e-4  # prompts start in U(-1e-4, 1e-4)
 
 
 @dataclass(frozen=True)
-class BriMPR(Method):
+class BriMPR(ExtendingMethod, DrawingMethod, StatefulMethod, WeightedMethod):
     """Tune deep prompts of both encoders so that the moments of features match source data,
     predictions stay the same with half of a modality masked, and modalities agree on each sample.
 
@@ -83,12 +84,10 @@ class BriMPR(Method):
         for count in self.prompts:
             check_option("prompts", count, AtLeast(1, most=10_000), int)
 
-    @property
-    def updates(self) -> bool:
-        """Whether any of the three terms has a weight."""
-        return any((self.alignment_weight, self.recombination_weight, self.contrast_weight))
+    def weights(self) -> tuple[float, ...]:
+        """Of the three terms."""
+        return self.alignment_weight, self.recombination_weight, self.contrast_weight
 
-    @property
     def single_sample(self) -> str:
         """A warning: one sample has no spread."""
         return (
@@ -291,8 +290,7 @@ class BriMPR(Method):
             "recombination": torch.stack(terms).sum(),
             "contrast": contrast,
         }
-        weights = (self.alignment_weight, self.recombination_weight, self.contrast_weight)
-        terms = [w * x for w, x in zip(weights, losses.values(), strict=True) if w != 0]
+        terms = [w * x for w, x in zip(self.weights(), losses.values(), strict=True) if w != 0]
         losses["total"] = sum(terms, start=torch.zeros_like(alignment.detach()))
         by_name = zip(names, distances, strict=True)
         return Objective(

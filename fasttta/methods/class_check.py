@@ -25,6 +25,16 @@ _SIGNATURES = {
     "move": "self, seen, added, grad) -> Tensor",
 }
 
+# members that only methods of these bases are asked for
+_OF_BASES = {
+    "blank_state": "special_bases.StatefulMethod",
+    "check_saved": "special_bases.StatefulMethod",
+    "extend": "special_bases.ExtendingMethod",
+    "draw": "special_bases.DrawingMethod",
+    "single_sample": "base.WeightedMethod",
+    "updates": "base.WeightedMethod (weights in place of updates)",
+}
+
 # groups of tuned tensors of which some lie in the encoders
 _IN_ENCODERS = ("norm", "encoder_norm", "prompts")
 
@@ -68,6 +78,13 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
             f"{cls.__name__}.families is {families!r}: needed a tuple of the kinds of models that "
             'it adapts, for example ("fusion",)'
         )
+    bases = {base.__name__ for base in cls.__mro__}
+    for name, asked in _OF_BASES.items():
+        if name in vars(cls) and asked.partition(" ")[0].split(".")[1] not in bases:
+            raise TypeError(
+                f"{cls.__name__} defines {name}, which only some methods are asked for: needed the "
+                f"base fasttta.methods.{asked}"
+            )
     if cls.group is not None and not _declared(cls, "lr"):
         raise TypeError(
             f"{cls.__name__} tunes {cls.group} and lacks lr: needed its learning rate, for example "

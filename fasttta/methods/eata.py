@@ -14,14 +14,15 @@ from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel
-from .base import Method, Objective
+from .base import Objective
 from .fisher import fitted, read_official
 from .options import AtLeast, Positive
 from .saved_state import check_layout
+from .special_bases import StatefulMethod
 
 
 @dataclass(frozen=True)
-class EATA(Method):
+class EATA(StatefulMethod):
     """Minimise the entropy of samples that are reliable and tell something new.
 
     A sample counts if its entropy is below a margin and its prediction differs from the moving

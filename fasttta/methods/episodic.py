@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..protocols import VisionLanguageModel
 from ..views import Views
-from .base import Method, Objective
+from .base import EpisodeMethod, Objective
 from .class_check import check_episodes
 from .options import AtLeast, check_option
 from .prompt_text import prompt_words
@@ -78,13 +78,13 @@ class _AsOptionsSay(abc.ABCMeta):
     """Lets ``isinstance(method, Episodic)`` mean ``method.episodic``."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if cls.__dict__.get("_BY_OPTIONS") and isinstance(instance, Method):
+        if cls.__dict__.get("_BY_OPTIONS") and isinstance(instance, EpisodeMethod):
             return instance.episodic
         return super().__instancecheck__(instance)
 
 
 @dataclass(frozen=True)
-class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
+class Episodic(EpisodeMethod, abstract=True, metaclass=_AsOptionsSay):
     """Base of methods that treat every image as an episode: all start from the same state, and
     nothing of one is kept for the next.
 
@@ -143,11 +143,6 @@ class Episodic(Method, abstract=True, metaclass=_AsOptionsSay):
                 f"prompt={self.prompt!r}: {self.name!r} tunes the words before the class name, and "
                 'there are none; needed a template such as "a photo of a {}."'
             )
-
-    @property
-    def episodic(self) -> bool:
-        """Always: every image is an episode."""
-        return True
 
     @property
     def tuned_length(self) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel, RationalModel, Slot, VisionLanguageModel
-from .base import Method, Objective, sample_weight, samples_used, weighted_mean
+from .base import EpisodeMethod, Objective, sample_weight, samples_used, weighted_mean
 from .options import AtLeast, Flag, OneOf, Positive, Share
 from .prompt_text import split_prompt
+from .special_bases import ExtendingMethod
 
 _BY_LOSS = {
     "views": {"lr": 5e-3, "score_at": "after"},
@@ -22,7 +23,7 @@ _BY_LOSS = {
 
 
 @dataclass(frozen=True)
-class RAda(Method):
+class RAda(EpisodeMethod, ExtendingMethod):
     """Tune a rational head over frozen features, without labels.
 
     The head is that of a ``fasttta.models.FeatureClassifier`` (features), or a fresh one on a CLIP

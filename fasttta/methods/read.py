@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel
-from .base import Method, Objective, balance_warning, sample_weight, samples_used
+from .base import Objective, WeightedMethod, balance_warning, sample_weight, samples_used
 
 
 @dataclass(frozen=True)
-class READ(Method):
+class READ(WeightedMethod):
     """Tune the fusion block's q, k, v with a confidence-aware loss and a class-balance term.
 
     The confidence loss with its fixed threshold 1/e is -p_max ln p_max, i.e. principal entropy
@@ -39,7 +39,10 @@ class READ(Method):
     lr: float = 1e-4
     score_at: str = field(default="after", kw_only=True)
 
-    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of confidence and balance; they are fixed."""
+        return 1.0, 1.0
+
     def single_sample(self) -> str:
         """A warning: the class balance of one sample works against its confidence."""
         return balance_warning(self)

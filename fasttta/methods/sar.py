@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .. import functional as F
 from ..protocols import FusionModel
-from .base import Objective, TwoPassMethod
+from .base import Objective
 from .options import Finite, Positive
+from .special_bases import StatefulMethod, TwoPassMethod
 
 
 @dataclass(frozen=True)
-class SAR(TwoPassMethod):
+class SAR(TwoPassMethod, StatefulMethod):
     """Minimise the entropy of reliable samples at weights perturbed towards higher loss.
 
     Two passes a step: the gradient at the weights perturbs them by ``rho`` along it, the gradient

@@ -31,7 +31,7 @@ def make(model, **options):
 
 def test_one_pass_fewer_and_the_same_bits(tiny_model, tiny_batch, passes):
     ahead, plain = make(tiny_model()), make(tiny_model())
-    plain._step.kept_passes = None
+    plain._step.keeps_passes, plain._step.kept_passes = False, None
     for seed in range(5):
         batch = tiny_batch(seed=seed)
         passes.clear()
@@ -45,7 +45,7 @@ def test_one_pass_fewer_and_the_same_bits(tiny_model, tiny_batch, passes):
 
 @pytest.mark.parametrize("options", [{"window": 1}, {"score_at": "before"}])
 def test_nothing_is_kept_where_it_is_of_no_use(tiny_model, options):
-    assert make(tiny_model(), **options)._step.kept_passes is None
+    assert not make(tiny_model(), **options)._step.keeps_passes
 
 
 def test_changed_weights_are_noticed(tiny_model, tiny_batch, tmp_path, passes):
@@ -67,7 +67,7 @@ def test_changed_weights_are_noticed(tiny_model, tiny_batch, tmp_path, passes):
         adapted, plain = ran(make(model)), ran(make(model))
         change(adapted)
         change(plain)
-        plain._step.kept_passes = None
+        plain._step.keeps_passes, plain._step.kept_passes = False, None
         passes.clear()
         a = adapted.step(*batches[2])
         assert len(passes) == 4

@@ -324,7 +324,7 @@ FAULTS = [
     (
         "objective-not-checked",
         "fasttta/engine/step.py",
-        "check_objective(self.method, objective)",
+        "check_objective(self.method, objective, self.state.updates)",
         "pass",
         "methods/test_custom_methods.py::test_a_wrong_objective_is_named",
     ),

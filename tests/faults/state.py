@@ -92,7 +92,7 @@ FAULTS = [
     ),
     (
         "a saved method state is taken as it is", STATE,
-        '    method.check_saved(model, groups["constant"], groups["method"])\n', "",
+        '    check_saved(method, model, groups["constant"], groups["method"])\n', "",
         "engine/test_records.py::test_tensors",
     ),
     (

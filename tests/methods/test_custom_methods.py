@@ -19,6 +19,7 @@ import fasttta
 from fasttta import functional as F
 from fasttta import methods
 from fasttta.methods import Episodic, Method, Objective, Prediction, Seen
+from fasttta.methods.base import runs_episodes
 from fasttta.methods.episodic import unit
 
 
@@ -258,10 +259,10 @@ def test_episodic_means_one_thing():
     for method in (
         methods.TPT(), methods.ATPT(), methods.MTA(), methods.TTC(), methods.RAda(loss="views"),
     ):  # fmt: skip
-        assert method.episodic
+        assert runs_episodes(method)
         assert isinstance(method, Episodic)
     for method in (methods.RAda(loss="entropy"), methods.RAda(), methods.ABPEM(), methods.Source()):
-        assert not method.episodic
+        assert not runs_episodes(method)
         assert not isinstance(method, Episodic)
     assert not isinstance(methods.MTA(), methods.TPT)
     assert not isinstance("tpt", Episodic)
@@ -399,3 +400,23 @@ def test_bases_may_lack_parts():
 
         class Half(Base):
             pass
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("blank_state", "StatefulMethod"), ("check_saved", "StatefulMethod"),
+        ("extend", "ExtendingMethod"), ("draw", "DrawingMethod"),
+        ("single_sample", "WeightedMethod"), ("updates", "WeightedMethod"),
+    ],
+)  # fmt: skip
+def test_a_member_of_a_narrower_base_is_refused_without_it(name, base):
+    """Nothing would ever ask for it."""
+    member = {name: lambda self, *args, **kwargs: None}
+    with pytest.raises(TypeError, match=rf"defines {name}, .* needed the base .*\.{base}"):
+        type("Mine", (Method,), COMPLETE | member)
+
+
+def test_a_method_has_about_a_dozen_members():
+    members = {name for name in vars(Method) if not name.startswith("_")}
+    assert len(members | {"name", "group", "frozen_encoder"}) <= 15, sorted(members)

@@ -13,6 +13,7 @@ from ...adapted.entry import adapt
 from ...data.attack import pgd
 from ...evaluate import machine, measure_stream, over_seeds
 from ...methods import Episodic, by_name, names
+from ...methods.base import updates_tensors
 from .captions import DIGITS, PROMPT, tokenize
 from .examples import example
 from .scenes import load_clip, test_scenes
@@ -131,7 +132,7 @@ def run(
             "views": VIEWS,
             "prompt": f'"{PROMPT} {{digit}}."',
             "options": {n: s for n, s in SETTINGS.items() if n in methods and s},
-            "lr": {name: m.lr for name, m in objects.items() if m.updates},
+            "lr": {name: m.lr for name, m in objects.items() if updates_tensors(m)},
             "seeds": list(seeds),
             "order": "every image is an episode of its own",
             "metric": "top-1 accuracy over all samples, in percent",
