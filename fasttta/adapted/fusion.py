@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -82,10 +83,18 @@ class AdaptedFusion(Adapted):
         )  # fmt: skip
         self._state = state
         self._holders = {name: _owner(self._hidden[1], name) for name in leaves}
-        step = GraphStep if engine == "graph" else Step
-        self._step = step(working, method, state, precision, device, device.type != "cuda")
         self._wired: bool | None = False  # the weights that calls run: the source's; None: neither
         self._warned_single = False
+
+    @functools.cached_property
+    def _step(self) -> Step:
+        """What runs the method on the model; made when the first batch comes."""
+        working: Any = self._hidden[1]
+        device = next(working.parameters()).device
+        step = GraphStep if self.engine == "graph" else Step
+        return step(
+            working, self.options, self._state, self._numbers, device, device.type != "cuda"
+        )
 
     @exclusive
     def forward(self, *inputs: Any, **options: Any) -> Any:
