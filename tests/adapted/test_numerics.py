@@ -209,7 +209,7 @@ def test_overflow_in_the_cast_is_refused(tiny_model, tiny_batch):
     audio, video = tiny_batch(dtype=torch.float64)
     audio[0, 0, 0] = 1e300
     adapted = fasttta.adapt(tiny_model(), "read")
-    with pytest.raises(ValueError, match="audio holds non-finite values .*in float32"):
+    with pytest.raises(ValueError, match="audio holds non-finite values .*float32"):
         adapted.step(audio, video)
     fasttta.adapt(tiny_model(), "tent", precision="fp64").predict(audio, video)
 
