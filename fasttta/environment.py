@@ -18,7 +18,8 @@ _PACKAGES = ("torch", "numpy", "safetensors", "nvtx", "ninja")
 # package name for pip -> purpose
 _OPTIONAL = {
     "triton": "kernels on GPUs (PyTorch's CUDA builds bring it)",
-    "matplotlib": "charts of reports as PNG",
+    "matplotlib": "reports: their charts",
+    "jinja2": "reports: their HTML pages",
     "tokenizers": "class names of CLIP models as token ids",
     "transformers": "Hugging Face's CLIP and its relatives",
     "open_clip_torch": "open_clip's CLIP models",
@@ -94,7 +95,7 @@ def _operations() -> dict[str, dict[str, str]]:
     which backends can be requested, or why not."""
     operations = {}
     registry.operations()  # imports the files of all operations
-    for name, operator in registry.OPERATORS.items():
+    for name, operator in sorted(registry.OPERATORS.items()):
         if operator.default is None or name.endswith("_backward"):
             continue  # parts of other operations, and backward operations
         operations[name] = {
