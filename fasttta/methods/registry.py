@@ -35,6 +35,11 @@ from .tent import Tent
 from .ttc import TTC
 
 GROUP = "fasttta.methods"  # of entry points
+# a test compares them with the signature of adapt
+_KEYWORDS = frozenset({
+    "model", "method", "spec", "classes", "precision", "engine", "guard", "seed", "preset",
+    "verify_model",
+})  # fmt: skip
 
 _BUILT_IN: tuple[type[Method], ...] = (
     Source, Tent, EATA, SAR, READ, ABPEM, BriMPR, TPT, CTPT, RTPT, ATPT, MTA, TTC, RAda,
@@ -60,7 +65,7 @@ def register(cls: M | None = None) -> M | Callable[[M], M]:
 
     Raises:
         TypeError: it is not a class of a method, or a base that lacks parts, or an option has no
-            default.
+            default or the name of a keyword of ``adapt``.
         ValueError: another class has its name (the message has the import paths of both), or the
             name is ``"auto"``.
     """
@@ -83,6 +88,12 @@ def register(cls: M | None = None) -> M | Callable[[M], M]:
             raise TypeError(
                 f"register: the option {option.name} of {cls.__name__} has no default; needed one, "
                 f"so that adapt(model, {cls.name!r}) works"
+            )
+        if option.name in _KEYWORDS:
+            raise TypeError(
+                f"register: the option {option.name} of {cls.__name__} has the name of a keyword "
+                f"of adapt, so adapt(model, {cls.name!r}, {option.name}=...) cannot reach it; "
+                "needed another name"
             )
     if (other := _methods.get(cls.name)) is not None and path_of(other) != path_of(cls):
         raise ValueError(

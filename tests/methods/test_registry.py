@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import json
 import subprocess
 import sys
@@ -133,6 +134,16 @@ def test_what_is_refused():
 
     with pytest.raises(TypeError, match="the option strength of Needing has no default"):
         methods.register(Needing)
+
+    @dataclass(frozen=True)
+    class Seeded(Needing):
+        strength: float = 1.0
+        seed: int = 0
+
+    with pytest.raises(TypeError, match="the option seed of Seeded has the name of a keyword of a"):
+        methods.register(Seeded)
+    keywords = set(inspect.signature(fasttta.adapt).parameters) - {"options"}
+    assert keywords == registry._KEYWORDS
     with pytest.raises(ValueError, match="method='nothing' is unknown; known: 'source', 'tent'"):
         methods.by_name("nothing")
 

@@ -325,3 +325,8 @@ def test_module_in_place_of_a_name():
     one = fasttta.adapt(model, "abpem", spec=spec, k=2)
     other = fasttta.adapt(model, "abpem", spec=Joint.spec, k=2)
     assert torch.equal(one(*Joint.batch(3)), other(*Joint.batch(3)))
+
+
+def test_missing_arguments_name_the_class():
+    with pytest.raises(TypeError, match=r"ModelSpec.__init__\(\) missing .* 'spans'"):
+        ModelSpec("fusion")

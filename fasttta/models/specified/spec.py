@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ _KINDS = (
 )
 
 
+@dataclass(frozen=True, eq=False)  # its own __init__, which errors name
 class ModelSpec(Parts):
     """Where the parts of a fusion transformer are that methods tune and look at.
 
