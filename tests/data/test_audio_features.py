@@ -6,13 +6,14 @@ import subprocess
 import sys
 import wave
 
-import kaldi_native_fbank
 import numpy as np
 import pytest
 import torch
 
 from fasttta.data import cavmae_audio, fbank, load_wav
 from fasttta.data.filterbank import _hanning, _mel_filters
+
+kaldi_native_fbank = pytest.importorskip("kaldi_native_fbank")
 
 # Largest absolute difference of log energies. A narrow filter may see a single FFT bin close to its
 # foot; its weight, a difference of two mel values up to 3000, then keeps 3 digits in Kaldi's

@@ -7,12 +7,13 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
-import matplotlib
 import pytest
-from PIL import Image
 
 from fasttta.evaluate import drawing, markup
 from fasttta.evaluate.charts import Dots, Heat, Line, Lines, Mark, Panel, Row, number
+
+matplotlib = pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
 
 CURVE = Lines("curve", "x", "y", [Line("a", 1, [(i, i * i + 1.0) for i in range(5)])])
 

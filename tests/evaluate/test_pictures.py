@@ -7,9 +7,10 @@ import io
 
 import pytest
 import torch
-from PIL import Image
 
 from fasttta.evaluate.document import Document, Gallery, Picture, Share, Text, data_uri
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def _pixels(uri: str) -> torch.Tensor:

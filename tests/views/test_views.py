@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
 
 from fasttta.data import Views as PublicViews
 from fasttta.views import Views, make_views
 from fasttta.views.make import DEPTH, draw, mix_chains
 from fasttta.views.operations import OPERATIONS
+
+Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 
 # levels of 1/255, on average over a view, between floats and views rounded at every step; the
 # mean holds posterize's jumps of 16 levels

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from PIL import Image
 
 from fasttta.views import Views, make_views
+
+Image = pytest.importorskip("PIL.Image")
 
 PHOTO = Image.new("RGB", (9, 8), (10, 200, 90))
 GOOD = {"base": torch.rand(2, 3, 4, 4), "mix": torch.rand(2, 3, 4, 4), "weight": torch.rand(2)}

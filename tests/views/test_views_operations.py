@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
 
 from fasttta.views.operations import (
     autocontrast,
@@ -15,6 +14,9 @@ from fasttta.views.operations import (
     solarize,
     warp,
 )
+
+Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 
 # Levels of 1/255 between a float result and the 8-bit one that was rounded at every step:
 # (largest on all but one pixel in a thousand, mean). Rounding apart, an operation that jumps
