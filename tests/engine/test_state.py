@@ -218,6 +218,10 @@ def test_tuned_and_load_tuned(tiny_model, tiny_batch):
         with pytest.raises(error, match=match):
             other.load_tuned(bad)
         assert all(torch.equal(x, before[name]) for name, x in other.tuned.items())
+    checkpoint = other.checkpoint()
+    other.load_tuned({"blocks_u.0.attn.v.bias": torch.full((12,), 2.0)})
+    other.rollback(checkpoint)  # whose memory load_tuned does not write to
+    assert all(torch.equal(x, before[name]) for name, x in other.tuned.items())
 
 
 def test_moving_is_refused(tiny_model):

@@ -9,10 +9,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from fasttta.evaluate import drawing, markup
+from fasttta.evaluate import markup
 from fasttta.evaluate.charts import Dots, Heat, Line, Lines, Mark, Panel, Row, number
 
 matplotlib = pytest.importorskip("matplotlib")
+drawing = pytest.importorskip("fasttta.evaluate.drawing")
 Image = pytest.importorskip("PIL.Image")
 
 CURVE = Lines("curve", "x", "y", [Line("a", 1, [(i, i * i + 1.0) for i in range(5)])])
