@@ -61,7 +61,7 @@ def test_survivors_are_told(tmp_path):
     table = tmp_path / "table.py"
     rows = (
         ("caught", "self.z > self.threshold", "self.z < self.threshold"),
-        ("survives", "Noticing that a stream", "Noticing whether a stream"),
+        ("survives", "Detects that the distribution", "Detects whether the distribution"),
         ("gone", "this text is nowhere", ""),
         ("breaks", "class ShiftDetector:", "class ShiftDetector"),
     )

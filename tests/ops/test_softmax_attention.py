@@ -191,7 +191,7 @@ def test_layouts():
 
 _NARROW = """
 import sys, torch
-from fasttta.ops import native, softmax_attention as softmax
+from fasttta.ops import flat_attention, native, softmax_attention as softmax
 from fasttta.ops.score_moments import score_moments_reference
 flags = native._flags
 native._flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
