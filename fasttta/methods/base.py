@@ -271,6 +271,9 @@ class Method:
 class WeightedMethod(Method, abstract=True):
     """A method whose loss is a sum of terms over a batch with weights that are options."""
 
+    #: methods that a subclass must define
+    NEEDED: ClassVar[tuple[str, ...]] = ("weights", "single_sample")
+
     def weights(self) -> tuple[float, ...]:
         """The weights of the terms; where all are 0, no step updates anything."""
         raise NotImplementedError

@@ -90,6 +90,7 @@ def check_class(cls: type[Any], base: type[Any], abstract: bool = False) -> None
             f"{cls.__name__} tunes {cls.group} and lacks lr: needed its learning rate, for example "
             "lr: float = 1e-4"
         )
+    _check_needed(cls)
     if cls.objective is base.objective and _of_steps(cls):
         raise TypeError(
             f"{cls.__name__} lacks objective: needed a method that turns features into losses, "
@@ -106,6 +107,15 @@ def is_base(cls: type) -> bool:
             getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
         )
     )
+
+
+def _check_needed(cls: Any) -> None:
+    for base in cls.__mro__[1:]:
+        for name in vars(base).get("NEEDED", ()):
+            if getattr(cls, name) is getattr(base, name):
+                raise TypeError(
+                    f"{cls.__name__} lacks {name}: needed from a subclass of {base.__name__}"
+                )
 
 
 def check_episodes(cls: Any, base: Any) -> None:

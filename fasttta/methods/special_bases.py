@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class TwoPassMethod(Method, abstract=True):
 
     Source: Foret et al., "Sharpness-Aware Minimization", ICLR 2021, equation 2.
     """
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("second_objective",)
 
     if TYPE_CHECKING:  # a field of every subclass, which decides its position
 
@@ -79,6 +81,8 @@ class StatefulMethod(Method, abstract=True):
 class ExtendingMethod(Method, abstract=True):
     """A method that tunes tensors which the source model lacks, such as prompts."""
 
+    NEEDED: ClassVar[tuple[str, ...]] = ("extend",)
+
     def extend(self, model: FusionModel, seed: int) -> FusionModel:
         """The model with these tensors, which steps run; frozen weights stay shared. Called once,
         by ``adapt``."""
@@ -88,6 +92,8 @@ class ExtendingMethod(Method, abstract=True):
 @dataclass(frozen=True)
 class DrawingMethod(Method, abstract=True):
     """A method whose steps draw something at random, such as masks."""
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("draw",)
 
     def draw(
         self,

@@ -335,4 +335,11 @@ FAULTS = [
         "False and cls.group in _IN_ENCODERS",
         "methods/test_custom_methods.py::test_frozen_encoders_give_their_layers_no_gradient",
     ),
+    (
+        "a-base-s-members-are-not-asked-for",
+        "fasttta/methods/class_check.py",
+        "    _check_needed(cls)\n",
+        "",
+        "methods/test_registry.py::test_what_a_base_needs_is_missing",
+    ),
 ]

@@ -214,3 +214,24 @@ def test_two_packages_with_one_name(tmp_path):
     assert "method='mine': two packages offer it:" in out
     for text in ("one:Mine of one", "two:Mine of two"):
         assert text in out
+
+
+@pytest.mark.parametrize(
+    ("base", "missing"),
+    [
+        (methods.DrawingMethod, "draw"), (methods.ExtendingMethod, "extend"),
+        (methods.TwoPassMethod, "second_objective"), (methods.WeightedMethod, "weights"),
+    ],
+)  # fmt: skip
+def test_what_a_base_needs_is_missing(base, missing):
+    with pytest.raises(
+        TypeError, match=f"Lacking lacks {missing}: needed from a .*{base.__name__}"
+    ):
+
+        class Lacking(base):
+            name = "lacking"
+            group = None
+            frozen_encoder = True
+
+            def objective(self, *args, **others) -> Objective:
+                raise RuntimeError
