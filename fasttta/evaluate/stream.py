@@ -29,9 +29,10 @@ def measure_stream(
     Returns:
         JSON-ready. Top-1 accuracy in percent over all samples ``"before"`` and ``"after"`` each
         batch's update, the one the method is ``"score"``d with, and ``"samples_per_s"`` of its own
-        steps (predictions made only for the record are not timed). ``"series"``, a value a batch:
-        ``"samples"``, ``"hits_before"``, ``"hits_after"``, and counts [C] of ``"predicted"``
-        classes (of the scored prediction) and of ``"labels"``.
+        steps (predictions made only for the record are not timed). On a GPU the time is the
+        device's, and nothing of a batch is read before the stream ends, so that batches overlap.
+        ``"series"``, a value a batch: ``"samples"``, ``"hits_before"``, ``"hits_after"``, and
+        counts [C] of ``"predicted"`` classes (of the scored prediction) and of ``"labels"``.
 
     Raises:
         ValueError, TypeError: the stream is empty, a batch or its labels cannot be used, or
@@ -40,37 +41,33 @@ def measure_stream(
     """
     method, width = adapted.options, None
     class_count(classes)
-    names = ("samples", "hits_before", "hits_after", "predicted", "labels")
-    series: dict[str, list] = {name: [] for name in names}
-    seconds = 0.0
+    watch = Stopwatch(adapted.device)
+    truth: list[Tensor] = []  # labels [b], on the host
+    chosen: dict[str, list[Tensor]] = {"before": [], "after": [], "scored": []}  # on the device
     for batch in batches:
         inputs, labels = _split(batch)
         labels = class_labels(labels, _samples(adapted, inputs), classes)
         if width is None:
             width = _check_width(adapted, inputs, classes)
-        start = time.perf_counter()
-        result = adapted.step(*inputs)
-        if result.logits.is_cuda:
-            torch.cuda.synchronize()
-        seconds += time.perf_counter() - start
+        truth.append(labels.cpu())
+        with watch:
+            result = adapted.step(*inputs)
         is_final = method.score_at == "after" or not updates_tensors(method)
         after = result.logits if is_final else adapted.predict(*inputs)
-        labels = labels.to(after.device)
-        series["samples"].append(len(labels))
-        series["hits_before"].append(_hits(result.logits_before, labels))
-        series["hits_after"].append(_hits(after, labels))
-        series["predicted"].append(_counts(result.logits.argmax(dim=1), classes))
-        series["labels"].append(_counts(labels, classes))
-    samples = sum(series["samples"])
-    if not samples:
+        chosen["before"].append(result.logits_before.argmax(dim=1))
+        chosen["after"].append(after.argmax(dim=1))
+        chosen["scored"].append(result.logits.argmax(dim=1))
+    if not truth:
         raise ValueError("batches: the stream is empty; needed at least one batch")
+    series = _series(truth, {name: _read(parts) for name, parts in chosen.items()}, classes)
+    samples = sum(series["samples"])
     accuracy = {
         when: 100 * sum(series[f"hits_{when}"]) / samples for when in ("before", "after")
     }  # fmt: skip
     return {
         **accuracy,
         "score": accuracy["after" if method.score_at == "after" else "before"],
-        "samples_per_s": samples / seconds,
+        "samples_per_s": samples / watch.seconds(),
         "series": series,
     }
 
@@ -101,12 +98,59 @@ def _check_width(adapted: Adapted, inputs: list, classes: int) -> int:
     return width
 
 
-def _hits(logits: Tensor, labels: Tensor) -> int:
-    return int((logits.argmax(dim=1) == labels).sum())
+class Stopwatch:
+    """Adds up the seconds of ``with`` blocks: on a GPU those of the device, by events, so that no
+    block waits for its work to end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(torch.cuda.current_stream(self._device))
+            self._events.append((start, end))
+        else:
+            self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._device.type == "cuda":
+            self._events[-1][1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._seconds += time.perf_counter() - self._start
+
+    def seconds(self) -> float:
+        """The sum; waits for the work of the blocks."""
+        for _, end in self._events:
+            end.synchronize()
+        return self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
 
 
-def _counts(classes: Tensor, n: int) -> list[int]:
-    return torch.bincount(classes, minlength=n).tolist()
+def _read(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [b] on the host, in one copy."""
+    return list(torch.cat(list(parts)).cpu().split([len(part) for part in parts]))
+
+
+def _series(
+    truth: Sequence[Tensor], chosen: dict[str, list[Tensor]], classes: int
+) -> dict[str, list]:
+    """What ``measure_stream`` returns of each batch, from labels and chosen classes [b] of it."""
+
+    def hits(name: str) -> list[int]:
+        return [int((c == y).sum()) for c, y in zip(chosen[name], truth, strict=True)]
+
+    def counts(parts: Sequence[Tensor]) -> list[list[int]]:
+        return [torch.bincount(part, minlength=classes).tolist() for part in parts]
+
+    return {
+        "samples": [len(part) for part in truth],
+        "hits_before": hits("before"),
+        "hits_after": hits("after"),
+        "predicted": counts(chosen["scored"]),
+        "labels": counts(truth),
+    }
 
 
 def over_seeds(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 from cases import METHODS
@@ -46,6 +49,53 @@ def test_every_sample_is_counted(tiny_model, tiny_batch, name):
     scored = [r[2].argmax(1).bincount(minlength=7).tolist() for r in results]
     assert series["predicted"] == scored
     assert series["labels"] == [y.bincount(minlength=7).tolist() for y in labels]
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a result on a GPU: notes what would wait for the device."""
+
+    waits: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", str(function))
+        if name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "bincount", "nonzero"):
+            cls.waits.append(name)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["tent", "read"])  # scored before and after the update
+def test_nothing_of_a_batch_is_read_before_the_stream_ends(
+    tiny_model, tiny_batch, monkeypatch, name
+):
+    adapted = fasttta.adapt(tiny_model(), name)
+    monkeypatch.setattr(OnDevice, "waits", [])
+
+    def on_device(call):
+        def called(*inputs):
+            result = call(*inputs)
+            if isinstance(result, torch.Tensor):
+                return result.as_subclass(OnDevice)
+            return replace(
+                result,
+                logits=result.logits.as_subclass(OnDevice),
+                logits_before=result.logits_before.as_subclass(OnDevice),
+            )
+
+        return called
+
+    monkeypatch.setattr(adapted, "step", on_device(adapted.step))
+    monkeypatch.setattr(adapted, "predict", on_device(adapted.predict))
+    waits = []
+
+    def stream():
+        for n in SIZES:
+            yield (*tiny_batch(n, seed=n), torch.zeros(n, dtype=torch.int64))
+            waits.extend(OnDevice.waits)
+
+    measure_stream(adapted, stream(), 7)
+    assert waits == []
+    assert OnDevice.waits, "the results were read otherwise, and the test sees nothing"
 
 
 def test_over_seeds():

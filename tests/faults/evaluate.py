@@ -63,16 +63,23 @@ FAULTS = [
     (
         "evaluate-after",
         "fasttta/evaluate/stream.py",
-        'series["hits_after"].append(_hits(after, labels))',
-        'series["hits_after"].append(_hits(result.logits_before, labels))',
+        'chosen["after"].append(after.argmax(dim=1))',
+        'chosen["after"].append(result.logits_before.argmax(dim=1))',
         "evaluate/test_measure_stream.py::test_every_sample_is_counted[read]",
     ),
     (
         "evaluate-predicted",
         "fasttta/evaluate/stream.py",
-        "_counts(result.logits.argmax(dim=1), classes)",
-        "_counts(result.logits_before.argmax(dim=1), classes)",
+        'chosen["scored"].append(result.logits.argmax(dim=1))',
+        'chosen["scored"].append(result.logits_before.argmax(dim=1))',
         "evaluate/test_measure_stream.py::test_every_sample_is_counted[read]",
+    ),
+    (
+        "evaluate-reads-each-batch",
+        "fasttta/evaluate/stream.py",
+        'chosen["before"].append(result.logits_before.argmax(dim=1))',
+        'chosen["before"].append(result.logits_before.argmax(dim=1).cpu())',
+        "evaluate/test_measure_stream.py::test_nothing_of_a_batch_is_read_before_the_stream_ends",
     ),
     (
         "stats-n",
