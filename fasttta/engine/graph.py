@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from ..methods.queue import WindowedMethod
 from ..methods.special_bases import StatefulMethod
+from .capture import Capture
 from .result import StepResult
 from .step import Step, environment
-
-_WARM_UP = 3  # steps on a side stream before capture: kernels compile, the allocator settles
 
 
 @dataclass
@@ -59,22 +57,21 @@ class GraphStep(Step):
     def __init__(self, *args: Any, capture: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.host_checks = False
-        self.capture = capture
+        self.capture = Capture(self.device) if capture else None
         self.plans: dict[tuple, Plan] = {}
         self.current: Plan | None = None
         self.rows: list[int] = []  # samples in each place of the window, oldest first
         self.place = 0  # place of the newest batch
         self.past: list[tuple[Tensor, Tensor]] = []  # tokens and counts of the last places
         self.published: Mapping[str, Tensor] | None = None
-        self.pool = torch.cuda.graph_pool_handle() if capture else None
-        self.failed: list[torch.cuda.CUDAGraph] = []
         self.keeps_passes = False  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
         # a graph uses the buffers that it was captured with
         model, state = (copy.deepcopy(x, memo) for x in (self.model, self.state))
+        capture = self.capture is not None
         return GraphStep(
-            model, self.method, state, self.precision, self.device, False, capture=self.capture
+            model, self.method, state, self.precision, self.device, False, capture=capture
         )
 
     def _eager(self, inputs: tuple[Tensor, ...], features: Any, trace: bool) -> StepResult:
@@ -180,59 +177,18 @@ class GraphStep(Step):
             plan.state = self.method.blank_state(
                 first.new_zeros(0, dtype=self.precision.master), classes
             )
-        if not self.capture:
+        if self.capture is None:
             return plan
         method, restore = self.state.method, self.state.journal()
         blank = {name: x.clone() for name, x in plan.state.items()}
         try:
-            with torch.cuda.device(self.device):
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(_WARM_UP):
-                        self._body(plan)
-                torch.cuda.current_stream().wait_stream(side)
-                self._capture(plan, side)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f'this step cannot be captured, use engine="eager": {error}'
-            ) from error
+            plan.graph, plan.result = self.capture.record(lambda: self._body(plan))
         finally:
             restore()
             self.state.method = method
             for name, x in blank.items():
                 plan.state[name].copy_(x)
         return plan
-
-    def _capture(self, plan: Plan, side: torch.cuda.Stream) -> None:
-        """Records the step on a stream of the current device.
-
-        cuBLAS keeps one workspace for each stream. It is dropped before and after the capture, so
-        that the graph's workspace comes from the graph's pool, which no other capture and no other
-        work on this stream shares.
-        """
-        graph, done = torch.cuda.CUDAGraph(), False
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            # a failed capture leaves its stream as the current one
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                # other threads, such as a loader's, may use the device during the capture
-                torch.cuda.graph(
-                    graph, pool=self.pool, stream=side, capture_error_mode="thread_local"
-                ),
-            ):
-                plan.result = self._body(plan)
-            plan.graph, done = graph, True
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-            if not done:
-                # The allocator may still ask the failed graph, and some versions of PyTorch leave
-                # its pool as the one to allocate from.
-                self.failed.append(graph)
-                with contextlib.suppress(RuntimeError):
-                    assert self.pool is not None
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
 
     def _enter(self, plan: Plan) -> None:
         """Takes the method's state, as eager steps and saved files have it, into the buffers."""

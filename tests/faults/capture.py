@@ -1,0 +1,32 @@
+"""Faults in warm-up and capture."""
+
+CAPTURE = "fasttta/engine/capture.py"
+
+FAULTS = [
+    (
+        "what a failed warm-up left running is not waited for", CAPTURE,
+        "            finally:\n                here.wait_stream(self.stream)\n",
+        "            except KeyError:\n                pass\n            here.wait_stream(self.stream)\n",
+        "engine/test_capture.py::test_what_is_put_back_waits_for_the_side_stream",
+    ),
+    (
+        "a capture out of memory is blamed on the step", CAPTURE,
+        " and not isinstance(reason, torch.OutOfMemoryError)", "",
+        "engine/test_capture.py::test_other_errors_under_capture_are_raised_as_they_are",
+    ),
+    (
+        "garbage is collected in a capture", CAPTURE, "    gc.disable()\n", "",
+        "engine/test_capture.py::test_no_garbage_is_collected_in_a_capture",
+    ),
+    (
+        "no garbage is collected after a failed capture", CAPTURE,
+        "    try:\n        yield\n    finally:\n        if enabled:\n            gc.enable()\n",
+        "    yield\n    if enabled:\n        gc.enable()\n",
+        "engine/test_capture.py::test_no_garbage_is_collected_in_a_capture",
+    ),
+    (
+        "the error of the end of a capture hides its reason", CAPTURE,
+        "reason = failure or error", "reason = error",
+        "engine/test_capture.py::test_an_error_of_the_capture_gives_the_advice",
+    ),
+]  # fmt: skip
