@@ -30,10 +30,21 @@ def similarity_weights(
     similarity = features @ features.transpose(1, 2)
     left_out = torch.eye(n, dtype=torch.bool, device=features.device)
     if drop_self is not None:
-        left_out &= torch.tensor(drop_self, device=features.device)
+        left_out &= _flags(drop_self, features.device)
     similarity = similarity.masked_fill(left_out, -torch.inf)
     score = similarity.topk(min(neighbours, n - 1), dim=-1).values.mean(-1)
     return (score / temperature).softmax(-1)
+
+
+def _flags(values: Sequence[bool], device: torch.device) -> Tensor:
+    """bool [N] on a device from the bits of integers: a tensor of values of the host would be
+    copied there, which waits for all work before it and cannot be captured."""
+    parts = []
+    for start in range(0, len(values), 32):
+        part = values[start : start + 32]
+        bits = sum(1 << i for i, value in enumerate(part) if value)
+        parts.append((bits >> torch.arange(len(part), device=device)) & 1)
+    return torch.cat(parts).bool()
 
 
 def ensemble_log_probabilities(logits: Tensor, weights: Tensor) -> Tensor:

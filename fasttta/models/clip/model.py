@@ -49,6 +49,9 @@ class CLIP(nn.Module):
         mean, std: [3] of the pixel normalisation.
     """
 
+    pixel_mean: Tensor  # [3, 1, 1]
+    pixel_std: Tensor
+
     def __init__(
         self,
         embed_dim: int,
@@ -77,6 +80,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.zeros(dim, embed_dim))
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.mean, self.std = tuple(mean), tuple(std)
+        self._set_pixel_scale(torch.device("cpu"))
         self.class_features: Tensor | None = None  # [C, E], normalised
         # ids [C, L] -> end positions [C]; None: that of the largest id
         self.find_end: Callable[[Tensor], Tensor] | None = None
@@ -117,7 +121,23 @@ class CLIP(nn.Module):
         }
         check_keys(state, shapes, "a CLIP checkpoint")
         model.load_state_dict(state, assign=True, strict=False)
+        model._set_pixel_scale(model.positional_embedding.device)
         return model.eval().requires_grad_(False)
+
+    def _set_pixel_scale(self, device: torch.device) -> None:
+        """Holds mean and standard deviation as buffers: on a GPU a tensor made of numbers of the
+        host for each pass would wait for all work before it. They are float64, whatever type the
+        model is converted to: one type and then another would round them twice. The working copy
+        of a model has them in its precision."""
+        with torch.inference_mode(False):
+            for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
+                x = torch.tensor(values, dtype=torch.float64, device=device)
+                self.register_buffer(name, x[:, None, None], persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIP:
+        super()._apply(fn, recurse)
+        self._set_pixel_scale(self.pixel_mean.device)
+        return self
 
     @property
     def resolution(self) -> int:
@@ -189,9 +209,9 @@ class CLIP(nn.Module):
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         master = self.positional_embedding.dtype
-        mean, std = (
-            pixels.new_tensor(x, dtype=master)[:, None, None] for x in (self.mean, self.std)
-        )
+        if self.pixel_mean.device != pixels.device:  # weights were assigned to a model on meta
+            self._set_pixel_scale(pixels.device)
+        mean, std = self.pixel_mean.to(master), self.pixel_std.to(master)
         return (pixels.to(master) - mean) / std
 
     def _pieces(self, function, pixels: Tensor, *rows: Tensor):
