@@ -6,7 +6,7 @@ is true for bfloat16 alone.
 
 from __future__ import annotations
 
-from .launch_plan import Plan, cdiv, integer, power_of_2, precision
+from .launch_plan import Plan, cdiv, integer, power_of_2, precision, warp_products
 
 WIDEST_HEAD = 128  # channels of which a tile of rows stays in registers
 
@@ -15,7 +15,7 @@ def _flat(architecture: str, half: bool, d: int) -> tuple[dict[str, object], dic
     """Constants, and warps, stages and registers."""
     bd = power_of_2(max(16, d))
     rows, columns, warps = 64, 32, 8
-    if not half and architecture in ("sm_80", "gfx942"):
+    if not half and (warp_products(architecture) or architecture == "gfx942"):
         rows, columns = 32, 16
     elif not half and bd > 64:  # a product is three, and operands of all are registers
         rows, columns, warps = 16, 16, 4
@@ -30,14 +30,15 @@ def forward(architecture: str, half: bool, heads: int, count: int, d: int) -> tu
     """Plans of the forward: row attention, then the weighting of the rows; a program BM rows.
 
     Args:
-        architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
+        architecture: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
         half: whether tensors are bfloat16.
         heads: of the batch together.
         count, d: classes K, and channels of a head.
     """
     constants, options = _flat(architecture, half, d)
     if half:
-        constants, options = constants | {"BN": 64}, options | {"warps": 4}
+        columns = 32 if d > 64 and warp_products(architecture) else 64
+        constants, options = constants | {"BN": columns}, options | {"warps": 4}
     grid = cdiv(count, integer(constants, "BM")), heads
     weights = {"BM": constants["BM"], "BD": constants["BD"], "BK": 1024}
     return Plan(grid, constants, **options), Plan(grid, weights, 4)
@@ -57,4 +58,6 @@ def gradients(architecture: str, half: bool, heads: int, count: int, d: int) -> 
     Arguments are those of ``forward``.
     """
     constants, options = _flat(architecture, half, d)
+    if architecture == "sm_120" and not half and d <= 64:
+        constants["BN"] = 32  # float16 in tiles of 16 spills 8 bytes there
     return Plan((2 * cdiv(count, integer(constants, "BM")), heads), constants, **options)

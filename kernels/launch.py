@@ -7,15 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .launch_plan import Plan
+from .launch_plan import Plan, family
 
 
 @cache
 def _architecture(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(index)[0]
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    return family(torch.cuda.get_device_capability(index)[0])
 
 
 def architecture(x: Tensor) -> str:

@@ -10,8 +10,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# bytes that one block of threads may use, by family of GPUs
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536}
+# Bytes that one block of threads may use on every GPU of a family. An A100 (sm_80) has 163 KB, but
+# its plans serve sm_86 and sm_89 too, which have 99 KB.
+SHARED_MEMORY = {
+    "sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}  # fmt: skip
+
+
+def family(major: int) -> str:
+    """The family that plans are made for, of an NVIDIA GPU of compute capability ``major``.x.
+
+    sm_120 (RTX 50xx, RTX PRO 6000) is no small sm_100: its matrix products are a warp's own
+    (mma.sync), as on sm_80, for it has neither tcgen05 nor wgmma. Later GPUs are planned as it,
+    since every NVIDIA GPU runs such products.
+    """
+    if major < 9:
+        return "sm_80"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_120")
+
+
+def warp_products(architecture: str) -> bool:
+    """Whether a family multiplies matrices by mma.sync: each warp holds its operands and sums in
+    registers of its own, so that tiles must be smaller than those of wgmma or tcgen05."""
+    return architecture in ("sm_80", "sm_120")
 
 
 @dataclass(frozen=True)

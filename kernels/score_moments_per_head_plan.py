@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .launch_plan import Plan, power_of_2, precision
+from .launch_plan import Plan, power_of_2, precision, warp_products
 
 WIDEST_HEAD = 64  # channels of which covariances stay in registers
 
@@ -33,12 +33,12 @@ def moments(
     """Plan of the forward: a program a head of a sample.
 
     Args:
-        architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
+        architecture: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
         half: whether q and k are of a half type.
         batch, heads, spans, d: samples, heads, tokens of each modality, channels of a head.
         pair_query: whether block (i, j) is compared with (i, i), not with (j, j).
     """
-    tokens = 16 if half and architecture == "sm_80" else 64 if half else 32
+    tokens = 16 if half and warp_products(architecture) else 64 if half else 32
     constants = _head(architecture, half, spans, d, pair_query)
     constants |= {"BT": tokens, "BB": power_of_2(max(2, len(spans) ** 2))}
     return Plan((heads, batch), constants, 8)
@@ -56,4 +56,4 @@ def gradients(
     constants = _head(architecture, half, spans, d, pair_query)
     tokens = 64 if architecture == "gfx942" else 128 if half else 32
     constants |= {"BT": tokens, "SELF": self_blocks}
-    return Plan((2 * heads, batch), constants, 8 if half or architecture != "sm_80" else 16)
+    return Plan((2 * heads, batch), constants, 8 if half or not warp_products(architecture) else 16)

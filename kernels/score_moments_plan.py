@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from .launch_plan import Plan, cdiv, power_of_2, precision
+from .launch_plan import Plan, cdiv, power_of_2, precision, warp_products
 
-_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 _MOST_PLACES = 2**15  # tiles times blocks, powers of two, that one program of the merge holds
 
 
@@ -107,10 +107,10 @@ def _tiles(table: Sequence[Block], tile: Tile) -> int:
 def score_tile(architecture: str, half: bool, batch: int, spans: Sequence[int]) -> Tile:
     """The tile for so many samples: large ones where they fill the GPU three times over."""
     if not half:
-        return Tile(64, 64, 8, 2) if architecture == "sm_80" else Tile(64, 128, 8, 2)
+        return Tile(64, 64, 8, 2) if warp_products(architecture) else Tile(64, 128, 8, 2)
     if architecture == "gfx942":
         return Tile(128, 128, 8, 2)
-    large = Tile(128, 128, 8, 3) if architecture == "sm_80" else Tile(128, 256, 8, 3)
+    large = Tile(128, 128, 8, 3) if warp_products(architecture) else Tile(128, 256, 8, 3)
     programs = batch * _tiles(blocks(spans, large, True), large)
     # of fewer than three waves the last, partly filled one costs more than smaller tiles do
     return large if programs >= 3 * _PROCESSORS[architecture] else Tile(64, 128, 4, 3)
@@ -137,7 +137,7 @@ def score_tiles(architecture: str, half: bool, batch: int, spans: Sequence[int],
     """Plan of the forward's first launch: a program a tile, grid (tiles, samples).
 
     Args:
-        architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
+        architecture: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
         half: whether q and k are of a half type.
         batch, spans, d: samples, tokens of each modality, channels of a head.
     """
@@ -182,7 +182,7 @@ def weighted_scores(
     constants = _scores(architecture, half, d, tile, table)
     constants |= {"M": len(spans), "PAIR_QUERY": pair_query}
     # the small tile: of its own accord ptxas takes 168, and Triton 3.6's spills 8 bytes with them
-    registers = 255 if architecture == "sm_80" and tile.warps == 4 else None
+    registers = 255 if warp_products(architecture) and tile.warps == 4 else None
     plan = Plan((_tiles(table, tile), batch), constants, tile.warps, tile.stages, registers)
     return plan, table
 
@@ -214,7 +214,7 @@ def token_gradients(
     if half:  # more than one block in a sum: two accumulators
         bm, bn, bk, warps = 128, 128 if len(table) == 2 else 64, 64, 8
     else:
-        bm, bn, bk, warps = 64, 64, 32, 8 if architecture == "sm_80" else 4
+        bm, bn, bk, warps = 64, 64, 32, 8 if warp_products(architecture) else 4
     spans = {b.i: (b.first_row, b.rows) for b in table}
     rows, tiles = [], 0
     for m in sorted(spans):

@@ -6,7 +6,7 @@ float32, as in flat attention: ``half`` is true for bfloat16 alone.
 
 from __future__ import annotations
 
-from .launch_plan import Plan, cdiv, integer, power_of_2, precision
+from .launch_plan import Plan, cdiv, integer, power_of_2, precision, warp_products
 
 TILE_TOKENS = 64  # of complete sequences, that kernels take at once
 
@@ -25,8 +25,10 @@ def _prefix(
     """Constants, and warps and registers. BP: keys of the prefix at a time. Last tokens are few:
     a tile has 16 if sequences have four."""
     rows, columns = (64 if d <= 64 else 16, 32) if half else (64, 16)
-    if not half and architecture in ("sm_80", "gfx942"):
-        rows = 16 if architecture == "sm_80" else 32
+    if half and architecture == "sm_120":  # 64 rows spill 56 bytes there, none on sm_80
+        rows = min(rows, 32)
+    if not half and (warp_products(architecture) or architecture == "gfx942"):
+        rows = 16 if warp_products(architecture) else 32
     constants = {
         "BM": min(rows, 16) if last else rows, "BN": columns,
         "BP": min(columns, power_of_2(max(16, prefix))), "BD": power_of_2(max(16, d)),
@@ -42,7 +44,7 @@ def forward(
     """Plan of the forward: a program BM queries of a tile.
 
     Args:
-        architecture: "sm_80", "sm_90", "sm_100" or "gfx942".
+        architecture: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
         half: whether tensors are bfloat16.
         heads: of the batch together.
         tiles: of packed sequences.

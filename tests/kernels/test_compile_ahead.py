@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs the package triton"
 )
 SCRIPT = TESTS / "compile_ahead.py"
-TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 
 
 @pytest.mark.slow
