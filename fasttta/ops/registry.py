@@ -32,6 +32,8 @@ FILES = (
     "entropies",
     "flat_attention",
     "quick_gelu",
+    "scaled_layer_norm",
+    "scaled_rows",
     "score_moments",
     "shared_prefix_attention",
     "softmax_attention",

@@ -54,6 +54,9 @@ def _samples(dtype):
         out, top, rest = composite.flat_attention(shared, k, k, 0.5)
         yield "flat_attention", (shared, k, k, 0.5)
         yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
+    yield "scaled_rows", (maps, "quick_gelu")
+    yield "scaled_layer_norm", (maps, maps, ones, ones, 1e-5)
+    yield "scaled_layer_norm", (maps, None, ones, ones, 1e-5)
     for args in (_prefix_args(dtype), _prefix_args(dtype, last=True)):
         out, lse = composite.shared_prefix_attention(*args)
         yield "shared_prefix_attention", args
@@ -209,6 +212,13 @@ def _scores(d=4, dtype=torch.float32, batch=2):
             "shared_prefix_attention",
             (*_prefix_args()[:5], *(x.long() for x in _prefix_args()[5:7]), *_prefix_args()[7:]),
             "int64",
+        ),
+        ("scaled_rows", (torch.zeros(2, 3, dtype=torch.float64), ""), "float64"),
+        ("scaled_rows", (torch.empty(1, 16385, device="meta"), ""), "at most 16384 values"),
+        (
+            "scaled_layer_norm",
+            (torch.zeros(2, 3), None, torch.zeros(6)[::2], torch.zeros(3), 1e-5),
+            "weights without gaps",
         ),
         ("total_variation", (torch.empty(65536, 2, 2, device="meta"),), "at most 65535"),
         ("total_variation", (torch.empty(2, 2**16, 2**16, device="meta"),), "2\\^31 elements"),

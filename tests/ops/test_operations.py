@@ -106,6 +106,11 @@ def _made():
         out, top, rest = composite.flat_attention(shared, k, k, 0.5)
         yield "flat_attention", (shared, k, k, 0.5)
         yield "flat_attention_backward", (k, shared, k, k, out, top, rest, 0.5)
+    for x in (maps, maps.transpose(0, 2)):
+        branch, affine = x.bfloat16(), (torch.rand(x.shape[-1]), torch.rand(x.shape[-1]))
+        yield "scaled_rows", (x, "gelu")
+        yield "scaled_layer_norm", (x, branch, *affine, 1e-5)
+        yield "scaled_layer_norm", (x, None, *affine, 1e-5)
     packed, kv = torch.randn(2, 6, 12).chunk(3, -1), torch.randn(2, 2, 3, 4)
     layout = *layout_of([1, 3, 2]), 2, 0.5
     for queries in (packed[0], packed[0][:, :3]):  # all, and every sequence's last
