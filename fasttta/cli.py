@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # before torch loads OpenMP: threads that spin while they wait make small models 5 to 10 times
     # slower as soon as anything else runs on the machine (2 cores, GNU OpenMP)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("FASTTTA_MESSAGES", "on")  # what takes long says so, see ops/first_use.py
     try:
         options = _parser().parse_args(arguments)
     except SystemExit:

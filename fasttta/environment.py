@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .ops import native, registry
+from .ops import native, native_build, registry
 
 _PACKAGES = ("torch", "numpy", "safetensors", "nvtx", "ninja")
 # package name for pip -> purpose
@@ -77,7 +77,7 @@ def _native() -> dict[str, Any]:
     except OSError as error:
         cache, note = "none", str(error)
     try:
-        version = compiler and f"{compiler}: {native.version(compiler).splitlines()[0]}"
+        version = compiler and f"{compiler}: {native_build.version(compiler).splitlines()[0]}"
     except (OSError, subprocess.SubprocessError, IndexError):
         version = f"{compiler} (it does not answer --version)"
     return {

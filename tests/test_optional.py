@@ -84,10 +84,10 @@ sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f)]
 import fasttta, fasttta.kernels, fasttta.csrc
 import fasttta.kernels.shared_prefix_attention_plan
 from pathlib import Path
-from fasttta.ops import native, shared_prefix_attention
+from fasttta.ops import native_build, shared_prefix_attention
 import torch
 assert Path(fasttta.__file__).parent.parent == Path(CLONE), fasttta.__file__
-assert len(native._sources()) > 5
+assert len(native_build.sources()) > 5
 plan = fasttta.kernels.shared_prefix_attention_plan
 assert plan.TILE_TOKENS == shared_prefix_attention.TILE_TOKENS
 assert fasttta.functional.entropy(torch.zeros(2, 3)).shape == (2,)

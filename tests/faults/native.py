@@ -51,4 +51,25 @@ FAULTS = [
         "s + A(1.702) * from[i] * s",
         "ops/test_quick_gelu.py",
     ),
+    (
+        "first-use-silent",
+        "fasttta/ops/first_use.py",
+        "        timer.start()\n",
+        "        pass\n",
+        "ops/test_first_use.py::test_standard_error_is_told_where_somebody_waits[on-False-True]",
+    ),
+    (
+        "first-use-said-twice",
+        "fasttta/ops/first_use.py",
+        "if _log.isEnabledFor(logging.INFO) and _log.hasHandlers():",
+        "if False:",
+        "ops/test_first_use.py::test_it_is_said_once_where_logging_shows_it",
+    ),
+    (
+        "first-use-records-failures",
+        "fasttta/ops/first_use.py",
+        "        yield telling\n    finally:\n        if timer is not None:\n            timer.cancel()\n",
+        "        yield telling\n    except RuntimeError:\n        pass\n    if timer is not None:\n        timer.cancel()\n",
+        "ops/test_first_use.py::test_failures_are_not_recorded_and_end_the_message",
+    ),
 ]

@@ -12,7 +12,7 @@ import torch
 from op_cases import TOLERANCES, close, composite
 
 from fasttta import functional as F
-from fasttta.ops import native, registry
+from fasttta.ops import native, native_build, registry
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -300,7 +300,7 @@ def test_concurrent_processes_build_once(tmp_path):
     assert all(x["live"] and not x["warnings"] and x["refused"] is None for x in report)
     assert sorted(len(x["records"]) for x in report) == [0, 0, 1]
     compiled = [x for x in (tmp_path / "calls").read_text().splitlines() if " -c " in x]
-    units = [p for p in native._sources() if p.suffix == ".cpp"]
+    units = [p for p in native_build.sources() if p.suffix == ".cpp"]
     assert len(compiled) == len(units)
     assert {p.suffix for p in (cache / "native").iterdir()} == {".so", ".lock"}
 
@@ -345,12 +345,12 @@ def test_key_covers_what_goes_in(monkeypatch):
     before = native.library_name(compiler)
     assert native.library_name(compiler) == before
     for name, value in (
-        ("_flags", lambda: ("-O0",)),
-        ("_processor", lambda: "another"),
+        ("flags", lambda: ("-O0",)),
+        ("processor", lambda: "another"),
         ("version", lambda compiler: "g++ 99"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(native, name, value)
+            patch.setattr(native_build, name, value)
             assert native.library_name(compiler) != before, name
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "9.9")

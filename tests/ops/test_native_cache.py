@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttta.ops import native, native_cache
+from fasttta.ops import native, native_build, native_cache
 
 AS_ROOT = pytest.mark.skipif(
     getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can give files away"
@@ -208,8 +208,8 @@ def test_commands_of_compilers(tmp_path, monkeypatch):
         (f"cc '{tool}'", [str(tool), str(tool)]),
     ):
         monkeypatch.setenv("CXX", named)
-        assert native._words(native.compiler()) == words
-        assert native.version(native.compiler()) == "version 1\n"
+        assert native_build.words(native.compiler()) == words
+        assert native_build.version(native.compiler()) == "version 1\n"
     for named in ("none -O2", "'unclosed", "/none/g++"):
         monkeypatch.setenv("CXX", named)
         assert native.compiler() is None
@@ -247,7 +247,7 @@ def test_a_lock_that_hangs_and_one_that_is_stale(tmp_path, monkeypatch):
 def _empty_library(folder):
     source, target = folder / "empty.c", folder / "empty.so"
     source.write_text("int nothing;\n")
-    command = [*native._words(native.compiler()), "-x", "c", "-shared", source, "-o", target]
+    command = [*native_build.words(native.compiler()), "-x", "c", "-shared", source, "-o", target]
     subprocess.run(command, check=True)
     ctypes.CDLL(target)
 

@@ -191,10 +191,10 @@ def test_layouts():
 
 _NARROW = """
 import sys, torch
-from fasttta.ops import flat_attention, native, softmax_attention as softmax
+from fasttta.ops import flat_attention, native, native_build, softmax_attention as softmax
 from fasttta.ops.score_moments import score_moments_reference
-flags = native._flags
-native._flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
+flags = native_build.flags
+native_build.flags = lambda: (*(x for x in flags() if not x.startswith("-m")), *sys.argv[1:])
 assert native.attempt().path is not None, native.attempt().reason
 for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
     b, h, t, s, d = shape
