@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import trace
+from ..kernels import entropies_plan
 from . import triton
+from .cost import Cost
 from .entropies import log_or_zero, principal_entropy_reference
 from .registry import (
     define,
@@ -184,6 +186,12 @@ def _no_triton_head(
     return triton.unsuitable(logits, weight)
 
 
+def _cost(logits: Tensor, *_: object) -> Cost:
+    """Rows, then columns; rows that are too long for a program are gone over once more."""
+    return Cost(launches=2 if logits.shape[1] <= entropies_plan.ROW_CLASSES else 3,
+                workspace=logits.numel() * 8)  # fmt: skip
+
+
 define(
     BALANCE,
     _fake_balance,
@@ -191,6 +199,7 @@ define(
     cpp=True,
     kernels="adaptation_head",
     no_triton=_no_triton_balance,
+    cost=_cost,
 )
 define(
     HEAD,
@@ -199,6 +208,7 @@ define(
     cpp=True,
     kernels="adaptation_head",
     no_triton=_no_triton_head,
+    cost=_cost,
 )
 public("balance_entropy", balance_entropy, balance_entropy_reference)
 public("adaptation_head", adaptation_head, adaptation_head_reference)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import trace
 from . import triton
+from .cost import Cost, with_copies
 from .registry import define, ops, public, refuse_second_derivative, result_like
-from .score_moments import fake_moments, no_cpp_scores, no_triton_scores, score_moments_reference
+from .score_moments import (
+    cost_backward,
+    cost_forward,
+    fake_moments,
+    no_cpp_scores,
+    no_triton_scores,
+    score_moments_reference,
+)
 from .score_moments_default import moments_backward, score_moments
 
 _ANCHORS = "Tensor? anchor_mean=None, Tensor? anchor_std=None"
@@ -180,6 +189,20 @@ def _launch_backward(
     )  # fmt: skip
 
 
+def _cost(q, k, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None) -> Cost:
+    cost = cost_forward(q, spans, per_head)
+    if per_head:
+        cost = replace(cost, launches=2)  # the mean over heads
+    return with_copies(cost, anchor_mean, anchor_std)
+
+
+def _cost_backward(
+    grad, q, k, mean, std, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None
+) -> Cost:
+    cost = cost_backward(q, spans, per_head, False)
+    return with_copies(cost, mean, std, anchor_mean, anchor_std)
+
+
 define(
     SCHEMA,
     _fake,
@@ -188,6 +211,7 @@ define(
     kernels="attention_bootstrap",
     no_triton=_no_triton,
     launch=_launch,
+    cost=_cost,
 )
 define(
     BACKWARD_SCHEMA,
@@ -196,6 +220,7 @@ define(
     kernels="attention_bootstrap",
     no_triton=_no_triton_backward,
     launch=_launch_backward,
+    cost=_cost_backward,
 )
 public("attention_bootstrap", attention_bootstrap, attention_bootstrap_reference)
 public("gaussian_kl", gaussian_kl, gaussian_kl)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import trace
+from ..kernels import entropies_plan as plan
 from . import triton
+from .cost import Cost
 from .registry import (
     define,
     differentiate,
@@ -130,7 +132,25 @@ def _no_triton_backward(grad: Tensor, logits: Tensor, k: int = 1, eps: float = 0
     return triton.unsuitable(grad, logits)
 
 
-define(ENTROPY, _fake, entropy_reference, cpp=True, kernels="entropies", no_triton=_no_triton)
+def _cost(logits: Tensor, k: int = 1, eps: float = 0.0) -> Cost:
+    return Cost()
+
+
+def _cost_backward(grad: Tensor, logits: Tensor, k: int = 1, eps: float = 0.0) -> Cost:
+    if logits.shape[1] <= plan.ROW_CLASSES:
+        return Cost()
+    return Cost(launches=2, workspace=logits.nbytes // 2)  # rows are read again
+
+
+define(
+    ENTROPY,
+    _fake,
+    entropy_reference,
+    cpp=True,
+    kernels="entropies",
+    no_triton=_no_triton,
+    cost=_cost,
+)
 define(
     ENTROPY_BACKWARD,
     _fake_backward,
@@ -138,6 +158,7 @@ define(
     cpp=True,
     kernels="entropies",
     no_triton=_no_triton_backward,
+    cost=_cost_backward,
 )
 define(
     PRINCIPAL,
@@ -146,6 +167,7 @@ define(
     cpp=True,
     kernels="entropies",
     no_triton=_no_triton,
+    cost=_cost,
 )
 define(
     PRINCIPAL_BACKWARD,
@@ -154,6 +176,7 @@ define(
     cpp=True,
     kernels="entropies",
     no_triton=_no_triton_backward,
+    cost=_cost_backward,
 )
 public("entropy", entropy, entropy_reference)
 public("principal_entropy", principal_entropy, principal_entropy_reference)

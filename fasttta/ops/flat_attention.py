@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import trace
 from ..kernels.flat_attention_plan import WIDEST_HEAD
 from . import triton
+from .cost import Cost, with_copies
 from .registry import define, ops, public, refuse_second_derivative, result_like, wide
 
 ROWS = 128  # query rows at a time: [B, H, 128, K] is all that is ever held of the scores
@@ -181,6 +182,28 @@ def _launch_backward(grad, q, k, v, out, top, rest, scale):
     return triton.kernels("flat_attention").flat_attention_backward(*tensors, scale)
 
 
+# shares of large products' rate, from the instructions of both kernels' main loops on sm_90
+_SHARES = {torch.float32: (1.0, 0.9)}
+_HALF_SHARES = (0.35, 0.3)
+
+
+def _cost(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Cost:
+    batch, heads, count, d = k.shape
+    share, _ = _SHARES.get(q.dtype, _HALF_SHARES)
+    cost = Cost(launches=2, flops=4 * batch * heads * count * count * d, share=share)
+    return with_copies(cost, q, k, v)
+
+
+def _cost_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, rest: Tensor,
+    scale: float,
+) -> Cost:  # fmt: skip
+    batch, heads, count, d = k.shape
+    _, share = _SHARES.get(q.dtype, _HALF_SHARES)
+    cost = Cost(launches=2, flops=10 * batch * heads * count * count * d, share=share)
+    return with_copies(cost, grad, q, k, v, out, top, rest)
+
+
 define(
     SCHEMA,
     _fake,
@@ -189,6 +212,7 @@ define(
     kernels="flat_attention",
     no_triton=_no_triton,
     launch=_launch,
+    cost=_cost,
 )
 define(
     BACKWARD_SCHEMA,
@@ -198,5 +222,6 @@ define(
     kernels="flat_attention",
     no_triton=_no_triton_backward,
     launch=_launch_backward,
+    cost=_cost_backward,
 )
 public("flat_attention", flat_attention, flat_attention_reference)

@@ -1,8 +1,8 @@
 """How an operation is declared: with PyTorch's dispatcher, and with the names of its backends.
 
 An operation's file says, in this order: its schemas, what torch.compile is told (fakes), the
-reference in plain PyTorch, autograd, and which arguments suit its kernels. ``define`` puts an
-operator into the dispatcher, which is what chooses an implementation:
+reference in plain PyTorch, autograd, which arguments suit its kernels, and what these cost.
+``define`` puts an operator into the dispatcher, which is what chooses an implementation:
 
 * the default, PyTorch's calls, on every device (CompositeExplicitAutograd);
 * the Triton launcher on CUDA, where Triton is there and the arguments suit its kernels;
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import native, triton
+from .cost import Cost
 
 #: Files of operations, one line each.
 FILES = (
@@ -58,6 +59,7 @@ class Operator:
             them, None if they are.
         no_cpp: the same for C++ parts of the default implementation, or takes nothing and says
             what they are made for; None: the dispatcher knows whether there is a C++ kernel.
+        cost: takes the operator's arguments, says what the Triton kernels cost; None: it has none.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Operator:
     on_cuda: Callable[..., Any] | None
     no_triton: Callable[..., str | None] | None
     no_cpp: Callable[..., str | None] | None
+    cost: Callable[..., Cost] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,14 @@ def define(
     kernels: str | None = None,
     no_triton: Callable[..., str | None] | None = None,
     launch: Callable[..., Any] | None = None,
+    cost: Callable[..., Cost] | None = None,
 ) -> None:
     """Puts an operator into PyTorch's dispatcher.
 
     Args:
         schema: ``name(arguments) -> results``, in the dispatcher's language.
         fake: makes results of the right shapes, types and strides, without values.
-        default, no_cpp, no_triton: as in ``Operator``.
+        default, no_cpp, no_triton, cost: as in ``Operator``.
         cpp: whether the C++ library has a kernel of this name.
         kernels: name of the file in kernels/ whose function of the operator's name runs its Triton
             kernels; None: it has none.
@@ -121,7 +125,7 @@ def define(
             on_cuda = triton.dispatch(name, kernels, launch, no_triton, default)
             LIBRARY.impl(name, on_cuda, "CUDA")
     getattr(ops, name)  # now: torch.compile refuses a call that would add it while it traces
-    OPERATORS[name] = Operator(name, default, on_cuda, no_triton, no_cpp)
+    OPERATORS[name] = Operator(name, default, on_cuda, no_triton, no_cpp, cost)
 
 
 _DEFAULT = "CompositeExplicitAutograd"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .. import trace
 from ..kernels import score_moments_per_head_plan, score_moments_plan
 from . import score_moments_default as in_pytorch
 from . import triton
+from .cost import Cost, with_copies
 from .registry import define, ops, public, refuse_second_derivative, result_like, wide
 
 SCHEMA = (
@@ -128,6 +130,49 @@ def _launch_backward(grad_mean, grad_std, q, k, std, spans, scale, per_head):
     )  # fmt: skip
 
 
+# shares of large products' rate, from the kernels' occupancy and loads on sm_90
+_HEAD_MEAN, _HEAD_MEAN_BACKWARD, _EACH_HEAD, _EACH_HEAD_BACKWARD = 0.45, 0.34, 0.1, 0.18
+
+
+def cost_forward(q: Tensor, spans: Sequence[int], per_head: bool) -> Cost:
+    """Of the moments' kernels: tiles of scores, merged; per head covariances of the tokens."""
+    batch, heads, tokens, d = q.shape
+    if per_head:
+        work = 2 * batch * heads * tokens * d * d * (1 + len(spans))
+        return Cost(1, work, _EACH_HEAD)
+    return Cost(2, 2 * batch * heads * d * tokens * tokens, _HEAD_MEAN)
+
+
+def cost_backward(q: Tensor, spans: Sequence[int], per_head: bool, self_blocks: bool) -> Cost:
+    """Of the gradients' kernels; ``self_blocks``: of these, too."""
+    batch, heads, tokens, d = q.shape
+    if per_head:
+        work = 4 * batch * heads * tokens * d * d * (1 + len(spans))
+        return Cost(1, work, _EACH_HEAD_BACKWARD)
+    pairs = tokens * tokens - (0 if self_blocks else sum(n * n for n in spans))
+    return Cost(
+        2, 6 * batch * heads * d * pairs, _HEAD_MEAN_BACKWARD,
+        workspace=3 * batch * pairs * q.element_size(),  # weighted scores: dq and dk read them
+    )  # fmt: skip
+
+
+def _cost(q: Tensor, k: Tensor, spans: Sequence[int], scale: float, per_head: bool) -> Cost:
+    return cost_forward(q, spans, per_head)
+
+
+def _cost_backward(
+    grad_mean: Tensor, grad_std: Tensor, q: Tensor, k: Tensor, std: Tensor, spans: Sequence[int],
+    scale: float, per_head: bool,
+) -> Cost:  # fmt: skip
+    cost = with_copies(cost_backward(q, spans, per_head, True), grad_mean, grad_std, std)
+    if per_head:
+        return cost
+    forward = cost_forward(q, spans, False)  # the means over heads are computed again
+    return replace(
+        cost, launches=cost.launches + forward.launches, flops=cost.flops + forward.flops
+    )
+
+
 define(
     SCHEMA,
     fake_moments,
@@ -135,6 +180,7 @@ define(
     no_cpp=_no_cpp,
     kernels="score_moments",
     no_triton=no_triton_scores,
+    cost=_cost,
 )
 define(
     BACKWARD_SCHEMA,
@@ -143,5 +189,6 @@ define(
     kernels="score_moments",
     no_triton=_no_triton_backward,
     launch=_launch_backward,
+    cost=_cost_backward,
 )
 public("score_moments", score_moments, score_moments_reference)

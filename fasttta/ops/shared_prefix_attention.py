@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from .. import trace
 from ..kernels.shared_prefix_attention_plan import TILE_TOKENS, widest_head
 from . import triton
+from .cost import Cost, with_copies
 from .registry import (
     define,
     differentiate,
@@ -327,6 +328,25 @@ def _launch_backward(
     )  # fmt: skip
 
 
+def _flops(q: Tensor, k: Tensor, prefix_k: Tensor, longest: int) -> int:
+    """Of scores and sums; a token sees about half of its sequence, the last one all of it."""
+    seen = prefix_k.shape[1] + (longest if q.shape[1] != k.shape[1] else (longest + 1) // 2)
+    return 4 * q.numel() * seen
+
+
+def _cost(q, k, v, prefix_k, prefix_v, starts, tiles, longest, heads, scale) -> Cost:
+    return Cost(flops=_flops(q, k, prefix_k, longest), share=0.3)
+
+
+def _cost_backward(
+    grad, q, k, v, prefix_k, prefix_v, out, lse, starts, tiles, longest, heads, scale
+) -> Cost:
+    partial = 2 * (len(tiles) - 1) * prefix_k.numel() * 4  # of the prefix, a sum for each tile
+    flops = 5 * _flops(q, k, prefix_k, longest) // 2
+    cost = Cost(2 if partial else 1, flops, share=0.15, workspace=2 * partial)
+    return with_copies(cost, grad, out, lse)
+
+
 define(
     SCHEMA,
     _fake,
@@ -335,6 +355,7 @@ define(
     kernels="shared_prefix_attention",
     no_triton=_no_triton,
     launch=_launch,
+    cost=_cost,
 )
 define(
     BACKWARD_SCHEMA,
@@ -344,5 +365,6 @@ define(
     kernels="shared_prefix_attention",
     no_triton=_no_triton_backward,
     launch=_launch_backward,
+    cost=_cost_backward,
 )
 public("shared_prefix_attention", shared_prefix_attention, shared_prefix_attention_reference)

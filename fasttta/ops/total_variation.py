@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import trace
+from ..kernels import total_variation_plan as plan
 from . import triton
+from .cost import Cost
 from .registry import (
     define,
     differentiate,
@@ -113,6 +115,18 @@ def _no_triton_ensemble(maps: Tensor, logits: Tensor, temperature: float) -> str
     return triton.unsuitable(maps, logits)
 
 
+def _cost(maps: Tensor) -> Cost:
+    return Cost(launches=2 if plan.strips(*maps.shape).grid[0] > 1 else 1)
+
+
+def _cost_backward(grad: Tensor, maps: Tensor) -> Cost:
+    return Cost()
+
+
+def _cost_ensemble(maps: Tensor, logits: Tensor, temperature: float) -> Cost:
+    return Cost(launches=1 if plan.small_ensemble(*maps.shape, logits.shape[1]) else 2)
+
+
 define(
     VARIATION,
     _fake,
@@ -120,6 +134,7 @@ define(
     cpp=True,
     kernels="total_variation",
     no_triton=_no_triton,
+    cost=_cost,
 )
 define(
     VARIATION_BACKWARD,
@@ -128,6 +143,7 @@ define(
     cpp=True,
     kernels="total_variation",
     no_triton=_no_triton_backward,
+    cost=_cost_backward,
 )
 define(
     ENSEMBLE,
@@ -136,6 +152,7 @@ define(
     cpp=True,
     kernels="total_variation",
     no_triton=_no_triton_ensemble,
+    cost=_cost_ensemble,
 )
 public("total_variation", total_variation, total_variation_reference)
 public("reliability_ensemble", reliability_ensemble, reliability_ensemble_reference)
