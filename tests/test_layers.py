@@ -28,7 +28,7 @@ FLOORS = (
     ("engine",),
     ("families", "data"),
     ("adapted", "environment"),
-    ("evaluate",),
+    ("evaluate", "cost"),
     ("commands", "demo"),
     ("cli",),
     ("__main__",),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..engine.model_watch import global_hooks
+from ..files.weights import STAND_INS
 from ..models.computed_weights import has_adapters, wrapping
 from ..models.copies import CALLED
 
@@ -123,7 +124,8 @@ def refuse_unusable_weights(model: nn.Module) -> None:
                 raise ValueError(reason)
     first: tuple[str, torch.device] | None = None
     for name, x, is_parameter in _tensors(model):
-        plain = type(x) in _PLAIN and x.dtype in _FLOATS and x.layout == torch.strided
+        plain = type(x) in (*_PLAIN, *STAND_INS)
+        plain = plain and x.dtype in _FLOATS and x.layout == torch.strided
         reason = None if plain and not x.is_nested else _unusable_tensor(name, x, is_parameter)
         if reason is not None:
             raise ValueError(f"{name} {reason}")

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .inert_pickle import Unreadable
 
+#: Classes that stand for plain tensors: fake ones, in a process that only counts (fasttta.cost).
+STAND_INS: set[type] = set()
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # of expanded tensors: how much more memory their copies may take than the views do
 _MOST_TIMES, _MOST_MORE = 8, 64 * 2**20
@@ -20,7 +23,7 @@ def defect(x: object, floating: bool = True) -> str | None:
         return x.kind
     if not isinstance(x, Tensor):
         return f"no tensor but a {type(x).__name__}"
-    if type(x) not in (Tensor, nn.Parameter):
+    if type(x) not in (Tensor, nn.Parameter, *STAND_INS):
         return f"a {type(x).__name__}"
     if x.is_nested:
         return "nested"

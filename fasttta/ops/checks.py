@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files.weights import STAND_INS
+
 FORMS = ("mean", "softmax-sum")
 HEADS = ("mean", "each")
 PAIRS = ("key", "query")
@@ -48,6 +50,8 @@ def dense(name: str, x: Tensor) -> Tensor:
         layout = "jagged" if x.is_nested else str(x.layout).removeprefix("torch.")
         advice = _PAD if x.is_nested else ".to_dense()"
         raise _refusal(name, _LAYOUTS.get(layout, f"of layout {layout}"), f"call {advice}")
+    if kind in STAND_INS:
+        return x
     if kind is not Tensor and kind is not nn.Parameter:
         if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
             advice = "call .full_tensor()" if kind.__name__ == "DTensor" else "give its values"
