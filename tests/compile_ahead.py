@@ -98,6 +98,28 @@ def maps(n, height, width, classes, dtype=FP32):
     ops.reliability_ensemble(x, torch.empty(n, classes, dtype=dtype, device="meta"), 1.0)
 
 
+def blocks(tokens, width, hidden, residual=FP32, half=BF16):
+    """What lies between the products of a frozen block, of one that passes gradients on, and of one
+    whose LayerNorm is tuned."""
+    norms, activations = _kernels("residual_layer_norm"), _kernels("gelu")
+    x = torch.empty(8, tokens, width, dtype=residual, device="meta")
+    y = torch.empty(8, tokens, width, dtype=half, device="meta")
+    weight = torch.empty(width, dtype=residual, device="meta")
+    for branch in (None, y):
+        total, n, stats = norms.residual_layer_norm(x, branch, weight, weight, 1e-5, half)
+        total = x if branch is None else total
+        for other, affine in ((total, False), (total, True), (None, False)):
+            outputs = half, True, branch is not None, affine
+            norms.residual_layer_norm_backward(n, other, total, stats, weight, *outputs)
+    before = torch.empty(8, tokens, hidden, dtype=half, device="meta")
+    for name in ("gelu", "quick_gelu"):
+        getattr(activations, name)(before)
+        getattr(activations, f"{name}_backward")(before, before)
+    bias = torch.empty(hidden, dtype=half, device="meta")
+    activations.gelu(before, bias)
+    activations.gelu_backward(before, before, bias)
+
+
 def flat(batch, classes, d, dtype=FP32, shared=True):
     """flat_attention of 8 heads, whose queries the batch may share."""
     ops = _kernels("flat_attention")
@@ -145,6 +167,7 @@ CORE = {
     "head-bf16-100000": (head, 64, 100_000, BF16),
     "maps-grid": (maps, 64, 14, 14, 100),
     "maps-pixel": (maps, 64, 224, 224, 1000),
+    "blocks-bf16": (blocks, 708, 768, 3072),
     "flat-fp32": (flat, 6, 1000, 64),
     "prefix-fp32": (prefix, 6, 1024, 5, 64),
     "float8-768": (float8, 5664, 768),
@@ -172,6 +195,10 @@ ALL = {
     **{f"flat-fp32-{d}": (flat, 6, 1000, d, FP32, False) for d in (16, 80, 128)},
     **{f"flat-bf16-{d}": (flat, 6, 1000, d, BF16) for d in (64, 128)},
     "flat-fp16": (flat, 6, 1000, 64, HALF),
+    "blocks-fp16": (blocks, 197, 768, 3072, FP32, HALF),
+    "blocks-fp32": (blocks, 708, 768, 3072, FP32, FP32),
+    "blocks-bf16-alone": (blocks, 77, 512, 2048, BF16, BF16),
+    **{f"blocks-bf16-{d}": (blocks, 577, d, 4 * d) for d in (32, 1024, 1280, 4096, 8192)},
     **{f"prefix-fp32-{d}": (prefix, 6, 1024, 5, d) for d in (16, 20)},
     **{f"prefix-fp32-{p}-before": (prefix, 6, 1024, p, 64) for p in (0, 1, 20, 40)},
     "prefix-fp32-last": (prefix, 6, 1024, 20, 64, FP32, True),

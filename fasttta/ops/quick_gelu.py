@@ -1,7 +1,7 @@
-"""CLIP's activation and its gradient: on a CPU one pass over memory each, in C++.
+"""CLIP's activation and its gradient: one pass over memory each.
 
 PyTorch has no operation for it, and its calls pass over memory three times forward and five times
-backward: a tenth of the text tower's time. On other devices PyTorch's calls serve.
+backward: a tenth of the text tower's time on a CPU. The Triton kernels are those of ``gelu``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native
-from .registry import define, ops, refuse_second_derivative
+from .gelu import kernels_serve, no_triton
+from .registry import define, ops, refuse_second_derivative, wide
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,14 +42,22 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            refuse_second_derivative("quick_gelu on a CPU")
+            refuse_second_derivative("quick_gelu")
         (x,) = ctx.saved_tensors
         return ops.quick_gelu_backward(grad.contiguous(), x)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x) of x of any shape, what OpenAI trained with."""
-    if (
+    if kernels_serve(x) or _cpp_serves(x):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _QuickGELU.apply(x)
+        return ops.quick_gelu(x)
+    return quick_gelu_reference(x)
+
+
+def _cpp_serves(x: Tensor) -> bool:
+    return (
         type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype in _TYPES
@@ -59,12 +68,25 @@ def quick_gelu(x: Tensor) -> Tensor:
         and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
         and (native.loaded or native.load())
-    ):
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _QuickGELU.apply(x)
-        return ops.quick_gelu(x)
-    return quick_gelu_reference(x)
+    )
 
 
-define(SCHEMA, _fake, cpp=True)
-define(BACKWARD_SCHEMA, _fake_backward, cpp=True)
+def _default(x: Tensor) -> Tensor:
+    return quick_gelu_reference(wide(x)).to(x.dtype)
+
+
+def _default_backward(grad: Tensor, x: Tensor) -> Tensor:
+    z = wide(x)
+    s = torch.sigmoid(1.702 * z)
+    return (grad * (s + 1.702 * z * s * (1 - s))).to(x.dtype)
+
+
+define(SCHEMA, _fake, _default, cpp=True, kernels="gelu", no_triton=no_triton)
+define(
+    BACKWARD_SCHEMA,
+    _fake_backward,
+    _default_backward,
+    cpp=True,
+    kernels="gelu",
+    no_triton=no_triton,
+)

@@ -41,5 +41,5 @@ def test_core(target):
         "_columns_kernel", "_strips_kernel", "_ensemble_kernel", "_small_kernel",
         "_row_attention_kernel", "_weigh_rows_kernel", "_sums_kernel",
         "_attention_gradients_kernel", "_prefix_attention_kernel", "_prefix_gradients_kernel",
-        "_add_tiles_kernel",
+        "_add_tiles_kernel", "_normalise_kernel", "_row_gradients_kernel", "_activation_kernel",
     } | (float8 if target in ("sm_90", "sm_100") else set())  # fmt: skip

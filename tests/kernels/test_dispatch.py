@@ -57,6 +57,16 @@ def _samples(dtype):
     yield "scaled_rows", (maps, "quick_gelu")
     yield "scaled_layer_norm", (maps, maps, ones, ones, 1e-5)
     yield "scaled_layer_norm", (maps, None, ones, ones, 1e-5)
+    for name in ("gelu", "quick_gelu"):
+        yield name, (q.flatten(),)
+        yield f"{name}_backward", (k.flatten(), q.flatten())
+    yield "gelu", (z, ones.repeat(2))
+    for branch, weight in ((None, None), (maps, ones)):
+        yield "residual_layer_norm", (maps, branch, weight, weight, 1e-5, dtype)
+        _, normed, stats = composite.residual_layer_norm(maps, None, None, None, 1e-5, dtype)
+        saved = maps, stats, weight, torch.float32
+        yield "residual_layer_norm_backward", (normed, branch, *saved, True, True, True)
+        yield "residual_layer_norm_backward", (normed, branch, *saved, False, False, True)
     for args in (_prefix_args(dtype), _prefix_args(dtype, last=True)):
         out, lse = composite.shared_prefix_attention(*args)
         yield "shared_prefix_attention", args

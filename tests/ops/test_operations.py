@@ -111,6 +111,12 @@ def _made():
         yield "scaled_rows", (x, "gelu")
         yield "scaled_layer_norm", (x, branch, *affine, 1e-5)
         yield "scaled_layer_norm", (x, None, *affine, 1e-5)
+    for name in ("gelu", "quick_gelu"):
+        yield name, (logits,)
+        yield f"{name}_backward", (torch.rand(4, 6), logits)
+    yield "gelu", (logits, torch.rand(6))
+    yield "gelu_backward", (torch.rand(4, 6), logits, torch.rand(6))
+    yield from _layer_norms(maps)
     packed, kv = torch.randn(2, 6, 12).chunk(3, -1), torch.randn(2, 2, 3, 4)
     layout = *layout_of([1, 3, 2]), 2, 0.5
     for queries in (packed[0], packed[0][:, :3]):  # all, and every sequence's last
@@ -118,6 +124,24 @@ def _made():
         out, lse = composite.shared_prefix_attention(*tensors, *layout)
         yield "shared_prefix_attention", (*tensors, *layout)
         yield "shared_prefix_attention_backward", (queries, *tensors, out, lse, *layout)
+
+
+def _layer_norms(x):
+    """A branch in another type than the residual x [4, 3, 5] and none, tuned and frozen weights."""
+    half, affine = torch.bfloat16, (torch.rand(5), torch.rand(5))
+    for branch, weights, dtype in (
+        (torch.randn(4, 3, 5).to(half), affine, half),
+        (torch.randn(3, 4, 5).transpose(0, 1), (None, None), torch.float32),
+        (None, affine, half),
+    ):
+        yield "residual_layer_norm", (x, branch, *weights, 1e-5, dtype)
+        total, normed, stats = composite.residual_layer_norm(x, branch, *weights, 1e-5, dtype)
+        total = x if branch is None else total
+        kind = total.dtype if branch is None else branch.dtype
+        saved = total, stats, weights[0], kind
+        for wanted in ((True, kind == half, False), (False, kind == half, True)):
+            yield "residual_layer_norm_backward", (normed, None, *saved, *wanted)
+        yield "residual_layer_norm_backward", (normed, total, *saved, True, kind == half, True)
 
 
 def test_opcheck_covers_every_op():
