@@ -126,9 +126,11 @@ def adapt(
         method: a name (``fasttta.methods.names()``), a method object, or ``"auto"``: ``"abpem"``
             for two-modality fusion models, ``"a-tpt"`` for CLIP, ``"rada"`` for models with a
             rational head.
-        precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, or ``"auto"``: a float64 model
-            stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors are fp32
-            (fp64 under ``"fp64"``); fp32 means IEEE fp32.
+        precision: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp8"``, or ``"auto"``: a
+            float64 model stays in float64, else bf16 on GPUs that have it, else fp32. Tuned tensors
+            are fp32 (fp64 under ``"fp64"``); fp32 means IEEE fp32. ``"fp8"`` is bf16 with frozen
+            blocks of a CAV-MAE's encoders or of a CLIP's vision transformer in float8 (e4m3), where
+            no gradient runs through them; emulated where the device has no such products.
         engine: ``"graph"``: steps captured as CUDA graphs, one replay a step; needs a GPU.
             ``"eager"``; ``"auto"``: eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.

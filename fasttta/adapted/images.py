@@ -95,7 +95,8 @@ class AdaptedCLIP(ImageCalls):
         refuse_graph(engine)
         episodic = method if isinstance(method, Episodic) else None
         with torch.inference_mode(False), torch.no_grad():
-            working, _ = working_copy(family.model, set(), precision)
+            differentiated = 0 if episodic is None else episodic.differentiated_blocks
+            working, _ = working_copy(family.model, set(), precision, differentiated)
             if episodic is not None:
                 episodic.fitted(working)
             prompt = method.prompt if isinstance(method, (Episodic, Source)) else "a photo of a"

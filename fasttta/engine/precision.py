@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -10,14 +12,15 @@ from torch import nn
 
 from ..models.computed_weights import how_to_unwrap
 from ..models.copies import own_buffers, structural_copy
+from ..ops.scaled_rows import emulated
 
-PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16")
+PRECISIONS = ("auto", "fp64", "fp32", "tf32", "bf16", "fp8")
 
 
 @dataclass(frozen=True)
 class Precision:
     """name: as asked for, "auto" resolved; master: type of tuned tensors, the residual stream and
-    the losses; compute: type of the matrix products."""
+    the losses; compute: type of the matrix products, under "fp8" of those that are not float8."""
 
     name: str
     master: torch.dtype
@@ -43,7 +46,16 @@ def resolve(name: str, device: torch.device, model_dtype: torch.dtype) -> Precis
         raise ValueError(f'precision="tf32" needs CUDA, the model is on {device}; use "fp32"')
     if name == "fp64":
         return Precision(name, torch.float64, torch.float64)
-    return Precision(name, torch.float32, torch.bfloat16 if name == "bf16" else torch.float32)
+    if name == "fp8" and (reason := emulated(device)):
+        _warn_of_emulation(reason)
+    half = name in ("bf16", "fp8")
+    return Precision(name, torch.float32, torch.bfloat16 if half else torch.float32)
+
+
+@functools.cache  # said once
+def _warn_of_emulation(reason: str) -> None:
+    text = f'precision="fp8" is emulated, slower than "bf16": {reason}'
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _has_bf16(device: torch.device) -> bool:
@@ -59,17 +71,21 @@ Model = TypeVar("Model", bound=_Multiplies)
 
 
 def working_copy(
-    model: Model, tuned: set[str], precision: Precision
+    model: Model, tuned: set[str], precision: Precision, differentiated: int | None = 0
 ) -> tuple[Model, dict[str, nn.Parameter]]:
     """A copy of the module tree that shares frozen weights and has separate tuned ones.
 
     The user's module is not changed, hooks and flags of its parameters included.
 
+    Args:
+        differentiated: as of ``quantise_encoders``, for ``"fp8"``.
+
     Returns:
         The copy in evaluation mode, and its tuned parameters by name.
 
     Raises:
-        ValueError: a name of ``tuned`` is no parameter of the model.
+        ValueError: a name of ``tuned`` is no parameter of the model, or nothing of the model can
+            be in float8.
     """
     shared: dict[int, nn.Parameter] = {}
     leaves: dict[str, nn.Parameter] = {}
@@ -95,5 +111,9 @@ def working_copy(
         raise ValueError(f"{name} cannot be tuned: {reason}")
     # a forward may write to buffers: that must not reach the user's module
     own_buffers(cast(nn.Module, copy), precision.master)
+    if precision.name == "fp8":  # from the weights as they are, before they are rounded to bf16
+        from ..models.float8 import quantise_encoders
+
+        quantise_encoders(copy, differentiated)
     copy.set_compute_dtype(None if precision.compute == precision.master else precision.compute)
     return copy, leaves

@@ -87,6 +87,11 @@ class ATPT(PromptTuning):
             raise ValueError(f"high={self.high}, low={self.low}: needed high + low of at most 1")
         settle_drop_self(self)
 
+    @property
+    def differentiated_blocks(self) -> int | None:
+        """Attention maps are of gradients in the last two blocks, or in all of them ("gar")."""
+        return None if self.rollout == "gar" else 2
+
     def fitted(self, model: Any) -> Self:
         """Checks that the model has attention maps."""
         super().fitted(model)

@@ -166,6 +166,12 @@ class Episodic(EpisodeMethod, abstract=True, metaclass=_AsOptionsSay):
         """Whether views are made with AugMix."""
         return False
 
+    @property
+    def differentiated_blocks(self) -> int | None:
+        """How many of the image tower's last blocks gradients run through, None: all of them. The
+        others may multiply in float8, which has no gradients."""
+        return None if self.strategy == "pixels" else 0
+
     def tuned(self, model: Any) -> dict:
         """Empty: an episode tunes prompts or pixels, which the engine holds."""
         return {}

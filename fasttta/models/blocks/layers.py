@@ -50,6 +50,12 @@ class Linear(nn.Linear):
         x = F.gelu(x) if gelu else x
         return x if add is None else add + x
 
+    def part(self, x: Tensor, rows: slice) -> Tensor:
+        """x [..., in] -> the output channels ``rows`` of the product."""
+        dtype = self.compute_dtype or self.weight.dtype
+        bias = None if self.bias is None else self.bias[rows].to(dtype)
+        return F.linear(x.to(dtype), self.weight[rows].to(dtype), bias)
+
 
 def onednn_linear(
     x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, add: Tensor | None = None

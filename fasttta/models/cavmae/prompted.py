@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import trace
@@ -261,9 +260,7 @@ def _rows(packed: Linear, x: Tensor, first: int, last: int) -> Tensor:
     With q apart from k and v, the backward pass keeps no packed product of which it needs a part.
     """
     dim = packed.in_features
-    dtype = packed.compute_dtype or packed.weight.dtype
-    rows = slice(first * dim, last * dim)
-    return F.linear(x.to(dtype), packed.weight[rows].to(dtype), packed.bias[rows].to(dtype))
+    return packed.part(x, slice(first * dim, last * dim))
 
 
 def _heads(attn: SelfAttention, packed: Tensor, n: int) -> tuple[Tensor, ...]:
