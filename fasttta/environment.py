@@ -13,6 +13,7 @@ import torch
 
 from . import __version__
 from .ops import native, native_build, registry
+from .ops.scaled_rows import emulated
 
 _PACKAGES = ("torch", "numpy", "safetensors", "nvtx", "ninja")
 # package name for pip -> purpose
@@ -106,6 +107,16 @@ def _operations() -> dict[str, dict[str, str]]:
     return operations
 
 
+def _float8(gpus: int) -> str:
+    """Where ``precision="fp8"`` multiplies float8, and why not elsewhere."""
+    devices = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
+    reasons = [emulated(device) for device in devices]
+    return "; ".join(
+        f"{device}: live" if reason is None else f"{device}: emulated, slower than bf16: {reason}"
+        for device, reason in zip(devices, reasons, strict=True)
+    )
+
+
 def diagnose() -> dict[str, Any]:
     """Versions, processor, GPU, and which backends of which operation are live, JSON-ready."""
     gpus = []
@@ -136,6 +147,7 @@ def diagnose() -> dict[str, Any]:
             "graph": "live" if gpus else "captured steps need a GPU",
         },
         "precision_auto": "bf16 on GPUs that have it, else fp32; a float64 model stays in float64",
+        "precision_fp8": _float8(len(gpus)),
         "native": _native(),  # before the operations: this loads their C++ kernels
         "operations": _operations(),
     }
@@ -162,6 +174,7 @@ def table(state: dict[str, Any]) -> str:
         f"processor   {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['simd']}",
         f"GPU         {gpus or f'none that torch can use; {built}'}",
         *(f"engine      {name}: {word}" for name, word in state["engines"].items()),
+        f"fp8         {state['precision_fp8']}",
         f"C++         {cpp['library'] or cpp['why_not']} (FASTTTA_NATIVE={cpp['mode']})",
         f"compiler    {cpp['compiler'] or 'none'}; cache {cpp['cache']}{note}",
         *_optional_lines(state["optional"]),

@@ -82,3 +82,15 @@ def test_doctor_columns_do_not_run_together(capsys):
     forward = [name for name in vars(composite) if not name.endswith("_backward")]
     assert [row.split()[0] for row in rows] == sorted(forward)
     assert {len(row.split()) for row in rows} == {3}
+
+
+def test_doctor_says_where_float8_is_multiplied(capsys, monkeypatch):
+    if not torch.cuda.is_available():
+        assert environment.diagnose()["precision_fp8"].startswith("cpu: emulated, slower than bf16")
+    assert re.search(r"^fp8 +(cpu|cuda:0): ", _run(capsys, "doctor")[1], re.MULTILINE)
+    reasons = {0: None, 1: "compute capability 8.0 has no float8 products"}
+    monkeypatch.setattr(environment, "emulated", lambda device: reasons[device.index])
+    assert environment._float8(2) == (
+        "cuda:0: live; cuda:1: emulated, slower than bf16: compute capability 8.0 has no float8 "
+        "products"
+    )
