@@ -1,9 +1,10 @@
 // Products of small matrices, from vectors of one type: most of the work of attention.
 //
 // c is computed a block of a few rows and as many vectors of columns as there are registers for.
+// a and b are of c's type S, or pairs of bf16 (A is Pair, S float).
 #pragma once
 
-#include "vectors.h"
+#include "pairs.h"
 
 namespace fasttta {
 
@@ -19,13 +20,13 @@ struct Left {
 };
 
 // c (+)= a b: M rows, N vectors of columns, sums of n products; rows of b are b_pitch apart.
-template <int M, int N, typename A>
-inline void block(Left<A> a, const A* b, int64_t b_pitch, int64_t n, bool add, A* c,
+template <int M, int N, typename A, typename S>
+inline void block(Left<A> a, const A* b, int64_t b_pitch, int64_t n, bool add, S* c,
                   int64_t c_pitch) {
-  Vector<A> sum[M][N];
+  Vector<S> sum[M][N];
   for (int i = 0; i < M; ++i) {
     for (int j = 0; j < N; ++j) {
-      sum[i][j] = add ? load(c + i * c_pitch + j * kLanes<A>) : Vector<A>{};
+      sum[i][j] = add ? load(c + i * c_pitch + j * kLanes<S>) : Vector<S>{};
     }
   }
   for (int64_t k = 0; k < n; ++k) {
@@ -33,17 +34,17 @@ inline void block(Left<A> a, const A* b, int64_t b_pitch, int64_t n, bool add, A
     for (int j = 0; j < N; ++j) y[j] = load(b + k * b_pitch + j * kLanes<A>);
     for (int i = 0; i < M; ++i) {
       const A x = a.data[i * a.row + k * a.column];
-      for (int j = 0; j < N; ++j) sum[i][j] += x * y[j];
+      for (int j = 0; j < N; ++j) sum[i][j] = multiply_add(x, y[j], sum[i][j]);
     }
   }
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) store(c + i * c_pitch + j * kLanes<A>, sum[i][j]);
+    for (int j = 0; j < N; ++j) store(c + i * c_pitch + j * kLanes<S>, sum[i][j]);
   }
 }
 
 // The same for any number of rows, kTile at a time.
-template <int N, typename A>
-void blocks(Left<A> a, int64_t rows, const A* b, int64_t b_pitch, int64_t n, bool add, A* c,
+template <int N, typename A, typename S>
+void blocks(Left<A> a, int64_t rows, const A* b, int64_t b_pitch, int64_t n, bool add, S* c,
             int64_t c_pitch) {
   for (; rows >= kTile; rows -= kTile, a.data += kTile * a.row, c += kTile * c_pitch) {
     block<kTile, N>(a, b, b_pitch, n, add, c, c_pitch);
@@ -59,9 +60,9 @@ void blocks(Left<A> a, int64_t rows, const A* b, int64_t b_pitch, int64_t n, boo
 
 // c [rows, columns] (+)= a [rows, n] times b [n, columns]; columns whole vectors. b_panel: numbers
 // from one panel of b to the next (kPanel if its rows are whole).
-template <typename A>
+template <typename A, typename S>
 void product(Left<A> a, int64_t rows, const A* b, int64_t b_pitch, int64_t b_panel, int64_t n,
-             bool add, A* c, int64_t c_pitch, int64_t columns) {
+             bool add, S* c, int64_t c_pitch, int64_t columns) {
   for (; columns >= kPanel<A>; columns -= kPanel<A>, b += b_panel, c += kPanel<A>) {
     blocks<kVectors>(a, rows, b, b_pitch, n, add, c, c_pitch);
   }

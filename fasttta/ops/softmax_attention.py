@@ -1,8 +1,8 @@
-"""Softmax attention on a CPU: a C++ kernel for float32, PyTorch's for the rest.
+"""Softmax attention on a CPU: a C++ kernel for float32 and bf16, PyTorch's for the rest.
 
-The kernel (csrc/softmax_attention.h) keeps rows of scores of a few queries in the cache, so that a
-softmax is one pass and products run on packed keys; PyTorch's flash kernel rescales partial ones.
-On a GPU PyTorch's own kernels are the right ones.
+The kernel (csrc/softmax_attention.h, csrc/pair_attention.h) keeps rows of scores of a few queries
+in the cache, so that a softmax is one pass and products run on packed keys; PyTorch's flash kernel
+rescales partial ones. On a GPU PyTorch's own kernels are the right ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native
+from . import native, processor
 from .registry import define, ops, refuse_second_derivative
 
 _FEWEST = 16  # queries; below, packing the keys costs more than it saves
@@ -32,7 +32,7 @@ def _like_heads(x: Tensor) -> Tensor:
 
 
 def _fake(q, k, v, scale):
-    return _like_heads(q), q.new_empty(q.shape[:3])
+    return _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(grad, q, k, v, out, lse, scale):
@@ -79,7 +79,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     """Attention without a graph, on a CPU.
 
     Returns:
-        Attention [B, H, T, d] as ``attend`` has it, and the scores' log-sum-exp [B, H, T].
+        Attention [B, H, T, d] as ``attend`` has it, and the scores' log-sum-exp [B, H, T],
+        in float32 for bf16.
     """
     if _suits(q, k, v):
         return ops.attention(q, k, v, scale)
@@ -97,14 +98,20 @@ def backward(
     return flash(grad, q, k, v, out, lse, 0.0, False, attn_mask=None, scale=scale)
 
 
+def _bf16_suits() -> bool:
+    """Whether the processor multiplies vectors of bf16, and not also tiles: PyTorch's kernel takes
+    those. On others the C++ kernel computes the same, at most as fast as in float32."""
+    return processor.bf16_vectors() and not processor.bf16_tiles()
+
+
 def _suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the C++ kernel is made for these, and there.
 
     It is not where a call is traced, transformed, differentiated forward or cast.
     """
     return (
-        all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-            for x in (q, k, v))
+        all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+        and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _bf16_suits()))
         and q.shape[2] >= _FEWEST
         and 0 < k.shape[2] <= _LONGEST
         and q.shape[3] == v.shape[3] <= _WIDEST

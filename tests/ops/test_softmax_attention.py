@@ -1,4 +1,4 @@
-"""The C++ attention: equal to the formula in float64, and used where it is made for."""
+"""The C++ attention in float32: equal to the formula in float64, and used where it is made for."""
 
 from __future__ import annotations
 
@@ -10,44 +10,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as nnf
+from attention_cases import SHAPES, formula, heads, near
 from op_cases import without_native
 
-from fasttta.ops import native, softmax_attention
-
-# samples, heads, queries, keys, channels: of ViT-B's modalities with and without prompts, and
-# what fills no vector, panel or unit of rows
-SHAPES = [
-    (2, 3, 98, 108, 64),
-    (1, 2, 196, 196, 64),
-    (1, 1, 101, 515, 80),
-    (2, 2, 16, 1, 5),
-    (3, 1, 49, 33, 1),
-    (1, 1, 17, 4096, 24),
-    (0, 2, 20, 20, 8),
-]
+from fasttta.ops import native, processor, softmax_attention
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _built():
     if not native.load():
         pytest.skip(f"no C++ kernels: {native.attempt().reason}")
-
-
-def heads(*shape, seed=0, scale=1.0):
-    """[B, H, T, d], a view of [B, T, 2, H, d] as packed projections give it."""
-    b, h, t, d = shape
-    generator = torch.Generator().manual_seed(seed + t)
-    return scale * torch.randn(b, t, 2, h, d, generator=generator)[:, :, 1].transpose(1, 2)
-
-
-def formula(q, k, v, scale):
-    return (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
-
-
-def near(computed, expected, tolerance=4e-6):
-    assert computed.shape == expected.shape
-    limit = tolerance * max(1e-3, expected.abs().max().item()) if expected.numel() else 0
-    assert computed.numel() == 0 or (computed.double() - expected).abs().max() <= limit
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -116,6 +88,7 @@ def test_pytorch_serves_the_rest(case, monkeypatch):
     q, k, v = heads(1, 2, t, d), heads(1, 2, s, d, seed=1), heads(1, 2, s, d, seed=2)
     if case in ("float64", "bfloat16"):
         q, k, v = (x.to(getattr(torch, case)) for x in (q, k, v))
+    monkeypatch.setattr(processor, "bf16_vectors", lambda: False)
     if case == "off":
         without_native(monkeypatch)
     monkeypatch.setattr(
@@ -237,6 +210,15 @@ for shape in ((1, 2, 50, 37, 20), (2, 1, 64, 64, 64), (1, 1, 17, 5, 3)):
             ]
             moved = torch.autograd.grad(right, exact, (up_mean.double(), up_std.double()))
             pairs += zip((mean, std, scores), (*right, *moved))
+        if dtype == torch.float32:
+            half = [x.bfloat16() for x in (q, k, v, up)]
+            exact = [x.double().requires_grad_() for x in half[:3]]
+            right = (0.3 * exact[0] @ exact[1].mT).softmax(-1) @ exact[2]
+            out, lse = torch.ops.fasttta.attention(*half[:3], 0.3)
+            grads = torch.ops.fasttta.attention_backward(half[3], *half[:3], out, lse, 0.3)
+            moved = torch.autograd.grad(right, exact, half[3].double())
+            for x, y in zip((out, *grads), (right, *moved)):
+                assert (x - y).abs().max() <= 1e-2 * y.abs().max(), (shape, "bfloat16")
         for x, y in pairs:
             worst = (x - y).abs().max() / y.abs().max()
             assert worst <= (1e-12 if dtype == torch.float64 else 1e-5), (shape, dtype, worst)

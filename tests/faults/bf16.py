@@ -1,0 +1,25 @@
+"""bf16 on CPUs."""
+
+FAULTS = [
+    (
+        "bf16-attention-key-beyond-the-last",
+        "csrc/pair_attention.h",
+        "if (s.keys % 2 == 0) return;",
+        "return;",
+        "ops/test_bf16_attention.py::test_scores_far_from_zero",
+    ),
+    (
+        "bf16-attention-scores-beyond-the-last",
+        "csrc/pair_attention.h",
+        "for (int64_t i = n - last; i < kLanes<float>; ++i) {",
+        "for (int64_t i = n - last + 1; i < kLanes<float>; ++i) {",
+        "ops/test_bf16_attention.py::test_scores_far_from_zero",
+    ),
+    (
+        "bf16-attention-on-processors-with-tiles",
+        "fasttta/ops/softmax_attention.py",
+        "return processor.bf16_vectors() and not processor.bf16_tiles()",
+        "return processor.bf16_vectors()",
+        "ops/test_bf16_attention.py::test_serves_where_the_processor_has_vectors_but_no_tiles[True]",
+    ),
+]
