@@ -16,6 +16,7 @@ from ..methods.special_bases import DrawingMethod, TwoPassMethod
 from ..ops.checks import dense
 from ..protocols import FusionModel, ReturnsMore
 from .episode import run_updates
+from .float32_products import float32_products
 from .precision import Precision
 from .result import StepResult, warn
 from .state import State
@@ -379,22 +380,6 @@ def environment(device: torch.device, precision: Precision, grad: bool) -> Itera
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),
         torch.autocast(device.type, enabled=False),
-        _float32_products(device, "tf32" if precision.name == "tf32" else "ieee"),
+        float32_products("tf32" if precision.name == "tf32" else "ieee"),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _float32_products(device: torch.device, mode: str) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = mode
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value

@@ -10,7 +10,6 @@ import torch
 from cases import METHODS, buffered, differing, same, snapshot, state_equal
 
 import fasttta
-from fasttta.engine.step import _float32_products
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -113,24 +112,6 @@ def test_non_finite_loss_skips(tiny_model, tiny_batch):
         result = adapted.step(*tiny_batch())
     assert int(result.n_used) == 0
     assert differing(before, adapted) == []
-
-
-def test_float32_products_are_set_and_given_back():
-    """The switches that decide TF32 on CUDA; they can be turned on any build."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [s.fp32_precision for s in switches]
-    try:
-        for outside in ("tf32", "ieee"):
-            for s in switches:
-                s.fp32_precision = outside
-            for mode in ("ieee", "tf32"):
-                with contextlib.suppress(KeyError), _float32_products(torch.device("cuda"), mode):
-                    assert {s.fp32_precision for s in switches} == {mode}
-                    raise KeyError
-                assert {s.fp32_precision for s in switches} == {outside}
-    finally:
-        for s, value in zip(switches, before, strict=True):
-            s.fp32_precision = value
 
 
 def _overflow_for_loud_samples(adapted, place):
