@@ -167,22 +167,38 @@ def one_ahead(made: Iterator[T]) -> Iterator[T]:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device: PyTorch has 32 in all, and captured steps use others."""
-    return torch.cuda.Stream(device)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Two for each device, of work and of copies: PyTorch has 32 in all, and captured steps use
+    others."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Lane:
-    """A stream of a GPU beside the current one, for what runs ahead of the steps."""
+    """Streams of a GPU beside the current one, for what runs ahead of the steps: one for work, and
+    one for copies from host memory, which wait for nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._side = device, _side_stream(device)
+        self._device = device
+        self._side, self._copies = _streams(device)
 
     def bring(self, x: Tensor) -> Tensor:
-        """A tensor on the device: from host memory through pinned memory, without waiting."""
+        """A tensor on the device, in memory that the caller does not write to.
+
+        From host memory it goes through pinned memory; the copy runs beside a step that is queued,
+        and the current stream waits for it. The caller's own pinned memory may be written to again
+        when this returns: the host waits for that copy, and for nothing else.
+        """
         if x.device.type == "cpu":
-            return x.pin_memory().to(self._device, non_blocking=True)
-        if x.device == self._device:
+            theirs, copied = x.is_pinned(), torch.cuda.Event()
+            with torch.cuda.stream(self._copies):
+                x = x.pin_memory().to(self._device, non_blocking=True)
+                copied.record()
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(copied)
+            x.record_stream(here)
+            if theirs:
+                copied.synchronize()
+        elif x.device == self._device:
             x.record_stream(self._side)
         return x
 

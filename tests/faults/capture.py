@@ -1,6 +1,6 @@
-"""Faults in warm-up and capture."""
+"""Faults in warm-up and capture, and in streams beside the steps."""
 
-CAPTURE = "fasttta/engine/capture.py"
+CAPTURE, LANE = "fasttta/engine/capture.py", "fasttta/engine/streaming.py"
 
 FAULTS = [
     (
@@ -28,5 +28,24 @@ FAULTS = [
         "the error of the end of a capture hides its reason", CAPTURE,
         "reason = failure or error", "reason = error",
         "engine/test_capture.py::test_an_error_of_the_capture_gives_the_advice",
+    ),
+    (
+        "a copy waits for the step before", LANE,
+        "with torch.cuda.stream(self._copies):", "with torch.cuda.stream(self._side):",
+        "engine/test_lane.py::test_a_copy_does_not_wait_for_the_step_before",
+    ),
+    (
+        "a batch is used before it is copied", LANE, "            here.wait_event(copied)\n", "",
+        "engine/test_lane.py::test_a_copy_waits_for_nothing",
+    ),
+    (
+        "memory of a copy is given away while it is used", LANE,
+        "            x.record_stream(here)\n            if", "            if",
+        "engine/test_lane.py::test_a_copy_waits_for_nothing",
+    ),
+    (
+        "the loader refills memory that is being copied", LANE,
+        "            if theirs:\n                copied.synchronize()\n", "",
+        "engine/test_lane.py::test_pinned_memory_of_the_caller",
     ),
 ]  # fmt: skip

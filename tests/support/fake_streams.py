@@ -94,6 +94,9 @@ class _Event:
     def record(self, stream=None):
         self.gpu.log.append(f"record {self.name} on {(stream or self.gpu.now).name}")
 
+    def synchronize(self):
+        self.gpu.log.append(f"the host waits for {self.name}")
+
 
 class _Graph:
     def __init__(self, gpu):
@@ -101,3 +104,33 @@ class _Graph:
 
     def replay(self):
         self.gpu.log.append("replay")
+
+
+class FakeTensor(torch.Tensor):
+    """A tensor that seems to lie on a device, and writes down its copies and what uses it."""
+
+    @staticmethod
+    def make(gpu, name, device="cpu", pinned=False):
+        x = torch.zeros(2, 3).as_subclass(FakeTensor)
+        x.gpu, x.named, x.place, x.pinned = gpu, name, torch.device(device), pinned
+        return x
+
+    device = property(lambda self: self.place)
+    is_cuda = property(lambda self: self.place.type == "cuda")
+
+    def is_pinned(self):
+        return self.pinned
+
+    def pin_memory(self):
+        return self if self.pinned else self._moved("cpu", True)
+
+    def to(self, device, non_blocking=False):
+        assert self.pinned and non_blocking, "this copy would block"
+        self.gpu.log.append(f"copy {self.named} on {self.gpu.now.name}")
+        return self._moved(device, False)
+
+    def record_stream(self, stream):
+        self.gpu.log.append(f"{self.named} is used on {stream.name}")
+
+    def _moved(self, device, pinned):
+        return FakeTensor.make(self.gpu, self.named, device, pinned)
