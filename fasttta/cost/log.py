@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.registry import OPERATORS
-from .operation import ATTENTION, FREE, PRODUCTS, Operation, measured, tensors
+from .operation import ATTENTION, FREE, PRODUCTS, Operation, is_on_gpu, measured, tensors
 
 _READS = ("_local_scalar_dense", "is_nonzero", "equal", "item")
 _TRANSFERS = ("_to_copy", "copy_", "_copy_from")
@@ -74,7 +74,7 @@ class Log(TorchDispatchMode):
         if func.namespace == "prim" or name in ("device", "dtype", "layout"):
             return func(*args, **kwargs)
         inputs = list(tensors((args, kwargs)))
-        on_gpu = any(x.is_cuda for x in inputs)
+        on_gpu = any(map(is_on_gpu, inputs))
         real = not any(isinstance(x, FakeTensor) for x in inputs)
         if real and torch.device(kwargs.get("device") or "cpu").type == "cpu":
             return self._on_host(func, args, kwargs)
@@ -85,7 +85,7 @@ class Log(TorchDispatchMode):
                 return OPERATORS[name].default(*args)
         results = func(*args, **kwargs)
         made = list(tensors(results))
-        if not on_gpu and not any(x.is_cuda for x in made):
+        if not on_gpu and not any(map(is_on_gpu, made)):
             return results
         self._track(inputs, made)
         where = self._where()
@@ -127,20 +127,16 @@ class Log(TorchDispatchMode):
         self, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], made: list[Tensor],
         where: str,
     ) -> None:  # fmt: skip
-        shapes = ", ".join(f"{x.device.type} {list(x.shape)}" for x in (*inputs, *made))
+        on_host = [x for x in (*inputs, *made) if not is_on_gpu(x)]
         if name in _TRANSFERS:
-            source = args[1] if name == "copy_" else args[0]
-            target = made[0]
-            if source.device.type == target.device.type:
-                return
-            blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-            host = source if target.is_cuda else target
-            if blocks or host.untyped_storage() not in self._pinned:
-                self.find("blocking copy", f"{name} of {shapes}", where)
-        elif any(not x.is_cuda and x.ndim for x in (*inputs, *made)) and name not in FREE:
-            self.find("devices mixed", f"{name} of {shapes}", where)
-        if any(x.dtype == torch.float64 and x.is_cuda and x.numel() > 1 for x in made):
-            self.find("fp64", f"{name} of {shapes}", where)
+            flags = kwargs.get("non_blocking"), name == "copy_" and args[2:] == (True,)
+            pinned = all(x.untyped_storage() in self._pinned for x in on_host)
+            if on_host and not (any(flags) and pinned):
+                self.find("blocking copy", _described(name, inputs, made), where)
+        elif any(x.ndim for x in on_host) and name not in FREE:
+            self.find("devices mixed", _described(name, inputs, made), where)
+        if any(x.dtype == torch.float64 and x.numel() > 1 for x in made):
+            self.find("fp64", _described(name, inputs, made), where)
 
     def _inspect_product(self, operation: Operation, made: list[Tensor]) -> None:
         if (
@@ -162,7 +158,7 @@ class Log(TorchDispatchMode):
         theirs = {id(x.untyped_storage()) for x in inputs}
         for x in made:
             storage = x.untyped_storage()
-            if x.is_cuda and id(storage) not in theirs and id(storage) not in self._alive:
+            if is_on_gpu(x) and id(storage) not in theirs and id(storage) not in self._alive:
                 self._count(storage)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -189,6 +185,11 @@ class Log(TorchDispatchMode):
             # the operation's node has taken the number before the next
             self._lines[torch.autograd._get_sequence_nr() - 1] = line
         return line
+
+
+def _described(name: str, inputs: list[Tensor], made: list[Tensor]) -> str:
+    shapes = [f"{x.device.type} {list(x.shape)}" for x in (*inputs, *made)]
+    return f"{name} of {', '.join(shapes)}"
 
 
 def _lines() -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.registry import OPERATORS
 
@@ -91,6 +92,11 @@ def tensors(x: Any) -> Iterator[Tensor]:
         yield from tensors(list(x.values()))
 
 
+def is_on_gpu(x: Tensor) -> bool:
+    """Whether it lies on the fake GPU; asking x itself would be one more dispatch."""
+    return isinstance(x, FakeTensor) and x.fake_device.type == "cuda"
+
+
 def size(x: Tensor) -> int:
     """Bytes of memory that a tensor covers: expanded dimensions count once."""
     strides = zip(x.shape, x.stride(), strict=True)
@@ -103,7 +109,7 @@ def _key(x: Tensor) -> tuple:
 
 def moved(name: str, func: Any, args: tuple, kwargs: dict, results: list[Tensor]) -> int:
     """Bytes that an operation reads and writes: every tensor once, rows where only these count."""
-    read = {_key(x): size(x) for x in tensors((args, kwargs)) if x.is_cuda}
+    read = {_key(x): size(x) for x in tensors((args, kwargs)) if is_on_gpu(x)}
     written = {_key(x): size(x) for x in results}
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
