@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import triton
+from .cost import Cost
 from .registry import define, ops, refuse_second_derivative, wide
 
 SCHEMA = "gelu(Tensor x, Tensor? bias=None) -> Tensor"
@@ -92,5 +93,17 @@ def _default_backward(grad: Tensor, x: Tensor, bias: Tensor | None = None) -> Te
     return torch.ops.aten.gelu_backward(grad.to(before), before).to(x.dtype)
 
 
-define(SCHEMA, _fake, _default, kernels="gelu", no_triton=no_triton)
-define(BACKWARD_SCHEMA, _fake_backward, _default_backward, kernels="gelu", no_triton=no_triton)
+def one_pass(*_: object) -> Cost:
+    """Cost of an activation's kernel, or of its gradient's."""
+    return Cost()
+
+
+define(SCHEMA, _fake, _default, kernels="gelu", no_triton=no_triton, cost=one_pass)
+define(
+    BACKWARD_SCHEMA,
+    _fake_backward,
+    _default_backward,
+    kernels="gelu",
+    no_triton=no_triton,
+    cost=one_pass,
+)

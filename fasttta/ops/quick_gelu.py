@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native
-from .gelu import kernels_serve, no_triton
+from .gelu import kernels_serve, no_triton, one_pass
 from .registry import define, ops, refuse_second_derivative, wide
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -81,7 +81,7 @@ def _default_backward(grad: Tensor, x: Tensor) -> Tensor:
     return (grad * (s + 1.702 * z * s * (1 - s))).to(x.dtype)
 
 
-define(SCHEMA, _fake, _default, cpp=True, kernels="gelu", no_triton=no_triton)
+define(SCHEMA, _fake, _default, cpp=True, kernels="gelu", no_triton=no_triton, cost=one_pass)
 define(
     BACKWARD_SCHEMA,
     _fake_backward,
@@ -89,4 +89,5 @@ define(
     cpp=True,
     kernels="gelu",
     no_triton=no_triton,
+    cost=one_pass,
 )

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import trace
+from ..kernels import residual_layer_norm_plan as plan
 from . import triton
+from .cost import Cost
 from .registry import define, ops, refuse_second_derivative, wide
 
 WIDEST = 8192  # channels of a row: with twice as many, gradients of a tuned weight spill registers
@@ -216,12 +218,27 @@ def _no_triton_backward(
     return _no_triton(grad_normed, grad_total, total, weight)
 
 
+def _cost(residual, branch, weight, bias, eps, dtype) -> Cost:
+    return Cost()
+
+
+def _cost_backward(
+    grad_normed, grad_total, total, stats, weight, branch_dtype, to_total, to_branch, to_affine
+) -> Cost:
+    if not to_affine:
+        return Cost()
+    rows, width = total.numel() // total.shape[-1], total.shape[-1]
+    parts = plan.gradient(rows, width, True).grid[0]  # of weight and bias, added by PyTorch
+    return Cost(launches=2, workspace=2 * parts * 2 * width * 4)
+
+
 define(
     FORWARD,
     _fake,
     _default,
     kernels="residual_layer_norm",
     no_triton=_no_triton_forward,
+    cost=_cost,
 )
 define(
     BACKWARD,
@@ -229,4 +246,5 @@ define(
     _default_backward,
     kernels="residual_layer_norm",
     no_triton=_no_triton_backward,
+    cost=_cost_backward,
 )

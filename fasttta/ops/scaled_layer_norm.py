@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cost import Cost
 from .registry import define, ops
 from .scaled_rows import ScaledRows, empty_rows, no_triton_for_rows, scaled_rows_reference
 
@@ -71,10 +72,15 @@ def _no_triton(residual, branch, weight, bias, eps) -> str | None:
     return None
 
 
+def _cost(residual, branch, weight, bias, eps) -> Cost:
+    return Cost()
+
+
 define(
     SCHEMA,
     _fake,
     scaled_layer_norm_reference,
     kernels="scaled_layer_norm",
     no_triton=_no_triton,
+    cost=_cost,
 )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cost import Cost
 from .quick_gelu import quick_gelu_reference
 from .registry import define, ops
 from .triton import is_far
@@ -104,4 +105,15 @@ def _no_triton(x, activation) -> str | None:
     return no_triton_for_rows(x)
 
 
-define(SCHEMA, _fake, scaled_rows_reference, kernels="scaled_rows", no_triton=_no_triton)
+def _cost(x, activation) -> Cost:
+    return Cost()
+
+
+define(
+    SCHEMA,
+    _fake,
+    scaled_rows_reference,
+    kernels="scaled_rows",
+    no_triton=_no_triton,
+    cost=_cost,
+)
