@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,18 +32,18 @@ def build() -> Path | None:
     """
     import torch
 
-    from ..ops import native, native_cache
+    from ..ops import native_build, native_cache
 
     if torch.cuda.is_available():
         return None
-    compiler = native.compiler()
+    compiler = native_build.compiler()
     if compiler is None:
         raise RuntimeError(
             f"{_NEEDED}, and there is no compiler: c++, g++ and clang++ are not on PATH; install "
             "one (Debian: apt install g++), or name it in $CXX"
         )
     source = (resources.files(__package__) / "fake_gpu.cpp").read_text()
-    parts = [native.version(compiler), compiler, torch.__version__, *_FLAGS, source]
+    parts = [native_build.version(compiler), compiler, torch.__version__, *_FLAGS, source]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder, _ = native_cache.folder_and_reason()
     path = folder / f"fake-gpu-{digest}.so"
@@ -55,7 +54,7 @@ def build() -> Path | None:
 
 
 def _compile(compiler: str, source: str, target: Path) -> None:
-    from ..ops import native_cache
+    from ..ops import native_build, native_cache
 
     folder = Path(tempfile.mkdtemp(prefix=f"{target.stem}-", dir=target.parent))
     with contextlib.ExitStack() as clean:
@@ -63,8 +62,8 @@ def _compile(compiler: str, source: str, target: Path) -> None:
         unit, library = folder / "fake_gpu.cpp", folder / "library.so"
         unit.write_text(source)
         command = [
-            *shlex.split(compiler), *_FLAGS, "-isystem", str(_torch() / "include"), str(unit),
-            "-o", str(library), f"-L{_torch() / 'lib'}", "-ltorch_cpu", "-lc10",
+            *native_build.words(compiler), *_FLAGS, "-isystem", str(_torch() / "include"),
+            str(unit), "-o", str(library), f"-L{_torch() / 'lib'}", "-ltorch_cpu", "-lc10",
         ]  # fmt: skip
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:

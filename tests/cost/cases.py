@@ -5,21 +5,27 @@ Import it in a process that counts (``python tests/cost/count.py``), after the s
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fasttta
-from fasttta.cost import gpu
+from fasttta.cost import gpu, inputs
 from fasttta.cost.log import Log
-from fasttta.data import Views
+from fasttta.engine import capture
 from fasttta.models import CAVMAE, CLIP
 
-PRECISIONS, ENGINES = ("bf16", "fp32", "tf32"), ("graph", "eager")
-WORDS = 4  # of the prompt
+ENGINES = ("graph", "eager")
+#: Those of every case; the first is counted at full depth, the others with few blocks.
+PRECISIONS = ("bf16", "fp32", "tf32")
+FEW = {"fusion": (2, 2, 1), "clip": 3}  # blocks: what a block does is seen in one
+FULL = {"fusion": (11, 11, 1), "clip": 12}
+
+capture._WARM_UP = 1  # nothing has to settle
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Case:
 
     Attributes:
         size: samples, or views. classes: that the model tells apart.
-        graph: whether the engine captures it.
+        graph: whether the engine captures it. precision: that it is budgeted in.
     """
 
     method: str
@@ -36,10 +42,13 @@ class Case:
     classes: int
     options: dict[str, Any] = field(default_factory=dict)
     graph: bool = True
+    precision: str = "bf16"
 
 
+_K50 = {"k": 8, "window": 4}
 CASES = {
-    "K50": Case("abpem", 8, 50, {"k": 8, "window": 4}),
+    "K50": Case("abpem", 8, 50, _K50),
+    "K50 fp8": Case("abpem", 8, 50, _K50, precision="fp8"),
     "VGG": Case("abpem", 32, 309, {"k": 28, "window": 4}),
     "batch 64": Case("abpem", 64, 50, {"k": 8, "window": 1}),
     "batch 1": Case("abpem", 1, 50, {"k": 8, "window": 1}),
@@ -60,11 +69,24 @@ CASES = {
 }
 
 
+def combinations() -> list[tuple[str, str, str]]:
+    """(case, precision, engine) of every step that is counted."""
+    return [
+        (name, precision, engine)
+        for name, case in CASES.items()
+        for precision in (PRECISIONS if case.precision in PRECISIONS else (case.precision,))
+        for engine in ENGINES
+        if case.graph or engine == "eager"
+    ]
+
+
 def count(name: str, precision: str, engine: str) -> Log:
     """The log of one step in the steady state: windows full, graphs captured."""
     case = CASES[name]
-    with gpu.counting(half=precision == "bf16") as log:
-        step = _step(case, precision, engine)
+    blocks = FULL if precision == case.precision else FEW
+    with gpu.counting(half=precision in ("bf16", "fp8")) as log, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a single sample
+        step = _step(case, precision, engine, blocks)
         for _ in range(max(1, case.options.get("window", 1))):
             step()
         log.begin()
@@ -72,50 +94,36 @@ def count(name: str, precision: str, engine: str) -> Log:
     return log
 
 
-def _step(case: Case, precision: str, engine: str) -> Callable[[], object]:
+def _step(case: Case, precision: str, engine: str, blocks: dict[str, Any]) -> Callable[[], object]:
     options = {"precision": precision, "engine": engine, "verify_model": "never", **case.options}
-    with torch.device(gpu.DEVICE):
-        if "vision-language" in fasttta.methods.by_name(case.method).families:
-            clip, views = vit_b_clip(), fake_views(case.size)
-            adapted = fasttta.adapt(clip, case.method, classes=class_ids(case.classes), **options)
-            return lambda: adapted.step(views=views)
-        model = CAVMAE(case.classes).eval()
-        inputs = torch.empty(case.size, 1024, 128), torch.empty(case.size, 3, 224, 224)
-        if case.method == "brimpr":
-            options["source_stats"] = source_stats(model)
-        adapted = fasttta.adapt(model, case.method, **options)
-        return lambda: adapted.step(*inputs)
+    if "vision-language" in fasttta.methods.by_name(case.method).families:
+        clip = gpu.on_gpu(_vit_b_clip(blocks["clip"]))
+        ids = inputs.class_ids(case.classes, 77, 49408)
+        views = inputs.views(case.size, 224, gpu.DEVICE)
+        image = fasttta.adapt(clip, case.method, classes=ids, **options)
+        return lambda: image.step(views=views)
+    model = gpu.on_gpu(_vit_b_fusion(case.classes, blocks["fusion"]))
+    shapes = (case.size, 1024, 128), (case.size, 3, 224, 224)
+    batch = [torch.empty(shape, device=gpu.DEVICE) for shape in shapes]
+    if case.method == "brimpr":
+        options["source_stats"] = inputs.source_stats(model)
+    adapted = fasttta.adapt(model, case.method, **options)
+    return lambda: adapted.step(*batch)
 
 
-def vit_b_clip() -> CLIP:
-    """CLIP of ViT-B/16's sizes."""
-    vision = {"resolution": 224, "patch": 16, "dim": 768, "depth": 12, "heads": 12, "hidden": 3072}
-    text = {"dim": 512, "depth": 12, "heads": 8, "hidden": 2048, "context_length": 77,
+@functools.cache
+def _vit_b_fusion(classes: int, depth: tuple[int, int, int]) -> CAVMAE:
+    """CAV-MAE's shapes."""
+    with torch.device("meta"):
+        return CAVMAE(classes, depth=depth).eval()
+
+
+@functools.cache
+def _vit_b_clip(depth: int) -> CLIP:
+    """The shapes of CLIP ViT-B/16."""
+    vision = {"resolution": 224, "patch": 16, "dim": 768, "depth": depth, "heads": 12,
+              "hidden": 3072}  # fmt: skip
+    text = {"dim": 512, "depth": depth, "heads": 8, "hidden": 2048, "context_length": 77,
             "vocabulary": 49408}  # fmt: skip
-    return CLIP(512, vision, text).eval().requires_grad_(False)
-
-
-def source_stats(model: CAVMAE) -> fasttta.SourceStats:
-    """Statistics of the shapes that BriMPR needs, on the host."""
-    with torch.device("cpu"):
-        pairs = {
-            name: (torch.ones(s), torch.zeros(s)) for name, s in model.feature_shapes().items()
-        }
-    return fasttta.SourceStats(**pairs)
-
-
-def fake_views(count: int) -> Views:
-    """Views of one image, made elsewhere."""
-    pixels = (torch.empty(count, 3, 224, 224) for _ in range(2))
-    return Views(*pixels, torch.empty(count))
-
-
-def class_ids(classes: int) -> Tensor:
-    """Token ids [C, L] on the host: SOT, the prompt, a name of 1 to 4 tokens, full stop, EOT."""
-    with torch.device("cpu"):
-        ids = torch.zeros(classes, 77, dtype=torch.int64)
-        for n in range(classes):
-            name = [100 + (7 * n + i) % 40000 for i in range(1 + n % 4)]
-            words = [49406, *range(5, 5 + WORDS), *name, 10, 49407]
-            ids[n, : len(words)] = torch.tensor(words)
-    return ids
+    with torch.device("meta"):
+        return CLIP(512, vision, text).eval().requires_grad_(False)

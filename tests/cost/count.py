@@ -1,54 +1,97 @@
-"""Counts one step without a GPU: ``python tests/cost/count.py K50`` prints where it goes.
+"""Counts steps without a GPU: ``python tests/cost/count.py K50`` prints where a step goes.
 
 Options: ``--precision fp32``, ``--engine eager``, ``--gpu b200``, ``--lines 40``. Without a case it
-prints the names of all.
+prints the names of all. ``--json`` prints numbers of all cases, or of those of one precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from fasttta.cost import shim
 
 
-def in_process_of_its_own(script: str, arguments: list[str]) -> subprocess.CompletedProcess:
-    """Runs a script of this folder again, with the shim as its first argument."""
+def start(script: str | Path, *arguments: str, **options) -> subprocess.Popen:
+    """Starts a script that counts, in a process of its own, with the shim as its first argument."""
     built = shim.build()
-    command = [sys.executable, script, "" if built is None else str(built), *arguments]
-    return subprocess.run(command, check=False)
+    command = [sys.executable, "-P", str(script), "" if built is None else str(built), *arguments]
+    return subprocess.Popen(command, **options)
+
+
+def load_shim() -> list[str]:
+    """Loads the shim that ``start`` named; returns the other arguments."""
+    if sys.argv[1]:
+        shim.load(Path(sys.argv[1]))
+    sys.path.insert(0, str(Path(__file__).parent))
+    return sys.argv[2:]
 
 
 def main() -> int:
     if len(sys.argv) < 2 or not (sys.argv[1] == "" or sys.argv[1].endswith(".so")):
-        return in_process_of_its_own(__file__, sys.argv[1:]).returncode
-    if sys.argv[1]:
-        shim.load(Path(sys.argv[1]))
+        return start(__file__, *sys.argv[1:]).wait()
+    arguments = load_shim()
 
-    from cases import CASES, ENGINES, PRECISIONS, count
+    from cases import CASES, ENGINES, PRECISIONS
 
-    from fasttta.cost import gpu, report
+    from fasttta.cost import gpu
     from fasttta.cost.roofline import GPUS
 
-    parser = argparse.ArgumentParser(prog="count.py")
-    parser.add_argument("case", nargs="*", choices=[[], *CASES], metavar="CASE")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser = argparse.ArgumentParser(prog="count.py", description=__doc__)
+    parser.add_argument("case", nargs="*", metavar="CASE")
+    parser.add_argument("--precision", choices=(*PRECISIONS, "fp8"))
     parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--lines", type=int, default=25)
-    options = parser.parse_args(sys.argv[2:])
-    if not options.case:
-        print("\n".join(CASES))
-        return 0
+    parser.add_argument("--json", choices=("budgets", "others"))
+    options = parser.parse_args(arguments)
     gpu.pretend()
+    if options.json:
+        print(json.dumps(numbers_of_all(options.json == "budgets")))
+    elif odd := [name for name in options.case if name not in CASES]:
+        parser.error(f"unknown case {odd[0]!r}; known: {', '.join(CASES)}")
+    elif not options.case:
+        print("\n".join(CASES))
     for name in options.case:
-        engine = options.engine or ("graph" if CASES[name].graph else "eager")
-        log = count(name, options.precision, engine)
-        print(f"{name}, {options.precision}, {engine}")
-        print(report.text(log, GPUS[options.gpu], engine == "graph", options.lines))
+        describe(name, options)
     return 0
+
+
+def describe(name: str, options: argparse.Namespace) -> None:
+    """Prints where a step goes."""
+    from cases import CASES, count
+
+    from fasttta.cost import report
+    from fasttta.cost.roofline import GPUS
+
+    case = CASES[name]
+    precision = options.precision or case.precision
+    engine = options.engine or ("graph" if case.graph else "eager")
+    log = count(name, precision, engine)
+    print(f"{name}, {precision}, {engine}")
+    print(report.text(log, GPUS[options.gpu], engine == "graph", options.lines))
+
+
+def numbers_of_all(budgeted: bool) -> list[dict[str, object]]:
+    """Numbers of the budgeted steps, at full depth, or of all others."""
+    from cases import CASES, combinations, count
+
+    from fasttta.cost import report
+    from fasttta.cost.roofline import GPUS
+
+    results: list[dict[str, object]] = []
+    for name, precision, engine in combinations():
+        if budgeted == (precision == CASES[name].precision):
+            began = time.perf_counter()
+            log = count(name, precision, engine)
+            numbers = report.numbers(log, GPUS["h200"], engine == "graph")
+            case = {"case": name, "precision": precision, "engine": engine}
+            results.append({**case, **numbers, "took": time.perf_counter() - began})
+    return results
 
 
 if __name__ == "__main__":
