@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,16 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCHEMA = "scaled_rows(Tensor x, str activation) -> (Tensor values, Tensor scale)"
 
 
-class ScaledRows(NamedTuple):
-    """Rows ``values * scale``."""
+@dataclass(frozen=True)
+class ScaledRows:
+    """Rows ``values * scale``; an index chooses among them."""
 
     values: Tensor  # [..., D] float8_e4m3fn
     scale: Tensor  # [..., 1] float32
+
+    def __getitem__(self, index: Any) -> ScaledRows:
+        """Some of the rows."""
+        return ScaledRows(self.values[index], self.scale[index])
 
 
 def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -206,3 +206,10 @@ def test_which_devices_multiply_float8(capability, hip, has_products, monkeypatc
     finally:
         module._emulated.cache_clear()
     assert "cpu has no" in module.emulated(torch.device("cpu"))
+
+
+def test_an_index_chooses_rows():
+    rows = scaled_rows(_random(3, 4, 16))
+    some = rows[:, 1:3]
+    assert (some.values.shape, some.scale.shape) == ((3, 2, 16), (3, 2, 1))
+    assert torch.equal(_values(some), _values(rows)[:, 1:3])

@@ -89,7 +89,7 @@ class QuantisedLinear(nn.Module):
         if isinstance(x, Tensor):
             _refuse_gradient(x)
             x = scaled_rows(x)
-        weight = ScaledRows(self.weight[rows], self.weight_scale[rows])
+        weight = ScaledRows(self.weight, self.weight_scale)[rows]
         bias = None if self.bias is None else self.bias[rows]
         return scaled_product(x, weight, bias, _COMPUTE)
 
@@ -147,11 +147,24 @@ class QuantisedModalityBlock(ModalityBlock):
 
     def forward(self, x: Tensor, modality: str = "") -> tuple[Tensor, QueriesAndKeys]:
         """As ``ModalityBlock.forward``."""
+        x, branch, attention = self.advance(x, None, modality)
+        return x + branch, attention
+
+    def advance(
+        self, x: Tensor, branch: Tensor | None, modality: str = ""
+    ) -> tuple[Tensor, Tensor, QueriesAndKeys]:
+        """Runs the block on x + branch but leaves the addition of what its MLP returns to the
+        LayerNorm that follows. None: no branch waits.
+
+        Returns:
+            The residual stream and what is to be added to it, [B, T, D] each, and the queries and
+            keys.
+        """
         suffix = f"_{modality}" if modality else ""
-        x, rows = _normed(getattr(self, f"norm1{suffix}"), x, None)
+        x, rows = _normed(getattr(self, f"norm1{suffix}"), x, branch)
         branch, attention = self.attn(cast(Tensor, rows))
         x, rows = _normed(getattr(self, f"norm2{suffix}"), x, branch)
-        return x + self.mlp(cast(Tensor, rows)), attention
+        return x, self.mlp(cast(Tensor, rows)), attention
 
 
 class QuantisedPackedAttention(PackedAttention):
@@ -183,9 +196,19 @@ class QuantisedResidualAttentionBlock(ResidualAttentionBlock):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """As ``ResidualAttentionBlock.forward``."""
-        x, rows = _normed(self.ln_1, x, None)
-        x, rows = _normed(self.ln_2, x, self.attn(cast(Tensor, rows), causal=causal))
-        return x + self.mlp(cast(Tensor, rows))
+        x, rows = self.before_attention(x)
+        x, branch = self.after_attention(x, self.attn(cast(Tensor, rows), causal=causal))
+        return x + branch
+
+    def before_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Any]:
+        """x + branch, [B, T, D] each, and its first LayerNorm in float8; None: no branch waits."""
+        return _normed(self.ln_1, x, branch)
+
+    def after_attention(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, [B, T, D] each, the attention's output, and what the MLP returns, which is
+        still to be added."""
+        x, rows = _normed(self.ln_2, x, branch)
+        return x, self.mlp(cast(Tensor, rows))
 
 
 def unsuitable(block: nn.Module) -> str | None:
