@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fasttta.models.blocks import layers
+from fasttta.models.blocks import onednn
 from fasttta.models.blocks.layers import Linear
 
 pytestmark = pytest.mark.skipif(
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def called(monkeypatch):
     """The calls of oneDNN's product by layers, without those of the trial."""
-    layers._onednn_works()
-    calls, product = [], layers.onednn_linear
-    monkeypatch.setattr(layers, "onednn_linear", lambda *args: calls.append(args) or product(*args))
+    onednn._works()
+    calls, product = [], onednn.onednn_linear
+    monkeypatch.setattr(onednn, "onednn_linear", lambda *args: calls.append(args) or product(*args))
     return calls
 
 
@@ -43,11 +43,11 @@ def test_same_numbers(called, mode, strided):
 
 
 def test_they_work_where_they_exist():
-    layers._onednn_works.cache_clear()
+    onednn._works.cache_clear()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        assert layers._onednn_works()
+        assert onednn._works()
     finally:
         torch.set_default_dtype(before)
 
@@ -74,14 +74,14 @@ def test_where_they_are_not_used(called):
 
 def test_operations_that_fail_are_left_alone(monkeypatch):
     layer, x = Linear(24, 40), torch.randn(3, 50, 24)
-    layers._onednn_works.cache_clear()
+    onednn._works.cache_clear()
     calls = []
     monkeypatch.setattr(
-        layers, "onednn_linear", lambda *args, **options: calls.append(args) or torch.zeros(1)
+        onednn, "onednn_linear", lambda *args, **options: calls.append(args) or torch.zeros(1)
     )
     try:
         with torch.no_grad():
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
-        layers._onednn_works.cache_clear()
+        onednn._works.cache_clear()
     assert len(calls) == 3  # the trial

@@ -1,14 +1,7 @@
-"""Transformer layers whose compute precision is set apart from that of their weights.
-
-Without gradients on a CPU, float32 products go to oneDNN and not, as PyTorch's own, to MKL. oneDNN
-is as fast on Intel processors and up to a fifth faster on others, and it computes the erf GELU or
-the addition of a residual in the same pass. Its operations are those that torch.compile emits. They
-are not public, so they are tried out once and not used where they fail.
-"""
+"""Transformer layers whose compute precision is set apart from that of their weights."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -18,9 +11,9 @@ from torch import Tensor, nn
 
 from ...ops.quick_gelu import quick_gelu
 from ...ops.softmax_attention import attend
+from . import onednn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-_ONEDNN_ROWS = 64  # with fewer rows the calls cost more than the products
 
 
 class QueriesAndKeys(NamedTuple):
@@ -44,10 +37,15 @@ class Linear(nn.Linear):
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        if _suits_onednn(x, weight, bias) and (add is None or add.dtype == dtype):
-            return onednn_linear(x, weight, bias, gelu, add)
-        x = F.linear(x, weight, bias)
-        x = F.gelu(x) if gelu else x
+        if onednn.suits(x, weight, bias) and (add is None or add.dtype == dtype):
+            return onednn.onednn_linear(x, weight, bias, gelu, add)
+        # a weight that this layer keeps in bf16: not a master, which changes, and is cast in a call
+        kept = weight is self.weight and self.compute_dtype is not None
+        if kept and onednn.suits_packed(x, weight, bias):
+            x = onednn.packed_linear(x, weight, bias, gelu)
+        else:
+            x = F.linear(x, weight, bias)
+            x = F.gelu(x) if gelu else x
         return x if add is None else add + x
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
@@ -55,50 +53,6 @@ class Linear(nn.Linear):
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias[rows].to(dtype)
         return F.linear(x.to(dtype), self.weight[rows].to(dtype), bias)
-
-
-def onednn_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, add: Tensor | None = None
-) -> Tensor:
-    """x [..., in] times weight [out, in] plus bias [out], its erf GELU, or its sum with ``add``."""
-    operation = torch.ops.mkldnn._linear_pointwise
-    if add is not None:
-        return operation.binary(x, add, weight, bias, "add")
-    return operation(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-
-
-def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``onednn_linear`` serves: no gradient, float32 on a CPU, enough rows."""
-    return (
-        not torch.is_grad_enabled()
-        and bias is not None
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == bias.dtype == torch.float32
-        and weight.is_contiguous()  # a strided weight takes a thousand times longer,
-        and bias.is_contiguous()  # and the strides of a bias are ignored
-        and x.numel() >= _ONEDNN_ROWS * x.shape[-1]
-        and not torch.compiler.is_compiling()
-        and bool(torch.backends.mkldnn.enabled)
-        and _onednn_works()
-    )
-
-
-@functools.cache
-def _onednn_works() -> bool:
-    """Whether this PyTorch has the operations, and they compute what they should."""
-    x, w, b, y = (
-        torch.linspace(-1, 2, n, dtype=torch.float32, device="cpu").view(shape)
-        for n, shape in ((24, (2, 3, 4)), (20, (5, 4)), (5, (5,)), (30, (2, 3, 5)))
-    )
-    product = F.linear(x, w, b)
-    expected = (product, F.gelu(product), y + product)
-    try:
-        results = (
-            onednn_linear(x, w, b), onednn_linear(x, w, b, gelu=True), onednn_linear(x, w, b, add=y)
-        )  # fmt: skip
-        return all(torch.allclose(*pair, atol=1e-5) for pair in zip(results, expected, strict=True))
-    except Exception:  # private operations: another version may have made anything of them
-        return False
 
 
 def embed_patches(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:
@@ -242,8 +196,11 @@ class PackedAttention(nn.Module):
         dim, first = self.in_proj_bias.shape[0] // 3, "qkv".index(which)
         rows = slice(first * dim, (first + len(which)) * dim)
         dtype = self.compute_dtype or self.in_proj_weight.dtype
-        weight, bias = self.in_proj_weight[rows].to(dtype), self.in_proj_bias[rows].to(dtype)
-        return list(F.linear(x.to(dtype), weight, bias).chunk(len(which), -1))
+        weight, bias, x = self.in_proj_weight, self.in_proj_bias, x.to(dtype)
+        kept = which == "qkv" and self.compute_dtype is not None
+        if kept and onednn.suits_packed(x, weight, bias):
+            return list(onednn.packed_linear(x, weight, bias).chunk(3, -1))
+        return list(F.linear(x, weight[rows].to(dtype), bias[rows].to(dtype)).chunk(len(which), -1))
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, d], a view."""
