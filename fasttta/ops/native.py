@@ -4,8 +4,9 @@ The library is built against PyTorch's stable ABI for this very processor and ke
 ``$FASTTTA_CACHE`` (else ``$XDG_CACHE_HOME/fasttta``, ``~/.cache/fasttta``) under a key of
 everything that goes into it: sources, flags, compiler, PyTorch, processor (``native_build``). The
 folder must be the user's alone, or a private one is used; a library that has changed since it was
-written is built again (``native_cache``). A build says how long it takes
-(``first_use``). ``FASTTTA_NATIVE`` says what happens:
+written is built again (``native_cache``). A wheel may carry one, which is used where it fits
+(``native_prebuilt``). A build says how long it takes (``first_use``). ``FASTTTA_NATIVE`` says what
+happens:
 
 ``auto``     build if need be; where that fails, warn once, PyTorch calls serve (the default)
 ``off``      never build nor load
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from . import first_use, native_cache
+from . import first_use, native_cache, native_prebuilt
 from .native_build import BuildError, build, compiler, library_name, ninja
 
 #: Operators that the library has kernels of; ``registry.define`` adds to it.
@@ -73,13 +74,20 @@ def cache_note() -> str | None:
 
 
 def _library(rebuild: bool = False) -> Path:
-    """The library's path; builds it if it is not there and intact, or (``rebuild``) in any case."""
+    """The library's path: the wheel's if it fits, else one that is built if it is not there and
+    intact, or (``rebuild``) in any case."""
+    prebuilt, misfit = native_prebuilt.find()
+    if prebuilt is not None and not rebuild:
+        return prebuilt
+    if misfit is not None:
+        _log.info("the C++ library of the wheel is not used: %s", misfit)
+    also = "" if misfit is None else f" (the library of the wheel is not used: {misfit})"
     chosen, ninja_path = compiler(), ninja()
     if chosen is None:
         wanted = os.environ.get("CXX", "c++, g++ or clang++")
-        raise BuildError(f"no C++ compiler: {wanted} is not on PATH")
+        raise BuildError(f"no C++ compiler: {wanted} is not on PATH{also}")
     if ninja_path is None:
-        raise BuildError("no ninja: type pip install ninja")
+        raise BuildError(f"no ninja: type pip install ninja{also}")
     name = library_name(chosen)
     folder, reason = native_cache.folder_and_reason()
     path = folder / name

@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from .. import csrc
 from . import native_cache
 
 _TORCH = Path(torch.__file__).parent
@@ -85,7 +85,7 @@ def flags() -> tuple[str, ...]:
 
 def folder() -> Path:
     """Where the sources lie, and the library of a wheel."""
-    return Path(csrc.__path__[0])
+    return Path(import_module("...csrc", __name__).__path__[0])
 
 
 def sources() -> list[Path]:

@@ -72,4 +72,25 @@ FAULTS = [
         "        yield telling\n    except RuntimeError:\n        pass\n    if timer is not None:\n        timer.cancel()\n",
         "ops/test_first_use.py::test_failures_are_not_recorded_and_end_the_message",
     ),
+    (
+        "prebuilt-for-another-processor",
+        "fasttta/ops/native_prebuilt.py",
+        "    if lacking:\n",
+        "    if False:\n",
+        "ops/test_native_prebuilt.py::test_one_that_does_not_fit_is_not_used",
+    ),
+    (
+        "prebuilt-changed",
+        "fasttta/ops/native_prebuilt.py",
+        'stored.get("library") != digest',
+        "False",
+        "ops/test_native_prebuilt.py::test_a_damaged_one_is_not_used[library]",
+    ),
+    (
+        "prebuilt-of-other-sources",
+        "fasttta/ops/native_prebuilt.py",
+        'stored["sources"] != facts["sources"]',
+        "False",
+        "ops/test_native_prebuilt.py::test_a_damaged_one_is_not_used[source]",
+    ),
 ]
