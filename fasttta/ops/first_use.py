@@ -88,6 +88,14 @@ class Telling:
         self.name, self.made = name, True
 
 
+def made(kind: str, name: str, seconds: float, after: str) -> None:
+    """Logs and records something that has been made; ``after`` as ``telling`` has it."""
+    level = logging.INFO if kind != "kernel" or seconds >= SHORT else logging.DEBUG
+    _log.log(level, "%s in %.1f s: %s", after, seconds, name)
+    for listener in _listeners:
+        listener.append(Made(kind, name, seconds))
+
+
 @contextlib.contextmanager
 def telling(kind: str, name: str, during: str, after: str) -> Iterator[Telling]:
     """Says what the block makes and how long that took, and records it for ``recording``.
@@ -114,10 +122,7 @@ def telling(kind: str, name: str, during: str, after: str) -> Iterator[Telling]:
             timer.cancel()
     seconds = time.perf_counter() - start
     if telling.made:
-        level = logging.INFO if kind != "kernel" or seconds >= SHORT else logging.DEBUG
-        _log.log(level, "%s in %.1f s: %s", after, seconds, telling.name)
-        for listener in _listeners:
-            listener.append(Made(kind, telling.name, seconds))
+        made(kind, telling.name, seconds, after)
     if said.is_set():
         _say(f"{after} in {seconds:.1f} s")
 
@@ -125,10 +130,10 @@ def telling(kind: str, name: str, during: str, after: str) -> Iterator[Telling]:
 @contextlib.contextmanager
 def recording() -> Iterator[list[Made]]:
     """Inside the block, what is made, by any thread, is appended to the list."""
-    made: list[Made] = []
-    _listeners.append(made)
+    things: list[Made] = []
+    _listeners.append(things)
     try:
-        yield made
+        yield things
     finally:
         # by identity: two lists may be equal
-        _listeners[:] = [listener for listener in _listeners if listener is not made]
+        _listeners[:] = [listener for listener in _listeners if listener is not things]

@@ -13,12 +13,15 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import first_use
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: Programs along the second axis of a grid.
@@ -69,7 +72,19 @@ def installed() -> bool:
 @functools.cache
 def kernels(operation: str) -> Any:
     """The module of an operation's kernels."""
+    launch = import_module("...kernels.launch", __name__)
+    if os.environ.get("TRITON_INTERPRET") != "1":  # which compiles nothing
+        launch.compiling, launch.compiled = _compiling, _compiled
     return import_module(f"...kernels.{operation}", __name__)
+
+
+def _compiling(kernel: str) -> AbstractContextManager[object]:
+    during = f"compiles the kernel {kernel} for this GPU and these shapes"
+    return first_use.telling("kernel", kernel, during, f"compiled the kernel {kernel}")
+
+
+def _compiled(kernel: str, seconds: float) -> None:
+    first_use.made("kernel", kernel, seconds, f"compiled the kernel {kernel}")
 
 
 def dispatch(

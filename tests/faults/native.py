@@ -93,4 +93,11 @@ FAULTS = [
         "False",
         "ops/test_native_prebuilt.py::test_a_damaged_one_is_not_used[source]",
     ),
+    (
+        "kernel-compiled-in-silence",
+        "kernels/launch.py",
+        "    if key not in _started:\n",
+        "    if False:\n",
+        "kernels/test_first_launch.py::test_once_for_a_plan",
+    ),
 ]
