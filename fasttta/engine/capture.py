@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from ..ops import first_use
+
 T = TypeVar("T")
 
 _WARM_UP = 3  # runs before the capture: kernels compile, the allocator settles
@@ -39,14 +41,15 @@ class Capture:
         # The allocator may still ask a graph whose capture failed.
         self._failed: list[torch.cuda.CUDAGraph] = []
 
-    def record(self, body: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """Runs a function a few times, then captures it.
+    def record(self, body: Callable[[], T], name: str = "a step") -> tuple[torch.cuda.CUDAGraph, T]:
+        """Runs a function a few times, then captures it, and says how long that took.
 
         When this returns or raises, the current stream waits for the side stream: the caller may
         put back what the runs have changed.
 
         Args:
             body: reads and writes tensors that stay where they are.
+            name: of what it does, for the log.
 
         Returns:
             The graph, and what ``body`` returned under capture: tensors that each replay writes.
@@ -56,7 +59,8 @@ class Capture:
             Exception: whatever ``body`` raises in a run without capture; also
                 ``torch.OutOfMemoryError``, wherever it is raised.
         """
-        with torch.cuda.device(self.device):
+        capturing = first_use.telling("graph", name, f"captures {name}", f"captured {name}")
+        with capturing, torch.cuda.device(self.device):
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
             try:

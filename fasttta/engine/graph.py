@@ -182,7 +182,10 @@ class GraphStep(Step):
         method, restore = self.state.method, self.state.journal()
         blank = {name: x.clone() for name, x in plan.state.items()}
         try:
-            plan.graph, plan.result = self.capture.record(lambda: self._body(plan))
+            shapes = ", ".join(str(list(x.shape)) for x in plan.inputs)
+            plan.graph, plan.result = self.capture.record(
+                lambda: self._body(plan), f"a step of {self.method.name!r} on {shapes}"
+            )
         finally:
             restore()
             self.state.method = method

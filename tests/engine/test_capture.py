@@ -16,6 +16,7 @@ from fake_streams import FakeStreams
 import fasttta
 from fasttta.engine.capture import Capture, CaptureError
 from fasttta.engine.graph import GraphStep
+from fasttta.ops import first_use
 
 
 @pytest.fixture
@@ -51,6 +52,16 @@ def test_in_order(gpu):
     ]  # fmt: skip
     assert gpu.current == "main"
     graph.replay()
+
+
+def test_it_is_said_and_recorded(gpu, caplog):
+    with caplog.at_level("INFO", "fasttta"), first_use.recording() as made:
+        Capture(torch.device("cpu")).record(Body(gpu), "a step on [3, 5]")
+        with pytest.raises(CaptureError):
+            Capture(torch.device("cpu")).record(Body(gpu, 3, RuntimeError("no")), "another")
+    assert [(x.kind, x.name) for x in made] == [("graph", "a step on [3, 5]")]
+    (message,) = caplog.messages
+    assert message.startswith("captured a step on [3, 5] in 0.")
 
 
 def test_one_stream_and_one_pool(gpu):
