@@ -72,7 +72,7 @@ def installed() -> bool:
 @functools.cache
 def kernels(operation: str) -> Any:
     """The module of an operation's kernels."""
-    launch = import_module("...kernels.launch", __name__)
+    launch: Any = import_module("...kernels.launch", __name__)
     if os.environ.get("TRITON_INTERPRET") != "1":  # which compiles nothing
         launch.compiling, launch.compiled = _compiling, _compiled
     return import_module(f"...kernels.{operation}", __name__)
