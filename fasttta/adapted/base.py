@@ -22,6 +22,7 @@ from ..engine.streaming import Pipeline, Stream
 from ..families import Family
 from ..methods.base import Method
 from .saved import Saved
+from .warmup import Batches, Rehearsal, Warmup, warm_up
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -131,6 +132,7 @@ class Adapted(Saved):
         self._watch = ModelWatch(model, verify_model, copies)
         self._verified = family.module is None
         self._in_source: bool = False
+        self._warned_single = False  # of a batch of one sample
 
     def made_by(self, remake: Callable[..., Any], spec: Any) -> Self:
         """Keeps what pickling needs to rebuild this object.
@@ -283,6 +285,39 @@ class Adapted(Saved):
     def _leave_source(self) -> None:
         self._in_source = False
         self._ready()
+
+    @exclusive
+    def warmup(self, *inputs: Any, encode_batch: int | None = None, **options: Any) -> Warmup:
+        """Builds, compiles and captures all that a stream of such batches will need, so that no
+        batch waits for it. The state does not change in any bit: neither weights, optimiser,
+        window and guard, nor random numbers; also if this fails.
+
+        The method runs on the inputs with every number of batches in its window and, where kernels
+        depend on it (eager steps on a GPU), with every smaller batch. Compiled kernels and the C++
+        library stay on the disk for other processes; captured graphs are this object's.
+
+        Args:
+            inputs: a batch of the stream's shapes and types, as ``step`` takes it; values only must
+                be usable. For models of images: images, or ``views=``.
+            encode_batch: as ``stream`` will get it.
+            options: other arguments of ``step``.
+
+        Returns:
+            What was made, with the seconds of each; printed, it is a table.
+
+        Raises:
+            RuntimeError: inside ``source()``, where nothing adapts.
+            ValueError, TypeError: the inputs cannot be used.
+        """
+        if self._in_source:
+            raise RuntimeError("warmup inside source(): leave the block, nothing adapts in it")
+        return warm_up(self, self._rehearsal(inputs, encode_batch, options))
+
+    def _rehearsal(
+        self, inputs: tuple[Any, ...], encode_batch: int | None, options: dict[str, Any]
+    ) -> Rehearsal:
+        """The calls that need all that batches like these will."""
+        return Batches(inputs, options, encode_batch)
 
     @exclusive
     def load_tuned(self, tensors: Mapping[str, Tensor]) -> None:

@@ -84,7 +84,6 @@ class AdaptedFusion(Adapted):
         self._state = state
         self._holders = {name: _owner(self._hidden[1], name) for name in leaves}
         self._wired: bool | None = False  # the weights that calls run: the source's; None: neither
-        self._warned_single = False
 
     @functools.cached_property
     def _step(self) -> Step:

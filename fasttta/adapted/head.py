@@ -20,6 +20,7 @@ from ..views import Views
 from .base import exclusive
 from .fusion import AdaptedFusion
 from .images import ImageCalls, as_views, items_of, refuse_graph
+from .warmup import Images, Rehearsal
 
 
 class AdaptedHead(ImageCalls, AdaptedFusion):
@@ -104,6 +105,13 @@ class AdaptedHead(ImageCalls, AdaptedFusion):
             raise TypeError('views= are for loss="views"; give images to adapt on a stream')
         else:
             yield self._anchors(items)
+
+    def _rehearsal(
+        self, inputs: tuple[Any, ...], encode_batch: int | None, options: dict[str, Any]
+    ) -> Rehearsal:
+        # episodes are computed one at a time, a stream's images as the batches that they come in
+        most = 0 if self._state.episodic else len(inputs[0]) if inputs else 0
+        return Images(inputs, options, most)
 
     def _anchors(self, items: Sequence[Any]) -> Tensor:
         return torch.cat([self._views(item, i, None).base[:1] for i, item in enumerate(items)])

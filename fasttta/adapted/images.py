@@ -26,6 +26,7 @@ from ..models import CLIP
 from ..ops.checks import dense
 from ..views import Views, make_views
 from .base import Adapted, exclusive
+from .warmup import Images, Rehearsal
 
 _VIEWS = 256  # views that are computed together; more images are computed in turn
 
@@ -207,6 +208,12 @@ class AdaptedCLIP(ImageCalls):
             if at == 0:
                 self._compare(views[0].base[:1])
             yield rows, views
+
+    def _rehearsal(
+        self, inputs: tuple[Any, ...], encode_batch: int | None, options: dict[str, Any]
+    ) -> Rehearsal:
+        count = 1 if self._episodic is None else self._episodic.view_count
+        return Images(inputs, options, max(1, _VIEWS // count))
 
     def _compare(self, pixels: Tensor) -> None:
         """Checks that the user's module has not changed and computes what fasttta assumes."""

@@ -79,4 +79,32 @@ FAULTS = [
         "verified = True",
         "families/test_families.py::test_a_patched_module_is_noticed",
     ),
+    (
+        "warmup-leaves-its-state",
+        "fasttta/adapted/warmup.py",
+        "            adapted._publish(state)\n",
+        "            pass\n",
+        "adapted/test_warmup.py::test_the_state_is_the_same_to_the_bit",
+    ),
+    (
+        "warmup-that-fails-leaves-its-state",
+        "fasttta/adapted/warmup.py",
+        "        finally:\n            adapted._warned_single = warned\n            adapted._publish(state)\n",
+        "        except ZeroDivisionError:\n            pass\n        adapted._publish(state)\n",
+        "adapted/test_warmup.py::test_a_failure_changes_nothing",
+    ),
+    (
+        "warmup-draws-random-numbers",
+        "fasttta/adapted/warmup.py",
+        "with torch.random.fork_rng([device]",
+        "with torch.random.fork_rng([], False) if True else torch.random.fork_rng([device]",
+        "adapted/test_warmup.py::test_a_failure_changes_nothing",
+    ),
+    (
+        "warmup-of-a-full-window-only",
+        "fasttta/adapted/warmup.py",
+        "        adapted._publish(adapted._first_state())\n",
+        "",
+        "adapted/test_warmup.py::test_every_count_of_samples_in_a_window_on_a_gpu",
+    ),
 ]
