@@ -179,8 +179,9 @@ def measured(func: Any, args: tuple, kwargs: dict, results: list[Tensor], where:
     if name in _PRODUCTS or "convolution" in name:
         m, n, k, batch = _product(name, args, results)
         operands = [x for x in tensors(args) if x.ndim > 1]
+        operand = operands[0 if name == "_scaled_mm" else -1]  # whose last are scales
         return Operation(
-            name, PRODUCTS, launches, bytes_, 2 * m * n * k * batch, rate_of(operands[-1]), 1.0,
+            name, PRODUCTS, launches, bytes_, 2 * m * n * k * batch, rate_of(operand), 1.0,
             (m, n, k, batch), where,
         )  # fmt: skip
     if "scaled_dot_product" in name:
