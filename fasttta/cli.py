@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .commands import console
-from .commands.command_line import add_doctor, add_inspect
+from .commands.command_line import add_doctor, add_inspect, add_warmup
 from .demo.command_line import add_demo, add_study
 
 
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fasttta {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    for add in (add_demo, add_study, add_inspect, add_doctor):
+    for add in (add_demo, add_study, add_inspect, add_warmup, add_doctor):
         add(commands)
     for each in (parser, *commands.choices.values()):
         each.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -96,7 +97,7 @@ def detect(
     """
     where = int(logits) if logits is not None and logits.lstrip("-").isdigit() else logits
     try:
-        inputs = _in_range(model, [_random(shape) for shape in shapes])
+        inputs = random_inputs(model, shapes)
         return ModelSpec.detect(model, *inputs, logits=where, num_heads=num_heads)
     except (TypeError, ValueError):
         raise
@@ -105,6 +106,15 @@ def detect(
         raise UserCodeError(
             f"{type(model).__name__} failed on inputs of {', '.join(shapes)}: {reason}"
         ) from error
+
+
+def random_inputs(model: nn.Module, shapes: Sequence[str]) -> list[torch.Tensor]:
+    """Inputs of shapes as ``detect`` takes them, with ids that the model's embeddings have.
+
+    Raises:
+        ValueError: a shape that cannot be read.
+    """
+    return _in_range(model, [_random(shape) for shape in shapes])
 
 
 def _in_range(model: nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
