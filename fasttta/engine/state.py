@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..methods.base import Method, runs_episodes, updates_tensors
 from ..methods.special_bases import StatefulMethod, check_saved
 from ..protocols import FusionModel, Slot
+from .recovery import Recovery
 
 _ADAM_STEPS = 2**24  # float32 represents no larger consecutive integers
 
@@ -86,6 +87,7 @@ class State:
                 "exp_avg": torch.zeros_like(leaf),
                 "exp_avg_sq": torch.zeros_like(leaf),
             }
+        self._recovery: Recovery | None = None  # made by the first step that may need it
         self.first = self.current = self._captured({}, _copies(self._written()))
         self._live: Snapshot | None = self.first  # held by the tensors above; None: unknown
 
@@ -146,9 +148,11 @@ class State:
             return
         self._live = None
         with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self._written().items():
-                tensor.copy_(wanted.written[name])
-        self.method, self.start, self.constants = wanted.method, wanted.start, wanted.constants
+            _write(self._written(), wanted.written)
+            moved, self.start = self.start is not wanted.start, wanted.start
+            if moved and self._recovery is not None:
+                self._recovery.start_at(self._starts())
+        self.method, self.constants = wanted.method, wanted.constants
         self.generator.set_state(wanted.random)
         self._live = wanted
 
@@ -187,8 +191,7 @@ class State:
 
         def restore() -> None:
             with torch.inference_mode(False), torch.no_grad():
-                for name, tensor in self._written().items():
-                    tensor.copy_(saved[name])
+                _write(self._written(), saved)
             self.method = method
             self.generator.set_state(random)
 
@@ -198,9 +201,13 @@ class State:
         """Tuned tensors and optimiser at an episode's start where a 0-d flag is true; decided on
         the device."""
         with torch.no_grad():
-            for name, tensor in self._written().items():
-                start = self.start.get(name.removeprefix("tuned."), torch.zeros_like(tensor))
-                tensor.copy_(torch.where(flag, start, tensor))
+            written = self._written()
+            if self._recovery is None:
+                self._recovery = Recovery(written, self._starts())
+            self._recovery.recover(flag, written)
+
+    def _starts(self) -> dict[str, Tensor]:
+        return {f"tuned.{name}": x for name, x in self.start.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a later session needs to go on, by name: copies on the CPU."""
@@ -222,9 +229,14 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies by name; on a GPU in a few launches for all."""
     copies = {name: torch.empty_like(x) for name, x in tensors.items()}
     with torch.no_grad():
-        if copies:
-            torch._foreach_copy_(list(copies.values()), list(tensors.values()))
+        _write(copies, tensors)
     return copies
+
+
+def _write(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies values into tensors of the same names; on a GPU in a few launches for all."""
+    if tensors:
+        torch._foreach_copy_([*tensors.values()], [values[name] for name in tensors])
 
 
 def checked_value(name: str, value: object, like: Tensor) -> Tensor:

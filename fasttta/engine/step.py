@@ -158,9 +158,11 @@ class Step:
         finite = valid.amax()
         if "total" in objective.losses:
             finite = finite * torch.isfinite(objective.losses["total"].detach())
-        for grad in grads:
-            # Adam keeps the square: after an overflow the tensor would never move again
-            finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()
+        if grads:
+            # Adam keeps the square: after an overflow the tensor would never move again. The
+            # largest value of each gradient takes a few launches for all; NaN stays NaN.
+            largest = torch.stack(torch._foreach_norm(grads, float("inf"))).amax()
+            finite = finite * (largest < torch.finfo(largest.dtype).max ** 0.5)
         return finite
 
     def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
@@ -232,18 +234,17 @@ class Step:
     ) -> tuple[Objective, Tensor, tuple[Tensor, ...]]:
         """Objective, whether to recover (0-d bool), and gradients at weights perturbed along the
         first gradients (SAM: Foret et al., ICLR 2021, equation 2). Puts the weights back."""
-        norm = torch.stack([grad.norm() for grad in grads]).norm()
-        kept = [leaf.detach().clone() for leaf in leaves]
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        kept = [torch.empty_like(leaf) for leaf in leaves]
         with torch.no_grad():
-            for leaf, grad in zip(leaves, grads, strict=True):
-                leaf.add_(grad * (method.rho / (norm + 1e-12)))
+            torch._foreach_copy_(kept, leaves)
+            torch._foreach_add_(leaves, torch._foreach_mul(grads, method.rho / (norm + 1e-12)))
         with ranges.span("objective"):
             second, recover = method.second_objective(self.model, features, first, state=state)
         grads = self._gradients(second, leaves)
         second.losses["total"] = first.losses["total"]
         with torch.no_grad():
-            for leaf, value in zip(leaves, kept, strict=True):
-                leaf.copy_(value)
+            torch._foreach_copy_(leaves, kept)
         return second, recover, grads
 
     def _update(

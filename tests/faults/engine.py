@@ -4,8 +4,8 @@ FAULTS = [
     (
         "no-rollback",
         "fasttta/engine/state.py",
-        "                tensor.copy_(wanted.written[name])",
-        "                pass",
+        "            _write(self._written(), wanted.written)\n",
+        "",
         (
             "engine/test_state.py::test_failure_after_the_update_rolls_back[forward-RuntimeError-tent]"
         ),
@@ -13,8 +13,8 @@ FAULTS = [
     (
         "rollback-without-the-method-s-state",
         "fasttta/engine/state.py",
-        "self.method, self.start, self.constants = wanted.method, wanted.start",
-        "self.start, self.constants = wanted.start",
+        "self.method, self.constants = wanted.method, wanted.constants\n",
+        "self.constants = wanted.constants\n",
         "engine/test_state.py::test_failure_after_the_update_rolls_back[result-KeyboardInterrupt-sar]",
     ),
     (
@@ -78,16 +78,16 @@ FAULTS = [
     ),
     (
         "recovery-keeps-adam",
-        "fasttta/engine/state.py",
-        "torch.zeros_like(tensor))\n",
-        "tensor)\n",
+        "fasttta/engine/recovery.py",
+        "values.masked_fill_(flag, 0)",
+        "pass",
         "methods/test_eata_sar.py::test_sar_recovers_once",
     ),
     (
         "recovery-at-the-wrong-flag",
-        "fasttta/engine/state.py",
-        "torch.where(flag, start, tensor)",
-        "torch.where(flag, tensor, start)",
+        "fasttta/engine/recovery.py",
+        "torch.where(flag, self._begin[dtype], values)",
+        "torch.where(flag, values, self._begin[dtype])",
         "methods/test_eata_sar.py::test_sar_recovers_once",
     ),
     (
@@ -207,14 +207,14 @@ FAULTS = [
     (
         "perturbed-weights-stay",
         "fasttta/engine/step.py",
-        ("                leaf.copy_(value)\n        return second"),
-        ("                pass\n        return second"),
+        "            torch._foreach_copy_(leaves, kept)\n",
+        "            pass\n",
         "methods/test_eata_sar.py::test_sar_is_its_formula",
     ),
     (
         "non-finite-gradients-are-taken",
         "fasttta/engine/step.py",
-        "finite = finite * (grad.abs() < torch.finfo(grad.dtype).max ** 0.5).all()",
+        "finite = finite * (largest < torch.finfo(largest.dtype).max ** 0.5)",
         "pass",
         (
             "adapted/test_numerics.py::test_overflowing_batch_does_not_stay_in_the_window[3-gradient-eager]"

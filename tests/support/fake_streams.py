@@ -125,7 +125,8 @@ class FakeTensor(torch.Tensor):
         return self if self.pinned else self._moved("cpu", True)
 
     def to(self, device, non_blocking=False):
-        assert self.pinned and non_blocking, "this copy would block"
+        assert self.pinned, "this copy would block"
+        assert non_blocking
         self.gpu.log.append(f"copy {self.named} on {self.gpu.now.name}")
         return self._moved(device, False)
 
