@@ -21,20 +21,23 @@ from .score_moments import (
     score_moments_reference,
 )
 from .score_moments_default import moments_backward, score_moments
+from .token_moments import keeps_tokens
 
 _ANCHORS = "Tensor? anchor_mean=None, Tensor? anchor_std=None"
 SCHEMA = (
     "attention_bootstrap(Tensor q, Tensor k, int[] spans, float scale, bool per_head,"
-    f" bool pair_query, {_ANCHORS}) -> (Tensor loss, Tensor mean, Tensor std)"
+    f" bool pair_query, {_ANCHORS}, Tensor? tokens=None)"
+    " -> (Tensor loss, Tensor mean, Tensor std)"
 )
 BACKWARD_SCHEMA = (
     "attention_bootstrap_backward(Tensor grad, Tensor q, Tensor k, Tensor mean, Tensor std,"
-    f" int[] spans, float scale, bool per_head, bool pair_query, {_ANCHORS})"
+    f" int[] spans, float scale, bool per_head, bool pair_query, {_ANCHORS},"
+    " Tensor? tokens=None)"
     " -> (Tensor grad_q, Tensor grad_k)"
 )
 
 
-def _fake(q, k, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None):
+def _fake(q, k, spans, scale, per_head, pair_query, *_):
     return result_like(q, (q.shape[0],)), *fake_moments(q, k, spans, scale, per_head)
 
 
@@ -78,9 +81,12 @@ class _AttentionBootstrap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, spans, scale, per_head, pair_query, anchor_mean, anchor_std):
         options = spans, scale, per_head, pair_query
+        anchors = anchor_mean, anchor_std
         with trace.span("attention_bootstrap"):
-            loss, mean, std = ops.attention_bootstrap(q, k, *options, anchor_mean, anchor_std)
-        ctx.save_for_backward(q, k, mean, std, anchor_mean, anchor_std)
+            kept = keeps_tokens(q, k, spans, per_head)
+            tokens = ops.token_moments(q, k, spans) if kept else None
+            loss, mean, std = ops.attention_bootstrap(q, k, *options, *anchors, tokens)
+        ctx.save_for_backward(q, k, mean, std, *anchors, tokens)
         ctx.options = options
         ctx.mark_non_differentiable(mean, std)
         return loss, mean, std
@@ -89,9 +95,9 @@ class _AttentionBootstrap(torch.autograd.Function):
     def backward(ctx, grad, _mean, _std):
         if torch.is_grad_enabled():
             refuse_second_derivative("attention_bootstrap")
-        q, k, mean, std, *anchors = ctx.saved_tensors
+        q, k, mean, std, *rest = ctx.saved_tensors
         with trace.span("attention_bootstrap_backward"):
-            grads = ops.attention_bootstrap_backward(grad, q, k, mean, std, *ctx.options, *anchors)
+            grads = ops.attention_bootstrap_backward(grad, q, k, mean, std, *ctx.options, *rest)
         return *grads, None, None, None, None, None, None
 
 
@@ -119,6 +125,7 @@ def _matched(
 def _default(
     q: Tensor, k: Tensor, spans: list[int], scale: float, per_head: bool, pair_query: bool,
     anchor_mean: Tensor | None = None, anchor_std: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean, std = score_moments(q, k, spans, scale, per_head)
     mean_s, std_s = _matched(mean, std, pair_query, anchor_mean, anchor_std)
@@ -130,7 +137,7 @@ def _default(
 def _default_backward(
     grad: Tensor, q: Tensor, k: Tensor, mean: Tensor, std: Tensor, spans: list[int], scale: float,
     per_head: bool, pair_query: bool, anchor_mean: Tensor | None = None,
-    anchor_std: Tensor | None = None,
+    anchor_std: Tensor | None = None, tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Self blocks are constants: only cross blocks have scores whose gradient is computed."""
     mean_s, std_s = _matched(mean, std, pair_query, anchor_mean, anchor_std)
@@ -149,7 +156,8 @@ def _no_cpp(q=None, k=None, spans=(), scale=1.0, per_head=False, *_) -> str | No
 
 def _no_triton(
     q: Tensor, k: Tensor, spans: Sequence[int], scale: float, per_head: bool, pair_query: bool,
-    anchor_mean: Tensor | None = None, anchor_std: Tensor | None = None, *others: Tensor,
+    anchor_mean: Tensor | None = None, anchor_std: Tensor | None = None,
+    *others: Tensor | None,
 ) -> str | None:  # fmt: skip
     anchors = anchor_mean, anchor_std
     if reason := no_triton_scores(q, k, spans, scale, per_head, *anchors, *others):
@@ -164,9 +172,9 @@ def _no_triton(
 def _no_triton_backward(
     grad: Tensor, q: Tensor, k: Tensor, mean: Tensor, std: Tensor, spans: Sequence[int],
     scale: float, per_head: bool, pair_query: bool, anchor_mean: Tensor | None = None,
-    anchor_std: Tensor | None = None,
+    anchor_std: Tensor | None = None, tokens: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    options = spans, scale, per_head, pair_query, anchor_mean, anchor_std
+    options = spans, scale, per_head, pair_query, anchor_mean, anchor_std, tokens
     return _no_triton(q, k, *options, grad, mean, std)
 
 
@@ -174,18 +182,16 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _launch(q, k, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None):
+def _launch(q, k, spans, scale, per_head, pair_query, *others):
     return triton.kernels("attention_bootstrap").attention_bootstrap(
-        q, k, spans, scale, per_head, pair_query, _dense(anchor_mean), _dense(anchor_std)
+        q, k, spans, scale, per_head, pair_query, *map(_dense, others)
     )
 
 
-def _launch_backward(
-    grad, q, k, mean, std, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None
-):
+def _launch_backward(grad, q, k, mean, std, spans, scale, per_head, pair_query, *others):
     return triton.kernels("attention_bootstrap").attention_bootstrap_backward(
         grad, q, k, mean.contiguous(), std.contiguous(), spans, scale, per_head, pair_query,
-        _dense(anchor_mean), _dense(anchor_std),
+        *map(_dense, others),
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ FILES = (
     "score_moments",
     "shared_prefix_attention",
     "softmax_attention",
+    "token_moments",
     "total_variation",
 )
 BACKENDS = ("reference", "triton", "cpp")

@@ -159,6 +159,11 @@ def _covariances(x: Tensor, bounds: list[slice]) -> list[tuple[Tensor, Tensor]]:
     return moments
 
 
+def token_covariances(x: Tensor, spans: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Of x [B, H, T, d], per span: mean token [B, H, 1, d], population covariance [B, H, d, d]."""
+    return _covariances(x, _bounds(spans))
+
+
 def _moments_per_head(
     q: Tensor, k: Tensor, spans: list[int], c: float, mean: Tensor, std: Tensor
 ) -> None:

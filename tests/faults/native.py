@@ -2,6 +2,27 @@
 
 FAULTS = [
     (
+        "triton-shift-of-one-token",
+        "kernels/score_moments_per_head.py",
+        "b_shift = b_first + tl.sum(b_x, axis=0) / tl.minimum(count, BT).to(tl.float32)",
+        "b_shift = b_first",
+        "kernels/test_token_moments.py::test_an_outlier_costs_no_digits_wherever_it_stands[0]",
+    ),
+    (
+        "triton-rest-of-halves-dropped",
+        "kernels/score_moments_per_head.py",
+        "b_c += b_low + tl.trans(b_low)",
+        "b_c += 0.0 * b_low",
+        "kernels/test_token_moments.py::test_half_precision[torch.float16]",
+    ),
+    (
+        "attention-bootstrap-forgets-kept-tokens",
+        "fasttta/ops/attention_bootstrap.py",
+        "ctx.save_for_backward(q, k, mean, std, *anchors, tokens)",
+        "ctx.save_for_backward(q, k, mean, std, *anchors)",
+        "ops/test_attention_bootstrap.py::test_the_forward_keeps_token_moments_for_the_backward",
+    ),
+    (
         "triton-diagonal-not-excluded",
         "kernels/score_blocks.py",
         "tl.where((i_b < M * M) & (i != j), b_kl, 0.0)",

@@ -37,7 +37,8 @@ def test_core(target):
     float8 = {"_rows_in_float8_kernel", "_normalise_in_float8_kernel"}
     assert {row["kernel"] for row in report["kernels"]} == {
         "_tiles_kernel", "_merge_kernel", "_weighted_scores_kernel", "_token_gradients_kernel",
-        "_moments_kernel", "_gradient_kernel", "_rows_kernel", "_balance_kernel", "_samples_kernel",
+        "_token_moments_kernel", "_moments_kernel", "_gradient_kernel", "_rows_kernel",
+        "_balance_kernel", "_samples_kernel",
         "_columns_kernel", "_strips_kernel", "_ensemble_kernel", "_small_kernel",
         "_row_attention_kernel", "_weigh_rows_kernel", "_sums_kernel",
         "_attention_gradients_kernel", "_prefix_attention_kernel", "_prefix_gradients_kernel",

@@ -34,6 +34,7 @@ def _samples(dtype):
     q, k = torch.randn(2, 2, 3, 7, 4, dtype=dtype, device=DEVICE)
     z, maps = (torch.randn(3, 6, dtype=dtype, device=DEVICE) for _ in range(2))
     maps, ones = maps.reshape(3, 2, 3), torch.ones(3, dtype=dtype, device=DEVICE)
+    yield "token_moments", (q, k, [4, 3])
     for per_head in (False, True):
         options = [4, 3], 0.5, per_head
         mean, std = composite.score_moments(q, k, *options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasttta.kernels import launch, launch_plan
+from fasttta.kernels import launch, launch_plan, score_moments_per_head_plan
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,20 @@ def test_consumer_gpus_have_99_kilobytes_a_block():
 def test_float32_products(architecture, expected):
     assert launch_plan.precision(architecture, False) == expected
     assert launch_plan.precision(architecture, True) == "ieee"
+
+
+@pytest.mark.parametrize("architecture", launch_plan.SHARED_MEMORY)
+@pytest.mark.parametrize("half", [False, True])
+def test_moments_of_each_head(architecture, half):
+    """A program a modality of a side of a head, whose loads run ahead: stages above 1."""
+    sizes = 8, 12, [512, 196], 64
+    tokens = score_moments_per_head_plan.token_moments(architecture, half, *sizes)
+    assert (tokens.grid, tokens.constants["BT"]) == ((48, 8), 32)
+    assert tokens.constants["TWICE"] is (architecture == "sm_100")
+    gradients = score_moments_per_head_plan.gradients(architecture, half, *sizes, False, False)
+    assert gradients.grid == (48, 8)
+    assert tokens.stages == gradients.stages == 3
+    warp = architecture in ("sm_80", "sm_120")
+    assert gradients.constants["BT"] == (32 if warp and not half else 64)
+    assert gradients.registers == (255 if warp else None)
+    assert score_moments_per_head_plan.moments(*sizes, False).grid == (12, 8)

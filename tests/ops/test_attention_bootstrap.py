@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import DEVICE, close, qk
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from fasttta import functional as F
+from fasttta.ops import attention_bootstrap, token_moments
 
 # batch, heads, spans, head dim: odd on every axis, three modalities, more samples than a tile
 SHAPES = [
@@ -168,3 +170,50 @@ def test_attention_goldens(golden, case, backend):
             assert (grad - expected).abs().max() < (
                 1e-10 if expected.dtype == torch.float64 else 1e-9
             )
+
+
+class Recorder:
+    """The dispatcher's namespace, which notes the last argument of every call."""
+
+    def __init__(self, ops) -> None:
+        self.ops, self.calls = ops, []
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append((name, args[-1]))
+            return getattr(self.ops, name)(*args)
+
+        return call
+
+
+def test_the_forward_keeps_token_moments_for_the_backward(monkeypatch):
+    q, k = qk(2, 3, (7, 5), 4)
+    options = [7, 5], 0.5, True, False
+    recorder = Recorder(attention_bootstrap.ops)
+    monkeypatch.setattr(attention_bootstrap, "ops", recorder)
+    monkeypatch.setattr(attention_bootstrap, "keeps_tokens", lambda *_: True)
+    attention_bootstrap.attention_bootstrap(q, k, *options)[0].sum().backward()
+    names, last = zip(*recorder.calls, strict=True)
+    assert names == ("token_moments", "attention_bootstrap", "attention_bootstrap_backward")
+    assert last[1].shape == (2, 3, 2, 2, 5, 4)
+    assert torch.equal(last[2], last[1])
+    expected = attention_bootstrap.attention_bootstrap_reference(q, k, *options)[0].sum()
+    for x, grad in zip((q, k), torch.autograd.grad(expected, (q, k)), strict=True):
+        torch.testing.assert_close(x.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("device", "spans", "d", "dtype", "per_head", "kept"),
+    [
+        ("cuda", [512, 196], 64, torch.bfloat16, True, True),
+        ("cuda", [512, 196], 64, torch.bfloat16, False, False),
+        ("cpu", [512, 196], 64, torch.bfloat16, True, False),
+        ("cuda", [512, 196], 64, torch.float64, True, False),  # which kernels do not take
+        ("cuda", [200, 60], 64, torch.bfloat16, True, True),
+        ("cuda", [200, 59], 64, torch.bfloat16, True, False),  # 33,280 bytes of 33,152
+    ],
+)
+def test_token_moments_are_kept_where_memory_allows(device, spans, d, dtype, per_head, kept):
+    with FakeTensorMode():
+        q = torch.empty(2, 3, sum(spans), d, dtype=dtype, device=device)
+        assert token_moments.keeps_tokens(q, q, spans, per_head) is kept

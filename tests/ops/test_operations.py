@@ -73,6 +73,7 @@ def _op_samples():
 def _made():
     q, k = (x.detach() for x in qk(2, 3, (4, 3), 5, torch.float32, layout="packed"))
     logits, weight = torch.randn(4, 6), torch.rand(4)
+    yield "token_moments", (q, k, [4, 3])
     for per_head in (False, True):
         mean, std = score_moments_reference(q, k, [4, 3], 0.5, per_head)
         shape = [4, 3], 0.5, per_head
