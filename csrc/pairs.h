@@ -54,6 +54,15 @@ inline void store_rounded(uint16_t* to, Vector<float> x) {
   std::memcpy(to, &values, sizeof values);
 }
 
+// A vector of bf16 numbers at any address, as float32.
+inline Vector<float> load_halves(const uint16_t* from) {
+  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t Bits __attribute__((vector_size(kBytes)));
+  Halves values;
+  std::memcpy(&values, from, sizeof values);
+  return (Vector<float>)(__builtin_convertvector(values, Bits) << 16);
+}
+
 // A pair of two numbers of a row of bf16.
 inline Pair pair_at(const uint16_t* row) {
   Pair pair;

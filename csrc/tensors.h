@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "pairs.h"
+
 namespace fasttta {
 
 using torch::headeronly::ScalarType;
@@ -40,6 +42,21 @@ inline void convert(const From* from, To* to, int64_t n) {
   for (int64_t j = 0; j < n; ++j) to[j] = static_cast<To>(from[j]);
 }
 
+inline void convert(const c10::BFloat16* from, float* to, int64_t n) {
+  const auto* const bits = reinterpret_cast<const uint16_t*>(from);
+  int64_t j = 0;
+  for (; j + kLanes<float> <= n; j += kLanes<float>) store(to + j, load_halves(bits + j));
+  for (; j < n; ++j) to[j] = static_cast<float>(from[j]);
+}
+
+// PyTorch's conversion tells nan apart with a branch, which stays scalar.
+inline void convert(const float* from, c10::BFloat16* to, int64_t n) {
+  auto* const bits = reinterpret_cast<uint16_t*>(to);
+  int64_t j = 0;
+  for (; j + kLanes<float> <= n; j += kLanes<float>) store_rounded(bits + j, load(from + j));
+  for (; j < n; ++j) to[j] = static_cast<c10::BFloat16>(from[j]);
+}
+
 // Rows of a tensor without gaps in the type of arithmetic: themselves where they have it, else by
 // way of `space`, which must hold a row.
 template <typename A>
@@ -52,8 +69,10 @@ class Rows {
     if (type_ == type_of<A>) return at<A>(row);
     if (type_ == ScalarType::BFloat16) {
       convert(at<c10::BFloat16>(row), space, width_);
-    } else {
+    } else if (type_ == ScalarType::Half) {
       convert(at<c10::Half>(row), space, width_);
+    } else {  // float32 among float64
+      convert(at<float>(row), space, width_);
     }
     return space;
   }
@@ -73,6 +92,8 @@ class Rows {
       convert(values, at<c10::BFloat16>(row), width_);
     } else if (type_ == ScalarType::Half) {
       convert(values, at<c10::Half>(row), width_);
+    } else if (type_ != type_of<A>) {
+      convert(values, at<float>(row), width_);
     }
   }
 

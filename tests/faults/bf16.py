@@ -36,4 +36,18 @@ FAULTS = [
         "kept = self.compute_dtype is not None",
         "models/test_blocks.py::test_where_they_are_not_used",
     ),
+    (
+        "layer-norm-of-the-unrounded-sum",
+        "csrc/residual_layer_norm.cpp",
+        "x = sums.read(i, space.data());  // as rounded to its type",
+        "x = sum;",
+        "ops/test_residual_layer_norm_cpp.py::test_forward",
+    ),
+    (
+        "layer-norm-without-the-gradient-of-the-sum",
+        "csrc/residual_layer_norm.cpp",
+        "- (x[c] - mean) * rstd * product) + other[c];",
+        "- (x[c] - mean) * rstd * product);",
+        "ops/test_residual_layer_norm_cpp.py::test_backward",
+    ),
 ]
