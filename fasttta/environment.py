@@ -145,6 +145,7 @@ def diagnose() -> dict[str, Any]:
         "engines": {
             "eager": "live",
             "graph": "live" if gpus else "captured steps need a GPU",
+            "auto": "graph for CAV-MAE on a GPU with fasttta's own methods, else eager",
         },
         "precision_auto": "bf16 on GPUs that have it, else fp32; a float64 model stays in float64",
         "precision_fp8": _float8(len(gpus)),

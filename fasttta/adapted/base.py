@@ -92,7 +92,8 @@ class Adapted(Saved):
     Subclasses hold the state as one immutable object, and say how a call runs.
 
     Attributes:
-        method, precision: names; options: the method object; seed, engine: arguments of ``adapt``.
+        method, precision: names; options: the method object; seed: argument of ``adapt``.
+        engine: how steps run, ``"eager"`` or ``"graph"``.
     """
 
     #: whether a call takes images; a method may treat each as a separate episode
@@ -134,14 +135,15 @@ class Adapted(Saved):
         self._in_source: bool = False
         self._warned_single = False  # of a batch of one sample
 
-    def made_by(self, remake: Callable[..., Any], spec: Any) -> Self:
+    def made_by(self, remake: Callable[..., Any], spec: Any, engine: str) -> Self:
         """Keeps what pickling needs to rebuild this object.
 
         Args:
             remake: a module-level function that rebuilds the object from the model, ``spec``, the
-                method, the engine, a record and tensors.
+                method, ``engine``, a record and tensors.
+            engine: as ``adapt`` got it.
         """
-        self._remake, self._spec = remake, spec
+        self._remake, self._spec, self._asked = remake, spec, engine
         return self
 
     @abc.abstractmethod

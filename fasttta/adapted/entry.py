@@ -18,10 +18,10 @@ from ..engine.precision import resolve
 from ..engine.result import warn
 from ..engine.shift_detector import Guard, ShiftDetector
 from ..families import Family, adapted_as, recognise
-from ..methods.base import Method
+from ..methods.base import Method, captured_by_default
 from ..methods.episodic import Episodic
 from ..methods.options import option_names
-from ..models import RationalCLIP
+from ..models import CAVMAE, RationalCLIP
 from ..models.specified.spec import ModelSpec
 from ..source_stats import SourceStats
 from .base import Adapted
@@ -132,7 +132,8 @@ def adapt(
             blocks of a CAV-MAE's encoders or of a CLIP's vision transformer in float8 (e4m3), where
             no gradient runs through them; emulated where the device has no such products.
         engine: ``"graph"``: steps captured as CUDA graphs, one replay a step; needs a GPU.
-            ``"eager"``; ``"auto"``: eager.
+            ``"eager"``. ``"auto"``: graph for CAV-MAE on a GPU with a method that says
+            ``captured_by_default``, and eager after a warning if that fails; else eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
         classes: for CLIP: class names, or token ids [C, L] (int64).
         guard: ``fasttta.ShiftDetector(...)``: after a batch that signals a shift the state is reset
@@ -177,7 +178,7 @@ def adapt(
         verify_model=verify_model,
     )  # fmt: skip
     _warn_of_ranks(model)
-    return adapted.made_by(unpickled, spec)
+    return adapted.made_by(unpickled, spec, engine)
 
 
 def _warn_of_ranks(model: nn.Module) -> None:
@@ -253,9 +254,9 @@ def _made(
     kind = adapted_as(family, method)
     parameter = next(family.model.parameters())
     numbers = resolve(precision, parameter.device, parameter.dtype)
-    options: dict[str, Any] = {
-        "engine": _engine(engine, parameter.device), "seed": seed, "verify_model": verify_model
-    }  # fmt: skip
+    covered = isinstance(family.model, CAVMAE) and kind == "batches" and numbers.name != "fp8"
+    engine = _engine(engine, parameter.device, covered and captured_by_default(method))
+    options: dict[str, Any] = {"engine": engine, "seed": seed, "verify_model": verify_model}
     if kind == "batches":
         if constants is None:
             constants = method.constants(family.model, resources)
@@ -284,17 +285,18 @@ def _check_origin(source_stats: object, family: Family) -> None:
             )
 
 
-def _engine(engine: str, device: torch.device) -> str:
+def _engine(engine: str, device: torch.device, covered: bool) -> str:
+    """``covered``: whether tests on a GPU capture this model, method and precision."""
     if engine not in _ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; known: {', '.join(map(repr, _ENGINES))}")
-    if engine != "graph":
-        return "eager"
-    if device.type != "cuda":
+    if engine == "auto":
+        return "graph" if covered and device.type == "cuda" else "eager"
+    if engine == "graph" and device.type != "cuda":
         reason = f"the model is on {device}"
         if not torch.cuda.is_available():
             reason = "CUDA is not available"
         raise ValueError(f'engine="graph" needs a model on a GPU, {reason}; use engine="eager"')
-    return "graph"
+    return engine
 
 
 def load(
@@ -367,7 +369,7 @@ def _restored(
                 if name.startswith("constant.")
             },
         )
-    adapted.made_by(unpickled, spec)
+    adapted.made_by(unpickled, spec, engine)
     with saves.naming(where):
         state = adapted._state_of(record, tensors)
     adapted._publish(state)

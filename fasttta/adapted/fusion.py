@@ -90,10 +90,10 @@ class AdaptedFusion(Adapted):
         """What runs the method on the model; made when the first batch comes."""
         working: Any = self._hidden[1]
         device = next(working.parameters()).device
-        step = GraphStep if self.engine == "graph" else Step
-        return step(
-            working, self.options, self._state, self._numbers, device, device.type != "cuda"
-        )
+        parts = working, self.options, self._state, self._numbers, device
+        if self.engine == "graph":
+            return GraphStep(*parts, False, falls_back=self._asked == "auto")
+        return Step(*parts, device.type != "cuda")
 
     @exclusive
     def forward(self, *inputs: Any, **options: Any) -> Any:

@@ -54,6 +54,7 @@ class Saved(nn.Module, abc.ABC):
     _watch: Any
     _spec: Any = None
     _remake: Callable[..., Any]  #: rebuilds this object; ``made_by`` sets it
+    _asked: str  #: the engine as ``adapt`` got it
 
     @abc.abstractmethod
     def _state_now(self) -> Any:
@@ -184,7 +185,7 @@ class Saved(nn.Module, abc.ABC):
         """Pickles the wrapped model and the state, from which unpickling rebuilds this object."""
         with self._lock():
             record = {**self._record(), "training": self.training, "verify_model": self._watch.mode}
-            origin = self._hidden[0], self._spec, self.options, self.engine
+            origin = self._hidden[0], self._spec, self.options, self._asked
             return self._remake, (*origin, record, self._saved())
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..methods.queue import WindowedMethod
 from ..methods.special_bases import StatefulMethod
-from .capture import Capture
-from .result import StepResult
+from .capture import Capture, CaptureError
+from .result import StepResult, warn
 from .step import Step, environment
 
 
@@ -25,6 +25,7 @@ class Plan:
         inputs: static, for ``size`` samples.
         features: static encoder outputs if the step takes them, else None.
         present: [size], 1 for rows that hold a sample.
+        constants: of the method, which the graph reads where they lay at its capture.
         state: the method's state; for a window ``ring``, ``counts`` and ``place``.
         result: static, of all rows; rows without a sample hold arbitrary values.
         graph: None where steps run without capture (in tests, which have no GPU).
@@ -33,6 +34,7 @@ class Plan:
     inputs: tuple[Tensor, ...]
     features: Tensor | None
     present: Tensor
+    constants: Mapping[str, Tensor]
     state: dict[str, Tensor] = field(default_factory=dict)
     result: StepResult | None = None
     graph: torch.cuda.CUDAGraph | None = None
@@ -52,12 +54,17 @@ class GraphStep(Step):
 
     Args:
         capture: off: the same steps on the same static buffers without a graph.
+        falls_back: a step that cannot be captured gives a warning, not an error; it and all later
+            steps run eagerly.
     """
 
-    def __init__(self, *args: Any, capture: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, capture: bool = True, falls_back: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.host_checks = False
         self.capture = Capture(self.device) if capture else None
+        self.falls_back, self.given_up = falls_back, False
         self.plans: dict[tuple, Plan] = {}
         self.current: Plan | None = None
         self.rows: list[int] = []  # samples in each place of the window, oldest first
@@ -70,15 +77,23 @@ class GraphStep(Step):
         # a graph uses the buffers that it was captured with
         model, state = (copy.deepcopy(x, memo) for x in (self.model, self.state))
         capture = self.capture is not None
-        return GraphStep(
-            model, self.method, state, self.precision, self.device, False, capture=capture
-        )
+        parts = model, self.method, state, self.precision, self.device, False
+        twin = GraphStep(*parts, capture=capture, falls_back=self.falls_back)
+        twin.given_up = self.given_up
+        return twin
 
     def _eager(self, inputs: tuple[Tensor, ...], features: Any, trace: bool) -> StepResult:
-        if trace or not (features is None or isinstance(features, Tensor)):
+        fits = not trace and (features is None or isinstance(features, Tensor))
+        if self.given_up or not fits:
             return super()._eager(inputs, features, trace)
         with torch.inference_mode(False), torch.no_grad():
-            plan = self._plan(inputs, features)
+            try:
+                plan = self._plan(inputs, features)
+            except CaptureError as error:
+                if not self.falls_back:
+                    raise
+                self._give_up(error)
+                return super()._eager(inputs, features, trace)
             # a step may be interrupted: until it ends the buffers match no state
             published, self.published = self.published, None
             if plan is not self.current or self.state.method is not published:
@@ -98,6 +113,16 @@ class GraphStep(Step):
                 plan.graph.replay()
             self._publish(plan)
             return self._taken(plan, size)
+
+    def _give_up(self, error: CaptureError) -> None:
+        """Runs eagerly from now on, with the memory of earlier captures given back."""
+        self.given_up, self.current = True, None
+        self.plans.clear()
+        warn(
+            f"steps run eagerly, because capturing one as a CUDA graph failed: {error.__cause__} "
+            '(engine="eager" says the same without a warning, engine="graph" makes it an error)',
+            RuntimeWarning,
+        )
 
     @property
     def _window(self) -> int:
@@ -144,7 +169,7 @@ class GraphStep(Step):
         plan = self.plans.get(key)
         past = [len(x) for name, x in self.state.method.items() if name.startswith("queue.")]
         size = max([len(inputs[0]), *past])
-        if plan is None or plan.size < size:
+        if plan is None or plan.size < size or plan.constants is not self.state.constants:
             plan = self._captured(inputs, features, size)
             self.plans[key] = plan
         return plan
@@ -156,6 +181,7 @@ class GraphStep(Step):
             if features is None
             else _fill(features.new_empty((size, *features.shape[1:])), features),
             torch.ones(size, dtype=self.precision.master, device=self.device),
+            self.state.constants,
         )
         tokens: Any = self.encode(plan.inputs) if features is None else plan.features
         if self._window:

@@ -50,6 +50,7 @@ class ABPEM(WindowedMethod, StatefulMethod, WeightedMethod):
     """
 
     name: ClassVar[str] = "abpem"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ks50-video": {"k": 8, "window": 4},
         "ks50-audio": {"k": 7, "window": 4, "attention_weight": 5.0},

@@ -58,6 +58,7 @@ class BriMPR(ExtendingMethod, DrawingMethod, StatefulMethod, WeightedMethod):
     """
 
     name: ClassVar[str] = "brimpr"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "one-corrupted": {"temperature": 0.07},
         "both-corrupted": {"temperature": 0.25},

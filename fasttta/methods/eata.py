@@ -48,6 +48,7 @@ class EATA(StatefulMethod):
     """
 
     name: ClassVar[str] = "eata"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "read-benchmark": {"lr": 1e-4, "d_margin": 0.1, "fisher_weight": 1.0}
     }

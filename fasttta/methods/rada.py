@@ -58,6 +58,7 @@ class RAda(EpisodeMethod, ExtendingMethod):
     """
 
     name: ClassVar[str] = "rada"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "views": {"loss": "views"},
         "stream": {"loss": "entropy"},

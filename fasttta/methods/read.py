@@ -32,6 +32,7 @@ class READ(WeightedMethod):
     """
 
     name: ClassVar[str] = "read"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"lr": 1e-4}}
     group: ClassVar[str | None] = "fusion_qkv"
     frozen_encoder: ClassVar[bool] = True

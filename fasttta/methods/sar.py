@@ -45,6 +45,7 @@ class SAR(TwoPassMethod, StatefulMethod):
     """
 
     name: ClassVar[str] = "sar"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "read-benchmark": {"lr": 1e-4, "rho": 0.05, "reset_below": 0.2}
     }

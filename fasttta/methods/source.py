@@ -22,6 +22,7 @@ class Source(Method):
     """
 
     name: ClassVar[str] = "source"
+    captured_by_default: ClassVar[bool] = True
     RESOURCES: ClassVar[tuple[str, ...]] = ("tokenizer",)
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     families: ClassVar[tuple[str, ...]] = ("fusion", "vision-language", "features")

@@ -28,6 +28,7 @@ class Tent(Method):
     """
 
     name: ClassVar[str] = "tent"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"read-benchmark": {"lr": 1e-4}}
     group: ClassVar[str | None] = "norm"
     frozen_encoder: ClassVar[bool] = False

@@ -6,14 +6,20 @@ captures on a GPU.
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import METHODS, differing, snapshot
+from cases import METHODS, differing, same, snapshot
 from fake_streams import FakeStreams
+from fusions import Joint, build
 
 import fasttta
+from fasttta.adapted import entry
 from fasttta.engine.capture import Capture, CaptureError
 from fasttta.engine.graph import GraphStep
 from fasttta.ops import first_use
@@ -144,11 +150,11 @@ def test_a_capture_that_cannot_begin_or_end(gpu, which):
     assert gpu.current == "main"
 
 
-def _captured(tiny_model, method):
+def _captured(tiny_model, method, **options):
     adapted = fasttta.adapt(tiny_model(), method, **METHODS[method])
     step = adapted._step
-    adapted._step = GraphStep(step.model, step.method, step.state, step.precision, step.device,
-                              False)  # fmt: skip
+    parts = step.model, step.method, step.state, step.precision, step.device, False
+    adapted._step = GraphStep(*parts, **options)
     return adapted
 
 
@@ -192,3 +198,103 @@ def test_what_is_put_back_waits_for_the_side_stream(gpu, tiny_model, tiny_batch)
     with pytest.raises(RuntimeError):
         adapted.step(*tiny_batch())
     assert gpu.log == ["s1 waits for main", "run", "run", "main waits for s1", "restore"]
+
+
+class TestAuto:
+    """``engine="auto"``: captured where tests on a GPU capture the same, else eager."""
+
+    GPU = torch.device("cuda")
+
+    @pytest.mark.parametrize(
+        ("asked", "device", "covered", "engine"),
+        [
+            ("auto", GPU, True, "graph"), ("auto", GPU, False, "eager"),
+            ("auto", torch.device("cpu"), True, "eager"), ("eager", GPU, True, "eager"),
+            ("graph", GPU, False, "graph"),
+        ],
+    )  # fmt: skip
+    def test_engine(self, asked, device, covered, engine):
+        assert entry._engine(asked, device, covered) == engine
+
+    def test_what_is_covered(self, tiny_model, monkeypatch, method):
+        """All of fasttta's fusion methods, as tests/engine/test_cuda.py, and no class of a user."""
+        seen = []
+        monkeypatch.setattr(entry, "_engine", lambda *args: (seen.append(args), "eager")[1])
+        fasttta.adapt(tiny_model(), method, **METHODS[method])
+        assert seen[-1][2] is True
+        assert method in fasttta.methods.names("fusion")
+
+        @dataclass(frozen=True)
+        class Mine(fasttta.methods.by_name(method)):
+            pass
+
+        options = {n: x for n, x in METHODS[method].items() if n != "source_stats"}
+        resources = {n: x for n, x in METHODS[method].items() if n == "source_stats"}
+        fasttta.adapt(tiny_model(), Mine(**options), **resources)
+        assert seen[-1][2] is False
+
+    def test_other_models_and_float8_are_not_covered(self, tiny_model, monkeypatch):
+        seen = []
+        monkeypatch.setattr(entry, "_engine", lambda *args: (seen.append(args), "eager")[1])
+        fasttta.adapt(build("joint"), "tent", spec=Joint.spec)
+        with pytest.raises(ValueError, match="multiples of 16"):  # after the engine is chosen
+            fasttta.adapt(tiny_model(), "read", precision="fp8")
+        assert [covered for _, _, covered in seen] == [False, False]
+
+    def test_a_pickled_model_takes_the_engine_of_its_new_place(self, tiny_model):
+        adapted = fasttta.adapt(tiny_model(), "read")
+        adapted.engine = "graph"  # as "auto" is on a GPU
+        assert pickle.loads(pickle.dumps(adapted)).engine == "eager"
+
+
+def test_auto_falls_back_to_eager_steps(gpu, tiny_model, tiny_batch, method):
+    """After one warning, which names the reason; the numbers are those of eager steps."""
+    adapted = _captured(tiny_model, method, falls_back=True)
+    eager = fasttta.adapt(tiny_model(), method, **METHODS[method])
+    plain, body = adapted._step._body, Body(gpu, 3, RuntimeError("it waits for the device"))
+
+    def failing(plan):
+        result = plain(plan)
+        body()
+        return result
+
+    adapted._step._body = failing
+    batches = [tiny_batch(seed=s) for s in range(4)]
+    with pytest.warns(RuntimeWarning, match="failed: it waits for the device"):
+        results = [adapted.step(*batches[0])]
+    with warnings.catch_warnings(action="error"):
+        results += [adapted.step(*batch) for batch in batches[1:]]
+        twin = copy.deepcopy(adapted)
+        assert same(twin.step(*batches[0]), adapted.step(*batches[0]))
+    for x, batch in zip(results, batches, strict=True):
+        y = eager.step(*batch)
+        assert torch.allclose(x.logits, y.logits, atol=1e-5)
+        assert int(x.n_used) == int(y.n_used)
+    assert gpu.log.count("begin on s1") == 1
+    assert adapted._step.plans == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes"), torch.OutOfMemoryError("no memory")])
+def test_auto_hides_no_other_error(gpu, tiny_model, tiny_batch, error):
+    adapted = _captured(tiny_model, "read", falls_back=True)
+    body = Body(gpu, 0, error)
+    adapted._step._body = lambda plan: body()
+    with pytest.raises(type(error)) as caught:
+        adapted.step(*tiny_batch())
+    assert caught.value is error
+
+
+def test_other_constants_are_captured_anew(gpu, tiny_model, tiny_batch):
+    """A graph reads them where they lay: those of a loaded state lie elsewhere."""
+    adapted = _captured(tiny_model, "brimpr")
+    state = adapted.state_dict()
+    adapted.step(*tiny_batch())
+    adapted.step(*tiny_batch())
+    adapted.reset()
+    adapted.step(*tiny_batch())
+    assert gpu.log.count("begin on s1") == 1
+    adapted.load_state_dict(state)
+    adapted.step(*tiny_batch())
+    assert gpu.log.count("begin on s1") == 2
+    (plan,) = adapted._step.plans.values()
+    assert plan.constants is adapted._state.constants

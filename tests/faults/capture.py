@@ -1,6 +1,7 @@
 """Faults in warm-up and capture, and in streams beside the steps."""
 
-CAPTURE, LANE = "fasttta/engine/capture.py", "fasttta/engine/streaming.py"
+CAPTURE, GRAPH = "fasttta/engine/capture.py", "fasttta/engine/graph.py"
+LANE = "fasttta/engine/streaming.py"
 
 FAULTS = [
     (
@@ -47,5 +48,20 @@ FAULTS = [
         "the loader refills memory that is being copied", LANE,
         "            if theirs:\n                copied.synchronize()\n", "",
         "engine/test_lane.py::test_pinned_memory_of_the_caller",
+    ),
+    (
+        "steps that cannot be captured are tried again and again", GRAPH,
+        "self.given_up, self.current = True, None", "self.current = None",
+        "engine/test_capture.py::test_auto_falls_back_to_eager_steps[read]",
+    ),
+    (
+        "a graph reads constants that are no more", GRAPH,
+        " or plan.constants is not self.state.constants", "",
+        "engine/test_capture.py::test_other_constants_are_captured_anew",
+    ),
+    (
+        "a user's class is captured by default", "fasttta/methods/base.py",
+        'vars(type(method)).get("captured_by_default", False)', "method.captured_by_default",
+        "engine/test_capture.py::TestAuto::test_what_is_covered[tent]",
     ),
 ]  # fmt: skip
