@@ -21,6 +21,7 @@ from ..ops.registry import OPERATORS
 from .operation import ATTENTION, FREE, PRODUCTS, Operation, is_on_gpu, measured, tensors
 
 _READS = ("_local_scalar_dense", "is_nonzero", "equal", "item")
+_FEW = 64  # numbers that may be float64 on a GPU: no time is lost
 _TRANSFERS = ("_to_copy", "copy_", "_copy_from")
 # folders and files that are only passed through on the way to what is of interest
 _BETWEEN = ("/fasttta/cost/", "/fasttta/trace.py")
@@ -135,7 +136,7 @@ class Log(TorchDispatchMode):
                 self.find("blocking copy", _described(name, inputs, made), where)
         elif any(x.ndim for x in on_host) and name not in FREE:
             self.find("devices mixed", _described(name, inputs, made), where)
-        if any(x.dtype == torch.float64 and x.numel() > 1 for x in made):
+        if any(x.dtype == torch.float64 and x.numel() > _FEW for x in made):
             self.find("fp64", _described(name, inputs, made), where)
 
     def _inspect_product(self, operation: Operation, made: list[Tensor]) -> None:

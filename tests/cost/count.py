@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from fasttta.cost import shim
@@ -19,7 +18,7 @@ from fasttta.cost import shim
 def start(script: str | Path, *arguments: str, **options) -> subprocess.Popen:
     """Starts a script that counts, in a process of its own, with the shim as its first argument."""
     built = shim.build()
-    command = [sys.executable, "-P", str(script), "" if built is None else str(built), *arguments]
+    command = [sys.executable, str(script), "" if built is None else str(built), *arguments]
     return subprocess.Popen(command, **options)
 
 
@@ -27,7 +26,6 @@ def load_shim() -> list[str]:
     """Loads the shim that ``start`` named; returns the other arguments."""
     if sys.argv[1]:
         shim.load(Path(sys.argv[1]))
-    sys.path.insert(0, str(Path(__file__).parent))
     return sys.argv[2:]
 
 
@@ -36,7 +34,7 @@ def main() -> int:
         return start(__file__, *sys.argv[1:]).wait()
     arguments = load_shim()
 
-    from cases import CASES, ENGINES, PRECISIONS
+    from counted_steps import CASES, ENGINES, PRECISIONS
 
     from fasttta.cost import gpu
     from fasttta.cost.roofline import GPUS
@@ -63,7 +61,7 @@ def main() -> int:
 
 def describe(name: str, options: argparse.Namespace) -> None:
     """Prints where a step goes."""
-    from cases import CASES, count
+    from counted_steps import CASES, count
 
     from fasttta.cost import report
     from fasttta.cost.roofline import GPUS
@@ -78,19 +76,21 @@ def describe(name: str, options: argparse.Namespace) -> None:
 
 def numbers_of_all(budgeted: bool) -> list[dict[str, object]]:
     """Numbers of the budgeted steps, at full depth, or of all others."""
-    from cases import CASES, combinations, count
+    from counted_steps import CASES, combinations, count
 
     from fasttta.cost import report
     from fasttta.cost.roofline import GPUS
 
     results: list[dict[str, object]] = []
     for name, precision, engine in combinations():
-        if budgeted == (precision == CASES[name].precision):
-            began = time.perf_counter()
+        case = CASES[name]
+        if budgeted == (precision == case.precision):
             log = count(name, precision, engine)
-            numbers = report.numbers(log, GPUS["h200"], engine == "graph")
-            case = {"case": name, "precision": precision, "engine": engine}
-            results.append({**case, **numbers, "took": time.perf_counter() - began})
+            results.append({
+                "case": name, "precision": precision, "engine": engine, "method": case.method,
+                "captured": case.graph, "budgeted": budgeted,
+                **report.numbers(log, GPUS["h200"], engine == "graph"),
+            })  # fmt: skip
     return results
 
 

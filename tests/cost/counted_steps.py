@@ -6,6 +6,7 @@ Import it in a process that counts (``python tests/cost/count.py``), after the s
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,8 +90,13 @@ def count(name: str, precision: str, engine: str) -> Log:
         step = _step(case, precision, engine, blocks)
         for _ in range(max(1, case.options.get("window", 1))):
             step()
-        log.begin()
-        step()
+        gc.collect()
+        gc.disable()  # memory is freed when its last reference goes, in every run at the same time
+        try:
+            log.begin()
+            step()
+        finally:
+            gc.enable()
     return log
 
 
