@@ -51,13 +51,17 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["kept", "recomputed", "in pieces"])
+@pytest.fixture(params=["kept", "recomputed", "in pieces", "repeated", "repeated, recomputed"])
 def way(request, monkeypatch):
-    """How activations are held; pieces of at most 7 tokens."""
-    if request.param != "kept":
+    """How activations are held; pieces of at most 7 tokens; the shared tokens once for each class,
+    as on a GPU."""
+    if "repeated" in request.param:
+        monkeypatch.setattr(clip_text, "_REPEATED", {"cpu": 512, "cuda": 512})
+    if request.param not in ("kept", "repeated"):
         monkeypatch.setattr(clip_text, "_KEEP_BYTES", 0)
     if request.param == "in pieces":
         monkeypatch.setattr(clip_text, "_TOKENS", {"cpu": 7, "cuda": 7})
+    return request.param
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,6 +69,7 @@ def test_features_and_gradient(case, way):
     ids, length = CASES[case]
     model = tiny_clip().double()
     prompts = model.prompts(ids, length)
+    assert (prompts.repeated is None) == ("repeated" not in way)
     assert torch.equal(prompts.initial, model.token_embedding.weight[ids[0, 1 : 1 + length]])
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(3, length, 20, generator=generator, dtype=torch.float64)
