@@ -80,7 +80,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.zeros(dim, embed_dim))
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.mean, self.std = tuple(mean), tuple(std)
-        self._set_pixel_scale(torch.device("cpu"))
+        self._set_pixel_scale(self.logit_scale.device)
         self.class_features: Tensor | None = None  # [C, E], normalised
         # ids [C, L] -> end positions [C]; None: that of the largest id
         self.find_end: Callable[[Tensor], Tensor] | None = None
@@ -124,14 +124,14 @@ class CLIP(nn.Module):
         model._set_pixel_scale(model.positional_embedding.device)
         return model.eval().requires_grad_(False)
 
-    def _set_pixel_scale(self, device: torch.device) -> None:
+    def _set_pixel_scale(self, device: torch.device, dtype: torch.dtype = torch.float64) -> None:
         """Holds mean and standard deviation as buffers: on a GPU a tensor made of numbers of the
         host for each pass would wait for all work before it. They are float64, whatever type the
         model is converted to: one type and then another would round them twice. The working copy
         of a model has them in its precision."""
         with torch.inference_mode(False):
             for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
-                x = torch.tensor(values, dtype=torch.float64, device=device)
+                x = torch.tensor(values, dtype=dtype, device=device)
                 self.register_buffer(name, x[:, None, None], persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIP:
@@ -210,7 +210,7 @@ class CLIP(nn.Module):
     def _normalised(self, pixels: Tensor) -> Tensor:
         master = self.positional_embedding.dtype
         if self.pixel_mean.device != pixels.device:  # weights were assigned to a model on meta
-            self._set_pixel_scale(pixels.device)
+            self._set_pixel_scale(pixels.device, self.pixel_mean.dtype)
         mean, std = self.pixel_mean.to(master), self.pixel_std.to(master)
         return (pixels.to(master) - mean) / std
 
