@@ -121,16 +121,27 @@ class AttentionMaps:
         rows: [N, G*G], raw: neither clipped nor scaled.
         features: [N, E] of the views, not normalised.
         logits: [N, C].
-        w_prev, w_last: [N, T] token weights of the last two blocks, sum 1; None without them.
+        inner_prev, inner_last: [N, T] inner products that the token weights of the last two blocks
+            are made of; None without them.
         grid: [N, G, G], rows cut at their 0.99-quantile ("code", Grad-CAM) and scaled to [0, 1).
     """
 
     rows: Tensor
     features: Tensor
     logits: Tensor
-    w_prev: Tensor | None = None
-    w_last: Tensor | None = None
+    inner_prev: Tensor | None = None
+    inner_last: Tensor | None = None
     grid: Tensor | None = None
+
+    @property
+    def w_prev(self) -> Tensor | None:
+        """Token weights [N, T] of the last block but one, sum 1 (or 0)."""
+        return None if self.inner_prev is None else token_weights(self.inner_prev)
+
+    @property
+    def w_last(self) -> Tensor | None:
+        """Token weights [N, T] of the last block, sum 1 (or 0)."""
+        return None if self.inner_last is None else token_weights(self.inner_last)
 
     @classmethod
     def cat(cls, parts: list[AttentionMaps]) -> AttentionMaps:
@@ -210,10 +221,7 @@ def _refined(
         rows = formula(
             mean_prev, mean_last, token_weights(inner_prev, eps), token_weights(inner_last, eps)
         )
-        return AttentionMaps(
-            rows, features.detach(), logits.detach(),
-            token_weights(inner_prev), token_weights(inner_last),
-        )  # fmt: skip
+        return AttentionMaps(rows, features.detach(), logits.detach(), inner_prev, inner_last)
 
 
 def _gradient_rollout(
@@ -241,8 +249,8 @@ def token_weights(inner: Tensor, eps: float = 0.0) -> Tensor:
         eps: added to the sum; the official code has 1e-8, the paper none.
     """
     inner = inner.clamp_min(0)
-    total = inner.sum(-1, keepdim=True)
-    return inner / torch.where(total + eps > 0, total + eps, 1)
+    total = inner.sum(-1, keepdim=True) + eps
+    return inner / (total if eps else total.masked_fill(total == 0, 1))
 
 
 def layernorm_inner(x: Tensor, norm_eps: float, weight: Tensor, grad: Tensor) -> Tensor:
