@@ -19,7 +19,7 @@ from ..models import RationalCLIP
 from ..views import Views
 from .base import exclusive
 from .fusion import AdaptedFusion
-from .images import ImageCalls, as_views, items_of, refuse_graph
+from .images import ImageCalls, as_views, items_of
 from .warmup import Images, Rehearsal
 
 
@@ -44,7 +44,6 @@ class AdaptedHead(ImageCalls, AdaptedFusion):
         resources: Mapping[str, Any],
         **options: Any,
     ) -> None:
-        refuse_graph(engine)
         ids = None
         if isinstance(family, ClipFamily):
             family = family.with_classes(classes, method.prompt, precision, resources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..engine import record as records
 from ..engine.episode import Episodes, as_result, run_episodes
+from ..engine.episode_graph import GraphEpisodes
 from ..engine.precision import Precision, working_copy
 from ..engine.result import StepResult
 from ..engine.state import checked_value
@@ -93,7 +95,6 @@ class AdaptedCLIP(ImageCalls):
         resources: Mapping[str, Any],
         verify_model: str = "first",
     ) -> None:
-        refuse_graph(engine)
         episodic = method if isinstance(method, Episodic) else None
         with torch.inference_mode(False), torch.no_grad():
             differentiated = 0 if episodic is None else episodic.differentiated_blocks
@@ -127,6 +128,14 @@ class AdaptedCLIP(ImageCalls):
     def _clip(self) -> CLIP:
         """The CLIP that episodes run. Not registered as a child: ``.to()`` must not move it."""
         return cast(CLIP, self._hidden[1])
+
+    @functools.cached_property
+    def _captured(self) -> GraphEpisodes | None:
+        """What replays the method's episodes; made when the first image comes. None: they run
+        eagerly."""
+        if self.engine != "graph" or self._episodic is None:
+            return None
+        return GraphEpisodes(self._episodic, self._clip, self._prompts)
 
     @exclusive
     def step(
@@ -165,10 +174,14 @@ class AdaptedCLIP(ImageCalls):
                     unused = torch.zeros_like(logits[:, 0], dtype=torch.bool)
                     parts.append(Episodes(logits, logits.clone(), unused))
                     continue
+                start = method.noise(views_of_images, self.seed, _rows_of(noise, rows))
+                if self._captured is not None and not trace:
+                    parts.append(self._captured(views_of_images, seed=self.seed, noise=start))
+                    continue
                 parts.append(
                     run_episodes(
                         method, self._clip, self._prompts, views_of_images,
-                        seed=self.seed, noise=_rows_of(noise, rows), trace=trace,
+                        seed=self.seed, noise=start, trace=trace,
                     )
                 )  # fmt: skip
         with torch.inference_mode(False), torch.no_grad():
@@ -288,15 +301,6 @@ class AdaptedCLIP(ImageCalls):
     def extra_repr(self) -> str:
         """The method's options, the precision and the count of classes, for ``print``."""
         return f"{self.options}, precision={self.precision!r}, {self._prompts.count} classes"
-
-
-def refuse_graph(engine: str) -> None:
-    """Raises ValueError for captured steps."""
-    if engine == "graph":
-        raise ValueError(
-            'engine="graph": images of vision-language models are not captured in this version; '
-            'use engine="eager"'
-        )
 
 
 def _rows_of(noise: Tensor | None, rows: slice) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..methods.base import Objective
 from ..methods.episodic import Episodic, Images, Seen, unit
-from ..protocols import VisionLanguageModel
+from ..protocols import Linearised, VisionLanguageModel
 from ..views import Views
 from .result import StepResult
 
@@ -78,6 +78,13 @@ def run_updates(
     return updates
 
 
+def finite_rows(*tensors: Tensor) -> Tensor:
+    """[B], whether all values of a row are finite, in each of the tensors [B, ...]. Infinity and
+    NaN times 0 are NaN, which remains in a sum: three kernels where ``isfinite`` has five."""
+    zeros = [(x * 0).flatten(1).sum(1) if x.ndim > 1 else x * 0 for x in tensors]
+    return sum(zeros[1:], zeros[0]) == 0
+
+
 class TunedPrompts:
     """A prompt for each of B images, updated by the method's optimiser.
 
@@ -85,11 +92,15 @@ class TunedPrompts:
     prompt at the start, which all images share, is taken once.
     """
 
-    def __init__(self, method: Episodic, prompts: Any, count: int) -> None:
+    def __init__(
+        self, method: Episodic, prompts: Any, start: Linearised, prompt: Tensor, count: int
+    ) -> None:
         self._prompts = prompts
-        self.value = torch.nn.Parameter(prompts.initial.repeat(count, 1, 1))  # [B, n, D]
-        self._optimizer = method.optimizer([self.value])
-        self._at = prompts.linearise()
+        self.value = torch.nn.Parameter(prompt.repeat(count, 1, 1))  # [B, n, D]
+        self._optimizer: Any = method.optimizer([self.value])
+        # it warns of one optimiser that runs both in and out of a capture, which is intended here
+        self._optimizer._warned_capturable_if_run_uncaptured = True
+        self._at: Linearised | None = start
 
     def values(self) -> dict[str, Tensor]:
         """The text features of each image's prompt, as the leaf that gradients are taken of."""
@@ -108,10 +119,10 @@ class TunedPrompts:
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
         """One optimiser step where gradients are finite; returns [B], which prompts moved."""
         (grad,) = grads
-        finite = grad.isfinite().all(2).all(1) & objective.losses["total"].isfinite()
+        finite = finite_rows(grad, objective.losses["total"])
         self.value.grad, before = grad, self.value.detach().clone()
         self._optimizer.step()
-        self.value.copy_(torch.where(finite[:, None, None], self.value, before))
+        self.value.data = torch.where(finite[:, None, None], self.value.detach(), before)
         self._at = None
         return finite
 
@@ -177,6 +188,7 @@ def run_episodes(
     seed: int = 0,
     noise: Tensor | None = None,
     trace: bool = False,
+    start: tuple[Tensor, Linearised] | None = None,
 ) -> Episodes:
     """B episodes on images, each from ``prompts.initial``.
 
@@ -184,22 +196,24 @@ def run_episodes(
         prompts: of ``model.prompts(ids, method.tuned_length)``.
         views: of each image, alike in number.
         seed: of random numbers, the same for every image.
-        noise: [B or 1, 3, R, R], the start of a method that moves pixels; None: it draws one.
+        noise: [B or 1, 3, R, R], what ``method.noise`` returned.
         trace: also return gradients and intermediates.
+        start: another prompt [n, D] than the initial one, and its text features.
     """
     with torch.no_grad():
-        text = unit(prompts.linearise().features)  # [1, C, E]
+        prompt, at = start or (prompts.initial, prompts.linearise())
+        text = unit(at.features)  # [1, C, E]
         images = Images(views, text, seed, noise)
         seen = method.forward(model, images)
         tuned: TunedPrompts | TunedPixels | None = None
         if method.strategy == "prompt":
-            tuned = TunedPrompts(method, prompts, len(views))
+            tuned = TunedPrompts(method, prompts, at, prompt, len(views))
         elif method.strategy == "pixels":
             tuned = TunedPixels(method, images, seen)
     if tuned is None:
         with torch.no_grad():
             prediction = method.predict(model, seen, {})
-        used = prediction.logits.isfinite().all(1)
+        used = finite_rows(prediction.logits)
         return Episodes(
             prediction.logits, seen.logits[:, 0], used, stats=prediction.stats,
             trace=prediction.trace if trace else {},
@@ -213,7 +227,7 @@ def run_episodes(
     with torch.no_grad():
         prediction = method.predict(model, seen, {**updates.state, "tuned": tuned.last()})
     episodes = Episodes(
-        prediction.logits, seen.logits[:, 0], prediction.logits.isfinite().all(1),
+        prediction.logits, seen.logits[:, 0], finite_rows(prediction.logits),
         stats=prediction.stats, trace=prediction.trace if trace else {},
     )  # fmt: skip
     if isinstance(tuned, TunedPrompts):

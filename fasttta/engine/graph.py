@@ -165,7 +165,9 @@ class GraphStep(Step):
     def _plan(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
         """The captured step that this batch fits into."""
         of_features = None if features is None else (features.shape[1:], features.dtype)
-        key = (*((x.shape[1:], x.dtype) for x in inputs), of_features)
+        # the views of an image: with some of them missing fewer would be selected
+        views = len(inputs[0]) if self.state.episodic else None
+        key = (*((x.shape[1:], x.dtype) for x in inputs), of_features, views)
         plan = self.plans.get(key)
         past = [len(x) for name, x in self.state.method.items() if name.startswith("queue.")]
         size = max([len(inputs[0]), *past])

@@ -26,7 +26,7 @@ class Images:
         views: of each image, alike in number.
         text: [1, C, E], normalised features of the classes with the prompt at the start.
         seed: of random numbers, the same for every image.
-        noise: [B or 1, 3, R, R], the start of a method that moves pixels; None: it draws one.
+        noise: [B or 1, 3, R, R], what ``Episodic.noise`` returned.
     """
 
     views: Sequence[Views]
@@ -36,11 +36,11 @@ class Images:
 
     def joined(self, name: str) -> Tensor:
         """A part of all images' views ("base", "mix", "augmix"), [B * N, 3, R, R]."""
-        return torch.cat([getattr(views, name) for views in self.views])
+        return _joined([getattr(views, name) for views in self.views])
 
     def anchors(self) -> Tensor:
         """The images themselves, [B, 3, R, R]."""
-        return torch.cat([views.base[:1] for views in self.views])
+        return _joined([views.base[:1] for views in self.views])
 
 
 @dataclass
@@ -67,6 +67,10 @@ class Prediction:
     logits: Tensor
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     trace: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -214,6 +218,17 @@ class Episodic(EpisodeMethod, abstract=True, metaclass=_AsOptionsSay):
                 returned.
         """
         raise TypeError(f"{type(self).__name__} defines no objective")
+
+    def noise(self, views: Sequence[Views], seed: int, given: Tensor | None) -> Tensor | None:
+        """The random start [B or 1, 3, R, R] of a method that moves pixels, on the device of the
+        views. Called before the episodes, which read nothing of the host and can be captured.
+
+        Args:
+            views: of each of B images.
+            seed: of random numbers, the same for every image.
+            given: what the caller wants in its place, or None.
+        """
+        return given
 
     def start(self, images: Images, seen: Seen) -> Tensor:
         """What is added to the images [B, 3, R, R] before the first update of pixels."""

@@ -54,10 +54,12 @@ class PromptTuning(Episodic, abstract=True):
         return max(1, int(views * self.select))
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        """AdamW, as in the official code."""
+        """AdamW, as in the official code; on a GPU in one kernel that can be captured."""
+        parameters = list(parameters)
+        cuda = parameters[0].is_cuda
         return torch.optim.AdamW(
-            list(parameters), lr=self.lr, betas=(0.9, 0.999), eps=1e-8,
-            weight_decay=self.weight_decay,
+            parameters, lr=self.lr, betas=(0.9, 0.999), eps=1e-8,
+            weight_decay=self.weight_decay, fused=cuda, capturable=cuda,
         )  # fmt: skip
 
     def pixels(

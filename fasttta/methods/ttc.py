@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..ops.checks import dense
 from ..protocols import VisionLanguageModel
+from ..views import Views
+from ..views.transfer import to_device
 from .base import Objective
 from .episodic import Episodic, Images, Prediction, Seen, unit
 from .options import Finite, Positive, Range
@@ -60,8 +63,10 @@ class TTC(Episodic):
 
     def start(self, images: Images, seen: Seen) -> Tensor:
         """Random perturbations [B, 3, R, R] to start from, within ``eps`` and the image's range."""
-        x = seen.parts["pixels"]
-        return (x + self._noise(x, images)).clamp(0, 1) - x
+        x, noise = seen.parts["pixels"], images.noise
+        if noise is None:
+            noise = self.noise(images.views, images.seed, None)
+        return (x + noise.expand_as(x)).clamp(0, 1) - x
 
     def objective(self, model, features, *, state, constants, valid) -> Objective:
         """The negative distance that the feature has moved: updates increase the distance."""
@@ -106,19 +111,21 @@ class TTC(Episodic):
             stats={"perturbation": added, "stability": stability},
         )
 
-    def _noise(self, x: Tensor, images: Images) -> Tensor:
-        noise = images.noise
-        if noise is None:
-            generator = torch.Generator().manual_seed(images.seed)
+    def noise(self, views: Sequence[Views], seed: int, given: Tensor | None) -> Tensor:
+        """Random numbers [1, 3, R, R] in [-eps, eps], or ``given``, checked."""
+        x = views[0].base
+        if given is None:
+            generator = torch.Generator().manual_seed(seed)
             row = torch.rand(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
-            return (self.eps * (2 * row - 1)).to(x).expand_as(x)
-        if isinstance(noise, Tensor):
-            noise = dense("noise", noise).detach()
-        fits = isinstance(noise, Tensor) and noise.ndim == 4 and len(noise) in (1, len(x))
+            drawn = (self.eps * (2 * row - 1)).to(x.dtype).unsqueeze(0)
+            return drawn if x.device == drawn.device else to_device([drawn], x.device)[0]
+        noise = dense("noise", given).detach() if isinstance(given, Tensor) else given
+        fits = isinstance(noise, Tensor) and noise.ndim == 4 and len(noise) in (1, len(views))
         if not fits or noise.shape[1:] != x.shape[1:]:
             kind = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-            raise ValueError(f"noise must be [{len(x)}, {', '.join(map(str, x.shape[1:]))}] or one "
-                             f"for all images, found {kind}")  # fmt: skip
+            shape = ", ".join(map(str, x.shape[1:]))
+            raise ValueError(f"noise must be [{len(views)}, {shape}] or one for all images, found "
+                             f"{kind}")  # fmt: skip
         if not torch.isfinite(noise).all():
             raise ValueError("noise holds non-finite values (NaN or infinity)")
-        return noise.to(x).expand_as(x)
+        return noise.to(x)

@@ -95,15 +95,6 @@ def test_models_and_methods_that_do_not_fit(model, tiny_model):
         fasttta.adapt(model, classes=tiny_ids(), engine="graph")
 
 
-def test_captured_episodes_are_refused(model, monkeypatch):
-    """Also where there is a GPU to capture them on."""
-    from fasttta.adapted import entry
-
-    monkeypatch.setattr(entry, "_engine", lambda engine, device: engine)
-    with pytest.raises(ValueError, match='not captured in this version; use engine="eager"'):
-        fasttta.adapt(model, classes=tiny_ids(), engine="graph")
-
-
 def test_bad_classes(model):
     for classes, options, error, match in (
         (None, {}, ValueError, "classes=None: vision-language models need class names"),

@@ -107,8 +107,13 @@ def _bits(x: torch.Tensor, y: torch.Tensor) -> bool:
 def buffered(adapted):
     """The adapted model with its steps on static buffers, as a CUDA graph replays them; run
     without capture, so that no GPU is needed."""
+    from fasttta.engine.episode_graph import GraphEpisodes
     from fasttta.engine.graph import GraphStep
 
+    if hasattr(adapted, "_episodic"):
+        parts = adapted._episodic, adapted._clip, adapted._prompts
+        adapted._captured = GraphEpisodes(*parts, capture=False)
+        return adapted
     step = adapted._step
     options = step.model, step.method, step.state, step.precision, step.device
     adapted._step = GraphStep(*options, False, capture=False)
