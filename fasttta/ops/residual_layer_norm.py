@@ -133,7 +133,7 @@ def residual_layer_norm(
         LayerNorm [..., D] in ``dtype``. Sums and statistics are computed at least in float32, and
         a row that holds NaN spoils no other row.
     """
-    if not fuses(residual):
+    if not fuses(residual, dtype):
         return residual_layer_norm_reference(residual, branch, weight, bias, eps, dtype)
     if dtype is None:
         dtype = residual.dtype if branch is None else torch.promote_types(
@@ -147,21 +147,28 @@ def residual_layer_norm(
     return residual if branch is None else total, normed
 
 
-def fuses(residual: Tensor) -> bool:
+def fuses(residual: Tensor, dtype: torch.dtype | None) -> bool:
     """Whether addition and LayerNorm are one pass here: on a GPU, in a type of its kernels.
+
+    Args:
+        residual: the residual stream. dtype: of the products between which it lies; None: unknown.
 
     Elsewhere a caller that can leave the addition to a matrix product does better. A call that is
     traced, transformed, differentiated forward or cast is left to PyTorch's own operations, which
     torch.compile fuses.
     """
     return (
-        residual.device.type == "cuda"
-        and residual.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        _has_kernels(residual, dtype)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_autocast_enabled(residual.device.type)
     )
+
+
+def _has_kernels(residual: Tensor, dtype: torch.dtype | None) -> bool:
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    return residual.device.type == "cuda" and residual.dtype in types
 
 
 def _default(residual, branch, weight, bias, eps, dtype):

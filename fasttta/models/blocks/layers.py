@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.gelu import gelu as erf_gelu
 from ...ops.quick_gelu import quick_gelu
+from ...ops.residual_layer_norm import fuses
 from ...ops.softmax_attention import attend
 from . import onednn
+from .residual import added, advances, normalised, product_type, unpacked_heads
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": erf_gelu}
 
 
 class QueriesAndKeys(NamedTuple):
@@ -45,7 +48,7 @@ class Linear(nn.Linear):
             x = onednn.packed_linear(x, weight, bias, gelu)
         else:
             x = F.linear(x, weight, bias)
-            x = F.gelu(x) if gelu else x
+            x = erf_gelu(x) if gelu else x
         return x if add is None else add + x
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
@@ -69,9 +72,10 @@ def embed_patches(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype | None = None) 
     dtype = dtype or conv.weight.dtype
     (ph, pw), (b, c, h, w) = conv.kernel_size, x.shape
     x = x.reshape(b, c, h // ph, ph, w // pw, pw).permute(0, 2, 4, 1, 3, 5)
+    x = x.to(dtype, memory_format=torch.contiguous_format)  # cast and moved in one pass
     x = x.reshape(b, (h // ph) * (w // pw), c * ph * pw)  # [B, tokens, c ph pw]
     bias = None if conv.bias is None else conv.bias.to(dtype)
-    return F.linear(x.to(dtype), conv.weight.flatten(1).to(dtype), bias)
+    return F.linear(x, conv.weight.flatten(1).to(dtype), bias)
 
 
 class PatchEmbed(nn.Module):
@@ -101,10 +105,10 @@ class SelfAttention(nn.Module):
         """x [B, T, D] -> the output [B, T, D], plus ``add``, and the queries and keys."""
         b, t, dim = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, d], views of the packed product
+        q, k, v, scored_q, scored_k = unpacked_heads(qkv)
         out = attend(q, k, v, self.scale)
         out = self.proj(out.transpose(1, 2).reshape(b, t, dim), add=add)
-        return out, QueriesAndKeys(q, k, self.scale)
+        return out, QueriesAndKeys(scored_q, scored_k, self.scale)
 
 
 class MLP(nn.Module):
@@ -143,9 +147,33 @@ class ModalityBlock(nn.Module):
         Returns:
             [B, T, D], and the queries and keys of its attention.
         """
+        x, branch, attention = self.advance(x, None, modality)
+        return added(x, branch), attention
+
+    def norms(self, modality: str = "") -> tuple[nn.LayerNorm, nn.LayerNorm]:
+        """The LayerNorms before attention and MLP of a modality; "" the shared ones."""
         suffix = f"_{modality}" if modality else ""
-        x, attention = self.attn(getattr(self, f"norm1{suffix}")(x), add=x)
-        return self.mlp(getattr(self, f"norm2{suffix}")(x), add=x), attention
+        return getattr(self, f"norm1{suffix}"), getattr(self, f"norm2{suffix}")
+
+    def advance(
+        self, x: Tensor, branch: Tensor | None, modality: str = ""
+    ) -> tuple[Tensor, Tensor | None, QueriesAndKeys]:
+        """Runs the block on x + branch as its forward does, but leaves what its MLP returns to be
+        added by the LayerNorm that follows, where that is one pass.
+
+        Returns:
+            The residual stream and what is still to be added to it, [B, T, D] each (None: nothing),
+            and the queries and keys.
+        """
+        norm1, norm2 = self.norms(modality)
+        if not fuses(x, product_type(self.attn.qkv)):
+            x = added(x, branch)
+            x, attention = self.attn(norm1(x), add=x)
+            return self.mlp(norm2(x), add=x), None, attention
+        x, n = normalised(norm1, x, branch, product_type(self.attn.qkv))
+        branch, attention = self.attn(n)
+        x, n = normalised(norm2, x, branch, product_type(self.mlp.fc1))
+        return x, self.mlp(n), attention
 
 
 def samples_at_once(tokens: Tensor) -> int:
@@ -159,23 +187,51 @@ def samples_at_once(tokens: Tensor) -> int:
     return max(1, 2**20 // tokens[0].numel())
 
 
-def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    tokens: Tensor,
+    branch: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Runs the blocks, one after another, on tokens [B, T, D] and returns the result.
 
     Without gradients a large batch goes through all blocks a few samples at a time, and the result
     overwrites ``tokens``: then no more than a few samples' buffers exist at once.
+
+    Args:
+        branch: [B, T, D], what is to be added to the tokens before; None: nothing.
+        out: [B, T, D], where the result is written, without gradients; None: it has its own memory.
     """
     size = samples_at_once(tokens)
-    if torch.is_grad_enabled() or len(tokens) <= size:
-        for block in blocks:
-            tokens, _ = block(tokens)
-        return tokens
+    if torch.is_grad_enabled() or branch is not None or len(tokens) <= size:
+        x, branch, _ = advance_blocks(blocks, tokens, branch)
+        if out is None:
+            return added(x, branch)
+        return out.copy_(x) if branch is None else torch.add(x, branch, out=out)
     for part in tokens.split(size):
-        x = part
-        for block in blocks:
-            x, _ = block(x)
-        part.copy_(x)
-    return tokens
+        x, branch, _ = advance_blocks(blocks, part)
+        part.copy_(added(x, branch))
+    return tokens if out is None else out.copy_(tokens)
+
+
+def advance_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, branch: Tensor | None = None, modality: str = ""
+) -> tuple[Tensor, Tensor | None, QueriesAndKeys | None]:
+    """Runs the blocks on x + branch, [B, T, D] each; None: no branch waits.
+
+    A block that is not ours, or has hooks, is called and gets the sum.
+
+    Returns:
+        The residual stream and what is still to be added to it, [B, T, D] each (None: nothing), and
+        the queries and keys of the last block (None: there is no block).
+    """
+    attention, alone = None, (modality,) if modality else ()
+    for block in blocks:
+        if advances(block):
+            x, branch, attention = cast(ModalityBlock, block).advance(x, branch, modality)
+        else:
+            (x, attention), branch = block(added(x, branch), *alone), None
+    return x, branch, attention
 
 
 class PackedAttention(nn.Module):
@@ -243,5 +299,25 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """[B, T, D] -> [B, T, D]; causal: a token attends to itself and to those before it."""
-        x = self.attn(self.ln_1(x), causal=causal, add=x)
-        return self.mlp(self.ln_2(x), add=x)
+        return added(*self.advance(x, None, causal))
+
+    def advance(
+        self, x: Tensor, branch: Tensor | None, causal: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the block on x + branch; as ``ModalityBlock.advance``."""
+        if not fuses(x, product_type(self.attn)):
+            x = added(x, branch)
+            x = self.attn(self.ln_1(x), causal=causal, add=x)
+            return self.mlp(self.ln_2(x), add=x), None
+        x, n = self.before_attention(x, branch)
+        return self.after_attention(x, self.attn(n, causal=causal))
+
+    def before_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch, [B, T, D] each, and its first LayerNorm; None: no branch waits."""
+        return normalised(self.ln_1, x, branch, product_type(self.attn))
+
+    def after_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch, [B, T, D] each, branch the attention's output (None: x has it already), and
+        what the MLP returns, which is still to be added."""
+        x, n = normalised(self.ln_2, x, branch, product_type(self.mlp.c_fc))
+        return x, self.mlp(n)

@@ -196,15 +196,21 @@ class QuantisedResidualAttentionBlock(ResidualAttentionBlock):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """As ``ResidualAttentionBlock.forward``."""
-        x, rows = self.before_attention(x)
-        x, branch = self.after_attention(x, self.attn(cast(Tensor, rows), causal=causal))
+        x, branch = self.advance(x, None, causal)
         return x + branch
+
+    def advance(
+        self, x: Tensor, branch: Tensor | None, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As ``ResidualAttentionBlock.advance``."""
+        x, rows = self.before_attention(x, branch)
+        return self.after_attention(x, self.attn(cast(Tensor, rows), causal=causal))
 
     def before_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Any]:
         """x + branch, [B, T, D] each, and its first LayerNorm in float8; None: no branch waits."""
         return _normed(self.ln_1, x, branch)
 
-    def after_attention(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    def after_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + branch, [B, T, D] each, the attention's output, and what the MLP returns, which is
         still to be added."""
         x, rows = _normed(self.ln_2, x, branch)

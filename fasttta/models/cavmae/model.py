@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ... import trace
+from ...ops.residual_layer_norm import fuses
 from ...protocols import FusionDefaults, Slot
 from ..blocks.layers import (
     Linear,
     ModalityBlock,
     PatchEmbed,
     QueriesAndKeys,
+    advance_blocks,
     run_blocks,
     samples_at_once,
 )
+from ..blocks.residual import added, mean_over_tokens, normalised
 from ..rational.models import RationalCAVMAE, fresh_head
 from ..state_dicts import check_keys
 from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
+from .inputs import check_input
 from .prompted import PromptedCAVMAE
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
@@ -258,67 +262,47 @@ class CAVMAE(FusionDefaults, nn.Module):
         audio: [B, frames, mel bins], normalised log-mel features. video: [B, channels, rows,
         columns], one normalised RGB frame a sample.
         """
-        self._check_input("audio", audio)
-        self._check_input("video", video)
+        self._check("audio", audio)
+        self._check("video", video)
         if audio.shape[0] != video.shape[0]:
             raise ValueError(
                 f"audio has {audio.shape[0]} samples, video {video.shape[0]}; needed equal batches"
             )
 
-    def _check_input(self, name: str, x: Tensor) -> None:
-        is_audio = name == "audio"
-        embed = self.patch_embed_a if is_audio else self.patch_embed_v
-        layout = "[B, frames, mel bins]" if is_audio else "[B, channels, rows, columns]"
-        tokens = self.spans[0 if is_audio else 1]
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
-        shape = tuple(x.shape)
-        rank = 3 if is_audio else 4
-        if x.ndim != rank:
-            raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
-        if x.device != self.modality_a.device:
-            raise ValueError(
-                f"{name} is on {x.device}, the model on {self.modality_a.device}; "
-                f"move one: {name}.to({str(self.modality_a.device)!r})"
-            )
-        if shape[0] == 0:
-            raise ValueError(f"{name} is an empty batch, shape {shape}; needed at least 1 sample")
-        if is_audio and shape[1:] == (128, 1024):
-            # the patch count of the published size fits either way round
-            raise ValueError(f"{name} of shape {shape} looks transposed, needed {layout}")
-        ph, pw = embed.proj.kernel_size
-        # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
-        h, w = (shape[2], shape[1]) if is_audio else shape[2:]
-        channels = 1 if is_audio else shape[1]
-        if channels != embed.proj.in_channels:
-            raise ValueError(
-                f"{name} has {channels} channels, needed {embed.proj.in_channels}; "
-                f"found shape {shape}"
-            )
-        if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
-            raise ValueError(
-                f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of "
-                f"{ph} x {pw}, the checkpoint has positions for {tokens} tokens"
-            )
+    def _check(self, name: str, x: Tensor) -> None:
+        audio = name == "audio"
+        embed, tokens = self.patch_embed_a if audio else self.patch_embed_v, self.spans[not audio]
+        check_input(name, x, embed.proj, tokens, self.modality_a.device)
 
     def embed_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> what enters its encoder [B, Ta, D], frequency-major."""
-        x = self.patch_embed_a(audio.unsqueeze(1).transpose(2, 3))
-        return x + self.pos_embed_a + self.modality_a
+        return added(*self._embedded("audio", audio))
 
     def embed_video(self, video: Tensor) -> Tensor:
         """Video [B, 3, rows, columns] -> what enters its encoder [B, Tv, D], row-major."""
-        return self.patch_embed_v(video) + self.pos_embed_v + self.modality_v
+        return added(*self._embedded("video", video))
 
-    def encode_audio(self, audio: Tensor) -> Tensor:
-        """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major."""
-        return run_blocks(self.blocks_a, self.embed_audio(audio))
+    def _embedded(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What enters an encoder and what is still to be added to it, [B, T, D] each."""
+        if name == "audio":
+            x = self.patch_embed_a(x.unsqueeze(1).transpose(2, 3))
+            position, modality = self.pos_embed_a, self.modality_a
+        else:
+            x = self.patch_embed_v(x)
+            position, modality = self.pos_embed_v, self.modality_v
+        if fuses(position, x.dtype):
+            return (position + modality).expand(len(x), -1, -1), x
+        return x + position + modality, None
 
-    def encode_video(self, video: Tensor) -> Tensor:
-        """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major."""
-        return run_blocks(self.blocks_v, self.embed_video(video))
+    def encode_audio(self, audio: Tensor, out: Tensor | None = None) -> Tensor:
+        """Audio [B, frames, mel bins] -> tokens [B, Ta, D], frequency-major; in ``out`` if given,
+        without gradients."""
+        return run_blocks(self.blocks_a, *self._embedded("audio", audio), out)
+
+    def encode_video(self, video: Tensor, out: Tensor | None = None) -> Tensor:
+        """Video [B, 3, rows, columns] -> tokens [B, Tv, D], row-major; in ``out`` if given, without
+        gradients."""
+        return run_blocks(self.blocks_v, *self._embedded("video", video), out)
 
     def encode(self, audio: Tensor, video: Tensor) -> Tensor:
         """Both encoders: tokens [B, Ta + Tv, D], audio first; with the tuned prompts, if any, that
@@ -328,28 +312,34 @@ class CAVMAE(FusionDefaults, nn.Module):
                 master = self.norm.weight.dtype
                 prompts = {name: x.to(master) for name, x in self.start_prompts().items()}
                 return self.prompted(prompts).layers(audio, video)[0]
+            tokens, places = None, (None, None)
+            if fuses(self.pos_embed_a, None) and not torch.is_grad_enabled():
+                # each writes its part of the result
+                tokens = self.pos_embed_a.new_empty(len(audio), sum(self.spans), self.dim)
+                places = tokens.split(self.spans, dim=1)
             side = _side_stream(audio.device) if audio.is_cuda else None
             if side is None or not torch.cuda.is_current_stream_capturing():
-                return torch.cat((self.encode_audio(audio), self.encode_video(video)), dim=1)
-            # the encoders are independent branches of the captured graph
-            here = torch.cuda.current_stream(audio.device)
-            side.wait_stream(here)
-            with torch.cuda.stream(side):
-                v = self.encode_video(video)
-            a = self.encode_audio(audio)
-            here.wait_stream(side)
-            return torch.cat((a, v), dim=1)
+                parts = self.encode_audio(audio, places[0]), self.encode_video(video, places[1])
+            else:  # the encoders are independent branches of the captured graph
+                here = torch.cuda.current_stream(audio.device)
+                side.wait_stream(here)
+                with torch.cuda.stream(side):
+                    v = self.encode_video(video, places[1])
+                parts = self.encode_audio(audio, places[0]), v
+                here.wait_stream(side)
+            return torch.cat(parts, dim=1) if tokens is None else tokens
 
     def pool(self, tokens: Tensor, modality: str = "") -> tuple[Tensor, QueriesAndKeys]:
         """Fusion blocks, final LayerNorm and mean over tokens: [B, T, D] -> [B, D].
 
         Also queries and keys of the last fusion block, from whose raw scores ABPEM takes its
-        statistics (the published models have one block).
+        statistics (the published models have one block). Gradients flow from them to the block's
+        weights; on a GPU the output does not depend on these tensors but on others of their values.
         """
-        for block in self.blocks_u:
-            tokens, attention = block(tokens, modality)
+        tokens, branch, attention = advance_blocks(self.blocks_u, tokens, modality=modality)
+        assert attention is not None  # there is a fusion block
         norm = getattr(self, f"norm_{modality}") if modality else self.norm
-        return norm(tokens).mean(dim=1), attention
+        return mean_over_tokens(normalised(norm, tokens, branch)[1]), attention
 
     def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
         """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample
@@ -391,7 +381,7 @@ class CAVMAE(FusionDefaults, nn.Module):
         name, x = ("audio", audio) if "audio" in mode else ("video", video)
         if x is None:
             raise ValueError(f"mode={mode!r} needs {name}, found None")
-        self._check_input(name, x)
+        self._check(name, x)
         tokens = (self.encode_audio if name == "audio" else self.encode_video)(x)
         pooled, _ = self.pool(tokens, name[0])
         if mode.startswith("missing"):

@@ -16,8 +16,10 @@ from ..blocks.layers import (
     ModalityBlock,
     QueriesAndKeys,
     SelfAttention,
+    advance_blocks,
     samples_at_once,
 )
+from ..blocks.residual import mean_over_tokens, normalised, product_type
 from .chunked_loss import chunked_loss
 from .prompt_attention import prompt_attention
 
@@ -221,7 +223,7 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
     def _prompt_keys(self, name: str) -> list[Tensor]:
         """Keys and values of each block's prompts, [n, 2 D]."""
         return [
-            _rows(block.attn.qkv, block.norm1(prompts), 1, 3)
+            _rows(block.attn.qkv, _before(block, prompts)[1], 1, 3)
             for block, prompts in zip(self._blocks(name), self.prompts[name].unbind(0), strict=True)
         ]
 
@@ -230,14 +232,13 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
     ) -> tuple[_Stream, Tensor | None]:
         """A modality's encoder on tokens [B, T, D]; pool: also features [B, blocks, D]."""
         blocks, pooled = self._blocks(name), []
-        normed = blocks[0].norm1(x)
-        nexts = [block.norm1 for block in blocks[1:]] + [self._fusion[0].norm1]
-        for block, keys, norm in zip(blocks, prompt_keys, nexts, strict=True):
-            x = x + _attend_with(block.attn, normed, keys)
-            x = x + block.mlp(block.norm2(x))
-            normed = norm(x)
+        x, normed = _before(blocks[0], x)
+        nexts = [*blocks[1:], self._fusion[0]]
+        for block, keys, following in zip(blocks, prompt_keys, nexts, strict=True):
+            x, branch = _after(block, x, _attend_with(block.attn, normed, keys))
+            x, normed = _before(following, x, branch)
             if pool:
-                pooled.append(normed.mean(dim=1))
+                pooled.append(mean_over_tokens(normed, x.dtype))
         return _Stream(x, normed), torch.stack(pooled, dim=1) if pool else None
 
     def _fused(self, streams: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -247,11 +248,20 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
                      for parts in zip(*streams, strict=True))  # fmt: skip
         first, *others = self._fusion
         q, k, v = _heads(first.attn, packed, 3)
-        x = x + _attend(first.attn, q, k, v)
-        x = x + first.mlp(first.norm2(x))
-        for block in others:
-            x, _ = block(x)
-        return self.model.norm(x).mean(dim=1)
+        x, branch = _after(first, x, _attend(first.attn, q, k, v))
+        x, waiting, _ = advance_blocks(others, x, branch)
+        return mean_over_tokens(normalised(self.model.norm, x, waiting)[1])
+
+
+def _before(block: ModalityBlock, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x + branch [B, T, D] (None: nothing waits to be added), and the block's first LayerNorm."""
+    return normalised(block.norm1, x, branch, product_type(block.attn.qkv))
+
+
+def _after(block: ModalityBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the attention's output, added, and what the MLP returns, which waits; [B, T, D]."""
+    x, n = normalised(block.norm2, x, branch, product_type(block.mlp.fc1))
+    return x, block.mlp(n)
 
 
 def _rows(packed: Linear, x: Tensor, first: int, last: int) -> Tensor:

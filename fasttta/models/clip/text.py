@@ -19,6 +19,7 @@ from ...ops import native
 from ...ops.shared_prefix_attention import Layout, causal_with_prefix, shared_prefix_attention
 from ...ops.shared_prefix_attention import layout as layout_of
 from ..blocks.layers import ResidualAttentionBlock
+from ..blocks.residual import normalised
 from .vision_transformer import Transformer
 
 # Tokens in one pass. CPU: at 1000 classes (2 cores, width 512) a tenth faster than 512, as fast as
@@ -177,28 +178,30 @@ class Prompts:
         assert self.shared is not None  # as _at_once says
         *blocks, last = model.transformer.blocks
         x = torch.cat((self._start(prompt), chunk.tokens.expand(len(prompt), -1, -1)), 1)
+        branch = None
         for block in blocks:
             attn = block.attn
-            q, k, v = attn.project(block.ln_1(x))
+            x, n = block.before_attention(x, branch)
+            q, k, v = attn.project(n)
             out = causal_with_prefix(q, k, v, self.shared, chunk.layout, attn.heads, attn.scale)
-            x = x + attn.out_proj(out)
-            x = x + block.mlp(block.ln_2(x))
-        n = last.ln_1(x)
+            x, branch = block.after_attention(x, attn.out_proj(out))
+        x, n = last.before_attention(x, branch)
         pairs = [(y[:, :p], y[:, p:]) for y in last.attn.project(n, "kv")]
         shared, suffix = zip(*pairs, strict=True)
         return self._ends(chunk, x[:, p:], n[:, p:], suffix, shared)
 
     def _prefix(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Prompts [B, n, D] -> keys and values [B, P, D] of the shared tokens by block."""
-        x, cached = self._start(prompt), []
+        x, branch, cached = self._start(prompt), None, []
         *blocks, last = self.model.transformer.blocks
         for block in blocks:
-            q, k, v = block.attn.project(block.ln_1(x))
+            x, n = block.before_attention(x, branch)
+            q, k, v = block.attn.project(n)
             cached.append((k, v))
             q, k, v = map(block.attn.split, (q, k, v))
-            x = x + block.attn.combine(_causal(q, k, v, block.attn.scale))
-            x = x + block.mlp(block.ln_2(x))
-        k, v = last.attn.project(last.ln_1(x), "kv")
+            out = block.attn.combine(_causal(q, k, v, block.attn.scale))
+            x, branch = block.after_attention(x, out)
+        k, v = last.attn.project(last.before_attention(x, branch)[1], "kv")
         cached.append((k, v))
         return cached
 
@@ -209,11 +212,12 @@ class Prompts:
         ``tokens``: in place of the chunk's."""
         *blocks, last = self.model.transformer.blocks
         x = chunk.tokens.expand(len(cached[0][0]), -1, -1) if tokens is None else tokens
+        branch = None
         for block, shared in zip(blocks, cached, strict=False):
-            q, *kv = block.attn.project(block.ln_1(x))
-            x = x + self._attended(block, chunk, q, kv, shared)
-            x = x + block.mlp(block.ln_2(x))
-        n = last.ln_1(x)
+            x, n = block.before_attention(x, branch)
+            q, *kv = block.attn.project(n)
+            x, branch = block.after_attention(x, self._attended(block, chunk, q, kv, shared))
+        x, n = last.before_attention(x, branch)
         return self._ends(chunk, x, n, last.attn.project(n, "kv"), cached[-1])
 
     def _attended(
@@ -248,9 +252,8 @@ class Prompts:
         model, last = self.model, self.model.transformer.blocks[-1]
         x = x.index_select(1, chunk.last)
         (q,) = last.attn.project(n.index_select(1, chunk.last), "q")
-        x = x + self._attended(last, chunk, q, kv, shared)
-        x = x + last.mlp(last.ln_2(x))
-        return model.ln_final(x) @ model.text_projection
+        x, branch = last.after_attention(x, self._attended(last, chunk, q, kv, shared))
+        return normalised(model.ln_final, x, branch)[1] @ model.text_projection
 
     def features(self, prompt: Tensor | None = None) -> Tensor:
         """Text features [B, C, E] of prompts [B, n, D] (None: the initial one, B = 1), not

@@ -7,6 +7,7 @@ D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.layers import ResidualAttentionBlock, embed_patches
+from ..blocks.residual import added, advances, normalised
 
 EPS = 1e-8
 ROLLOUTS = ("code", "paper", "gar")
@@ -33,6 +35,21 @@ class Transformer(nn.Module):
     def blocks(self) -> list[ResidualAttentionBlock]:
         """``resblocks``, with their type."""
         return cast("list[ResidualAttentionBlock]", list(self.resblocks))
+
+
+def advance(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Runs the blocks on tokens [N, T, D]; a block that is not ours, or has hooks, is called.
+
+    Returns:
+        The residual stream and what is still to be added to it, [N, T, D] each; None: nothing.
+    """
+    branch = None
+    for block in blocks:
+        if advances(block):
+            x, branch = block.advance(x, branch)
+        else:
+            x, branch = block(added(x, branch)), None
+    return x, branch
 
 
 class PatchConv(nn.Conv2d):
@@ -81,24 +98,20 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding.expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat((first, x), 1) + self.positional_embedding)
 
-    def finish(self, cls: Tensor) -> Tensor:
-        """Class tokens [N, D] after the last block -> features [N, E], not normalised."""
-        return self.ln_post(cls) @ self.proj
+    def finish(self, cls: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Class tokens [N, D] after the last block, and what is still to be added to them (None:
+        nothing) -> features [N, E], not normalised."""
+        return normalised(self.ln_post, cls, branch, self.proj.dtype)[1] @ self.proj
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pixels [N, 3, R, R] -> features [N, E], not normalised."""
         *blocks, last = self.transformer.blocks
-        x = self.embed(x)
-        for block in blocks:
-            x = block(x)
         # of the last block only the class token is read: 7 % of a ViT-B/16's forward
-        n = last.ln_1(x)
+        x, n = last.before_attention(*advance(blocks, self.embed(x)))
         (q,), (k, v) = last.attn.project(n[:, :1], "q"), last.attn.project(n, "kv")
         q, k, v = map(last.attn.split, (q, k, v))
-        cls = x[:, :1] + last.attn.combine(
-            F.scaled_dot_product_attention(q, k, v, scale=last.attn.scale)
-        )
-        return self.finish((cls + last.mlp(last.ln_2(cls)))[:, 0])
+        out = last.attn.combine(F.scaled_dot_product_attention(q, k, v, scale=last.attn.scale))
+        return self.finish(*(y[:, 0] for y in last.after_attention(x[:, :1], out)))
 
     def attention_maps(self, x: Tensor, text: Tensor, scale: Tensor, rollout: str) -> AttentionMaps:
         """Maps of normalised pixels [N, 3, R, R], from the last two blocks (all of them: "gar").
@@ -179,26 +192,24 @@ def _refined(
     *early, previous, last = visual.transformer.blocks
     with torch.no_grad():
         x = visual.embed(x)
-        for block in early:
-            x = block(x)
-        n_prev = previous.ln_1(x)
+        x, n_prev = previous.before_attention(*advance(early, x))
     with torch.enable_grad():
         n_prev = n_prev.detach().requires_grad_()
         out, p_prev = _attend(previous, n_prev)
-        middle = x + out
-        x_last = middle + previous.mlp(previous.ln_2(middle))
+        middle = x + out  # by itself: the gradient at it is asked for
+        x_last = added(*previous.after_attention(middle))
         mean_prev = p_prev.detach().mean(1)
         del p_prev
 
         # the last block as a function of its normalised tokens and of the class token itself
         tokens = x_last.detach()
-        n_last = last.ln_1(tokens).detach().requires_grad_()
+        n_last = last.before_attention(tokens)[1].detach().requires_grad_()
         cls = tokens[:, :1].clone().requires_grad_()
         k, v = last.attn.project(n_last, "kv")
         q, k, v = map(last.attn.split, (*last.attn.project(n_last[:, :1], "q"), k, v))
         p = (q @ k.transpose(-1, -2) * last.attn.scale).softmax(-1)
-        after = cls + last.attn.combine(p @ v)
-        features = visual.finish((after + last.mlp(last.ln_2(after)))[:, 0])
+        after = last.after_attention(cls, last.attn.combine(p @ v))
+        features = visual.finish(*(y[:, 0] for y in after))
         score, logits = top_score(features, text, scale)
         g_n, g_cls = torch.autograd.grad(score, (n_last, cls))
     with torch.no_grad():
@@ -228,13 +239,13 @@ def _gradient_rollout(
     visual: VisionTransformer, x: Tensor, text: Tensor, scale: Tensor
 ) -> AttentionMaps:
     with torch.enable_grad():
-        x, probabilities = visual.embed(x).detach().requires_grad_(), []
+        x, waiting, probabilities = visual.embed(x).detach().requires_grad_(), None, []
         for block in visual.transformer.blocks:
-            out, p = _attend(block, block.ln_1(x))
+            x, n = block.before_attention(x, waiting)
+            out, p = _attend(block, n)
             probabilities.append(p)
-            x = x + out
-            x = x + block.mlp(block.ln_2(x))
-        features = visual.finish(x[:, 0])
+            x, waiting = block.after_attention(x, out)
+        features = visual.finish(added(x[:, 0], None if waiting is None else waiting[:, 0]))
         score, logits = top_score(features, text, scale)
         gradients = torch.autograd.grad(score, probabilities)
     with torch.no_grad():
