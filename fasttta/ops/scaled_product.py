@@ -5,7 +5,10 @@ Elsewhere the same values are multiplied in float32, which holds them and their 
 so tests and a look at the accuracy need no such GPU, but nothing is gained.
 
 On a GPU sums are kept in the tensor cores ("fast accumulation"): without, the row-wise kernels of
-CUTLASS, which PyTorch takes before CUDA 12.9, lose most of their rate.
+CUTLASS, which PyTorch takes before CUDA 12.9, lose most of their rate. If those keep 13 bits behind
+the first of the largest addend, truncated after every 32 products, sums of 768 and 3,072 random
+products are off by 0.05 and 0.13 % of the result (root mean square, emulated); e4m3 itself costs
+3.7 %, bf16 0.23 %.
 """
 
 from __future__ import annotations
