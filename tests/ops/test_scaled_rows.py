@@ -47,6 +47,8 @@ def test_every_value_is_within_half_a_step(shape, dtype):
     if x.numel():
         top = rows.values.float().abs().amax(-1)
         assert (top == LARGEST).all()
+        scale = x.float().abs().amax(-1, keepdim=True) / LARGEST
+        assert torch.allclose(rows.scale, scale, rtol=1e-6, atol=0)
 
 
 def test_an_outlier_is_kept_and_takes_digits_from_its_row_only():
