@@ -45,6 +45,8 @@ PRECISIONS = (
 # of the largest logit: measured 3e-7 on the CPU (Adam turns the sign of a gradient that is noise
 # into a full update)
 FP32_TOLERANCE = 1e-4
+# ours is 3.5e-3 off in logits and loss (ViT-B, one sample and four, EPYC with avx512_bf16)
+BF16_TOLERANCE = 5e-2
 # name -> method, options, samples in a batch; the published settings on a GPU
 SETTINGS = {
     "k50": ("abpem", {"k": 8, "window": 4}, 8),
@@ -190,16 +192,22 @@ def _limits(precision, model, official, run):
     """What measure() compares the outputs of a step with, and how closely.
 
     In bf16 the noise depends on the processor: the official step under autocast was 0.5 % to 9 % of
-    the largest logit off its own fp32 numbers (ViT-B, one sample or four), ours 0.3 %. So both are
-    compared with an official step in fp32 that takes its turn with them.
+    the largest logit off its own fp32 numbers (ViT-B, one sample or four), ours 0.35 %: to compare
+    with that step would say nothing. So both are compared with an official step in fp32 that takes
+    its turn with them, and ours may not be off by more than ``BF16_TOLERANCE``.
 
     Args:
         run: what the reference does with an official step.
     """
     if precision == "fp32":
-        return {"tolerance": FP32_TOLERANCE}
+        return {"tolerance": FP32_TOLERANCE, "official": "fp32"}
     exact = OfficialStep(model, official.method, "fp32")
-    return {"exact": lambda: run(exact), "rounding": torch.finfo(torch.bfloat16).eps}
+    return {
+        "exact": lambda: run(exact),
+        "rounding": torch.finfo(torch.bfloat16).eps,
+        "most": BF16_TOLERANCE if model.dim == 768 else None,  # tiny models are further off
+        "official": "bf16 autocast",
+    }
 
 
 def _flops(model: CAVMAE, samples: int, window: int) -> int:
@@ -343,7 +351,7 @@ def bench_model_key(model, device, full, measure):
 
     def plain() -> tuple[Tensor, ...]:
         groups = byte_sums._groups(map(byte_sums._bytes_of, weights))
-        return (torch.cat([byte_sums._sums(words) for words in groups]),)
+        return (torch.cat([byte_sums._sums(words) for words in groups]).cpu(),)  # as ours
 
     def ours() -> tuple[Tensor, ...]:
         data = bytearray(byte_sums.byte_sums(weights))

@@ -28,13 +28,16 @@ def bench_views(views, kind, device, full, measure):
                            reference=kind == "levels", device=device)  # fmt: skip
         return outputs(made.base, made.mix)
 
+    # on a GPU a crop may round to the next level, and chains make more of it: see tests/views
+    exact = kind == "levels" and device.type == "cpu"
+
     def outputs(base, mix):
-        return (base, mix) if kind == "levels" else (base,)
+        return (base, mix) if exact else (base,)
 
     measure(
         ours,
         lambda: outputs(*(x.to(device) for x in pillow_views(image, n, size))),
-        tolerance=1e-6 if kind == "levels" else 2 / 255,
+        tolerance=1e-6 if exact else 2 / 255,
         rounds=3,
         warmup=0,
         shape="500 x 375 to 224",

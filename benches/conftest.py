@@ -153,6 +153,7 @@ def measure(
         exact: tuple[Tensor, ...] | clock.Run | None = None,
         tolerance: float | None = None,
         rounding: float = agreement.ROUNDING,
+        most: float | None = None,
         checks: int = 1,
         rounds: int | None = None,
         warmup: int = 1,
@@ -173,7 +174,8 @@ def measure(
                 computes them, and then is called in turn with the two sides.
             tolerance: allowed difference, a share of the largest output; None: four times the
                 reference's own error.
-            rounding: without a tolerance the least difference that is allowed.
+            rounding: without a tolerance the least difference that is allowed; most: the largest,
+                however far the reference is off.
             checks: calls after each of which the outputs are compared.
             rounds: repeats of each side; None: as many as fit into some seconds, 5 to 200.
             queued: see ``clock.DeviceClock``.
@@ -181,17 +183,30 @@ def measure(
             samples: in one call, for a throughput.
             threads: of PyTorch on the CPU; None: its own choice.
             facts: what the results file says besides: ``shape``, ``headline`` (whether it
-                stands for the others), ...; with ``dtype`` and ``bytes`` (and ``flops``), what the
+                stands for the others), ``official`` (the precision of a reference that is the
+                official formulation), ...; with ``dtype`` and ``bytes`` (and ``flops``), what the
                 operation must move and compute at least, also its share of the machine's ceiling.
         """
         if threads is not None:
             torch.set_num_threads(threads)
+        run = clock.WithGraphs(run, device)
+        if reference is not None:
+            reference = clock.WithGraphs(reference, device)
         checked, expected = check or (run, reference)
         errors = agreement.check(
-            checked, expected, exact, tolerance=tolerance, rounding=rounding, times=checks
+            checked,
+            expected,
+            exact,
+            tolerance=tolerance,
+            rounding=rounding,
+            most=most,
+            times=checks,
         )
         if not full:
             return  # the checks were the smoke test
+        for side in (run, reference):
+            if side is not None:
+                side.settle()
         sides = clock.Sides(run, reference, parts, clock.of(device, queued))
         resources = _resources(sides, device, memory)
         rounds = sides.plan(rounds, short_calls_warm=device.type == "cpu")

@@ -142,6 +142,10 @@ def _memory(entry: dict[str, Any]) -> str:
 def _case(entry: dict[str, Any]) -> str:
     params = {key: entry[key] for key in ("shape",) if key in entry} | entry["params"]
     cells = [v if isinstance(v, str) else f"{key} {v}" for key, v in params.items()]
+    if entry.get("kernel"):
+        cells.append(entry["kernel"][:60])
+    if "official" in entry:
+        cells.append(f"official in {entry['official']}")
     if "threads" in entry and entry["clock"] == "perf_counter":
         cells.append(f"{entry['threads']} thread{'s' * (entry['threads'] > 1)}")
     return ", ".join(cells)
