@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,3 +143,12 @@ def test_bad_ids():
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize(("gib", "kept"), [(141, 141 * 64), (24, 24 * 64), (2, 256)])
+def test_what_is_kept_is_a_share_of_a_gpus_memory(monkeypatch, gib, kept):
+    """On an H200 enough for 1000 classes of 18 tokens, which need 6.2 GiB."""
+    properties = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert clip_text._kept_bytes(torch.device("cuda")) == kept * 2**20
+    assert clip_text._kept_bytes(torch.device("cpu")) == 256 * 2**20
