@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
+from types import SimpleNamespace
 
 import damage
 import pytest
 import torch
-from cases import METHODS, differing, same, snapshot
+from cases import METHODS, buffered, differing, same, snapshot
 from clips import tiny_clip, tiny_ids
 
 import fasttta
 from fasttta.engine import folder as folders
+from fasttta.engine.state import restored
 
 
 @pytest.fixture
@@ -312,3 +315,23 @@ def test_a_model_in_ddp_warns(tiny_model, tiny_batch, tmp_path, recwarn):
         assert not recwarn.list
     finally:
         dist.destroy_process_group()
+
+
+def test_the_place_of_a_window_stays_on_the_host(tiny_model, tiny_batch):
+    """A captured step reads it there: on a GPU it would wait for the device."""
+    adapted = buffered(fasttta.adapt(tiny_model(), "abpem", **METHODS["abpem"]))
+    adapted.step(*tiny_batch())
+    tensors = adapted._state.tensors()
+    device = torch.device("meta")  # in place of a GPU
+    state = SimpleNamespace(
+        first=replace(
+            adapted._state.first,
+            written={n: x.to(device) for n, x in adapted._state.first.written.items()},
+        ),
+        leaves={n: x.to(device) for n, x in adapted._state.leaves.items()},
+        episodic=False,
+    )
+    parts = {}, adapted.options, adapted._family.model, torch.float32
+    snapshot = restored(state, tensors, *parts)
+    assert snapshot.method["queue.0"].device == device
+    assert snapshot.method["place"].device.type == "cpu"

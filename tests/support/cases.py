@@ -118,3 +118,15 @@ def buffered(adapted):
     options = step.model, step.method, step.state, step.precision, step.device
     adapted._step = GraphStep(*options, False, capture=False)
     return adapted
+
+
+def close(a, b):
+    """Asserts that two results in float64 are the same but for the order of sums."""
+    assert int(a.n_used) == int(b.n_used)
+    assert a.losses.keys() == b.losses.keys()
+    assert a.stats.keys() == b.stats.keys()
+    pairs = [(a.logits, b.logits), (a.logits_before, b.logits_before)]
+    for x, y in (*pairs, *((a.losses[n], b.losses[n]) for n in a.losses),
+                 *((a.stats[n], b.stats[n]) for n in a.stats)):  # fmt: skip
+        assert x.shape == y.shape
+        assert torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-11, equal_nan=True)
