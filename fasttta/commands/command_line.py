@@ -9,6 +9,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from .cost import GPUS, count_elsewhere
+
 if TYPE_CHECKING:
     from ..models.specified.spec import ModelSpec
 
@@ -55,10 +57,28 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
     _add_model(inspect)
     inspect.add_argument("--emit-spec", action="store_true", help="print a ModelSpec as Python")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    _add_cost(inspect.add_argument_group(
+        "cost", "what a step costs on a GPU, counted without one: launches, bytes, FLOP, memory, "
+        "and an estimate of its time from published peaks"
+    ))  # fmt: skip
     inspect.set_defaults(command=_inspect)
 
 
+def _add_cost(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--cost", action="store_true", help="count a step, in place of the rest")
+    group.add_argument("--gpu", choices=GPUS, default="h200", help="(default: h200)")
+    group.add_argument("--method", default="auto", help="(default: the family's)")
+    group.add_argument("--batch", type=_at_least_one, default=8, help="samples (default: 8)")
+    group.add_argument(
+        "--classes", type=_at_least_one, default=100, help="of a CLIP (default: 100)"
+    )
+    group.add_argument("--engine", choices=("auto", "eager", "graph"), default="auto")
+    group.add_argument("--precision", default="auto", help="as in fasttta.adapt (default: auto)")
+
+
 def _inspect(options: argparse.Namespace) -> int:
+    if options.cost:
+        return count_elsewhere(options)
     from ..evaluate.output import as_json
     from . import inspect as inspection
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models import CAVMAE
 from ..protocols import Promptable
 from ..source_stats import SourceStats
 from ..views import Views
@@ -35,3 +36,18 @@ def source_stats(model: Promptable) -> SourceStats:
     with torch.device("cpu"):
         pairs = {n: (torch.ones(s), torch.zeros(s)) for n, s in model.feature_shapes().items()}
     return SourceStats(**pairs)
+
+
+def fusion_shapes(model: CAVMAE) -> list[tuple[str, str]]:
+    """Shapes, ``1x1024x128``, and types of one sample's inputs to a CAV-MAE; of an official one
+    the official ones."""
+    frequency, time = model.patch_embed_a.proj.kernel_size
+    rows, columns = model.patch_embed_v.proj.kernel_size
+    audio, video = model.spans
+    bands = max(n for n in range(1, 9) if audio % n == 0)  # 128 mel bins in patches of 16
+    side = max(n for n in range(1, int(video**0.5) + 1) if video % n == 0)
+    channels = model.patch_embed_v.proj.in_channels
+    return [
+        (f"1x{audio // bands * time}x{bands * frequency}", ""),
+        (f"1x{channels}x{side * rows}x{video // side * columns}", ""),
+    ]

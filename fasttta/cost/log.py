@@ -1,7 +1,8 @@
 """Logs what a step dispatches on fake tensors, and notices what a GPU's step must not do.
 
 Kernels of a captured graph are taken out of the log when the capture ends; each replay puts them
-back. Tensors on the host are real; of the device there are no values: what the host reads is 1.
+back. Tensors on the host are real; of the device there are no values: what the host reads
+is true, 1, or 0.0, which differences are where nothing differs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ops.registry import OPERATORS
 from .operation import ATTENTION, FREE, PRODUCTS, Operation, is_on_gpu, measured, tensors
 
-_READS = ("_local_scalar_dense", "is_nonzero", "equal", "item")
+_ANSWERS = ("is_nonzero", "equal", "allclose")
+_READS = ("_local_scalar_dense", "item", *_ANSWERS)
 _FEW = 64  # numbers that may be float64 on a GPU: no time is lost
 _TRANSFERS = ("_to_copy", "copy_", "_copy_from")
 # folders and files that are only passed through on the way to what is of interest
@@ -81,6 +83,9 @@ class Log(TorchDispatchMode):
             return self._on_host(func, args, kwargs)
         if name in _READS:
             return self._read(func, args, kwargs, on_gpu)
+        if on_gpu and (every := _all_chosen(name, args)) is not None:
+            self.find("host read", f"{func._schema.name}, whose result's size depends on values")
+            return every
         if func.namespace == "fasttta" and on_gpu and self._unsuitable(name, args):
             with self:
                 return OPERATORS[name].default(*args)
@@ -107,11 +112,12 @@ class Log(TorchDispatchMode):
         return results
 
     def _read(self, func: Any, args: tuple, kwargs: dict, on_gpu: bool) -> Any:
-        if not on_gpu:  # a copy of what was on the GPU: whoever made it has waited
-            return True if args[0].dtype == torch.bool else 1
-        self.find("host read", func._schema.name)
-        kind = args[0].dtype
-        return 1.0 if kind.is_floating_point else True if kind == torch.bool else 1
+        if on_gpu:  # else a copy of what was on the GPU: whoever made it has waited
+            self.find("host read", func._schema.name)
+        kind, name = args[0].dtype, func._schema.name.partition("::")[2]
+        if name in _ANSWERS or kind == torch.bool:
+            return True
+        return 0.0 if kind.is_floating_point else 1
 
     def _unsuitable(self, name: str, args: tuple) -> bool:
         """Whether an operator's default implementation runs in place of its Triton kernels."""
@@ -186,6 +192,18 @@ class Log(TorchDispatchMode):
             # the operation's node has taken the number before the next
             self._lines[torch.autograd._get_sequence_nr() - 1] = line
         return line
+
+
+def _all_chosen(name: str, args: tuple) -> Tensor | None:
+    """The result of an operation that chooses by a mask, as if nothing were masked; of
+    ``nonzero`` an empty one; None: it chooses nothing."""
+    if name == "nonzero":
+        return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
+    if name == "masked_select":
+        return args[0].flatten().clone()
+    if name == "index" and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
+        return args[0].flatten(0, args[1][0].ndim - 1).clone()
+    return None
 
 
 def _described(name: str, inputs: list[Tensor], made: list[Tensor]) -> str:

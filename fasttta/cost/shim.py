@@ -28,7 +28,7 @@ def build() -> Path | None:
         None where there is a GPU: fake tensors need no shim.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or it fails; the message says what to do.
+        OSError: there is no C++ compiler, or it fails; the message says what to do.
     """
     import torch
 
@@ -38,7 +38,7 @@ def build() -> Path | None:
         return None
     compiler = native_build.compiler()
     if compiler is None:
-        raise RuntimeError(
+        raise OSError(
             f"{_NEEDED}, and there is no compiler: c++, g++ and clang++ are not on PATH; install "
             "one (Debian: apt install g++), or name it in $CXX"
         )
@@ -68,7 +68,7 @@ def _compile(compiler: str, source: str, target: Path) -> None:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             lines = [x for x in run.stderr.splitlines() if "error" in x] or ["no error message"]
-            raise RuntimeError(f"{_NEEDED}, and {compiler} fails to build it: {lines[0]}")
+            raise OSError(f"{_NEEDED}, and {compiler} fails to build it: {lines[0]}")
         native_cache.store(library, target)
 
 

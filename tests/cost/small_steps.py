@@ -35,6 +35,10 @@ def decides_by_a_value(x, w):
     return x if (x @ w).amax() > 0 else w
 
 
+def chooses_by_a_mask(x, w):
+    return x[x[:, 0] > 0]
+
+
 def synchronises(x, w):
     torch.cuda.synchronize()
 

@@ -27,6 +27,7 @@ def noticed():
     [
         ("reads_a_value", "host read"),
         ("decides_by_a_value", "host read"),
+        ("chooses_by_a_mask", "host read"),
         ("synchronises", "host read"),
         ("copies_to_the_host", "blocking copy"),
         ("copies_from_the_host", "blocking copy"),
