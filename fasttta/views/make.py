@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import dense
-from .operations import OPERATIONS, Crop, apply_operations, centre_view, crop_views
+from .operations import (
+    OPERATIONS,
+    Crop,
+    Group,
+    apply_groups,
+    centre_view,
+    crop_views,
+    groups,
+)
+from .resample import resampled, taps_of
+from .transfer import moved
 from .views import Views, check_range
 
 CHAINS, DEPTH = 3, 3
@@ -205,18 +215,25 @@ def draw(
     return _crops(uniform[:, :_CROP], height, width), _chains(uniform[:, _CROP:])
 
 
-def _mix(base: Tensor, draws: ChainDraws) -> Tensor:
-    images = base.repeat_interleave(CHAINS, 0)  # [n * CHAINS, 3, R, R]
-    depth = draws.depth.flatten()
+def _steps(draws: ChainDraws, size: int, dtype: torch.dtype) -> list[list[Group]]:
+    """What is done to the images of all chains, n * CHAINS of them, step after step."""
+    depth, steps = draws.depth.flatten(), []
     for i_step in range(DEPTH):
         operation = draws.operation[..., i_step].flatten().masked_fill(depth <= i_step, -1)
         level, sign = draws.level[..., i_step].flatten(), draws.sign[..., i_step].flatten()
-        apply_operations(images, operation, level, sign)
+        steps.append(groups(operation, level, sign, size, dtype))
+    return steps
+
+
+def _mix(base: Tensor, steps: list[list[Group]], shares: Tensor) -> Tensor:
+    images = base.repeat_interleave(CHAINS, 0)  # [n * CHAINS, 3, R, R]
+    for step in steps:
+        apply_groups(images, step)
     images = to_pixels(images)
     mix = torch.zeros((), device=base.device)
     for i_chain in range(CHAINS):
         pixels = images[i_chain::CHAINS]
-        share = draws.share[:, i_chain].to(pixels.device, pixels.dtype)[:, None, None, None]
+        share = shares[:, i_chain].to(pixels.dtype)[:, None, None, None]
         mix = share * pixels if i_chain == 0 else mix.add_(share * pixels)
     return mix.clamp_(max=1.0)  # float32 shares may add up to 1 + 1e-7
 
@@ -235,10 +252,21 @@ def mix_chains(base: Tensor, draws: ChainDraws) -> Tensor:
     Where the official code translates an image as if it had 224 pixels whatever its size, the
     distance here follows the size.
     """
-    size = base.shape[-1] ** 2
-    chunk = max(1, _CPU_CHUNK // size) if base.device.type == "cpu" else len(base)
-    pieces = zip(base.split(chunk), *(x.split(chunk) for x in draws), strict=True)
-    return torch.cat([_mix(piece, ChainDraws(*drawn)) for piece, *drawn in pieces])
+    size, device = base.shape[-1], base.device
+    if device.type != "cpu":
+        steps, shares = moved((_steps(draws, size, base.dtype), draws.share), device)
+        return _mix(base, steps, shares)
+    pieces = zip(*(x.split(max(1, _CPU_CHUNK // size**2)) for x in (base, *draws)), strict=True)
+    mixed = []
+    for piece, *drawn in pieces:
+        part = ChainDraws(*drawn)
+        mixed.append(_mix(piece, _steps(part, size, base.dtype), part.share))
+    return torch.cat(mixed)
+
+
+def _weights(draws: ChainDraws) -> Tensor:
+    """[n] of the base views; the anchor's is 1."""
+    return torch.cat([draws.weight.new_ones(1), draws.weight])
 
 
 def _one_image(
@@ -253,10 +281,47 @@ def _one_image(
         views = [anchor, *(anchor.flip(2) if crop.flip else anchor for crop in crops)]
     base = torch.stack(views)
     pixels = to_pixels(base)
-    weight = torch.cat([draws.weight.new_ones(1), draws.weight]).to(pixels.device)
+    weight = _weights(draws)
     mix = pixels
     if augment and n > 1:
         mix = torch.cat([pixels[:1], mix_chains(base[1:], draws)])
+    return Views.trusted(pixels, mix, weight)
+
+
+def _on_device(
+    image: Tensor, n: int, size: int, generator: torch.Generator, base_view: str, augment: bool,
+    reference: bool, device: torch.device,
+) -> Views:  # fmt: skip
+    """The views on a device that is no CPU. All that is drawn, and the image if it is on the host,
+    goes there in one copy, which waits for nothing."""
+    crops, draws = draw(n - 1, image.shape[1], image.shape[2], generator)
+    cropped, augmented = base_view == "crop", augment and n > 1
+    dtype = torch.uint8 if reference else to_pixels(image[:, :0]).dtype
+    weight, shares, steps, flips, taps, host = moved(
+        (
+            _weights(draws),
+            draws.share,
+            _steps(draws, size, dtype) if augmented else [],
+            torch.tensor([int(crop.flip) for crop in crops], dtype=torch.int64, device="cpu"),
+            taps_of(crops if cropped else [], image.shape[1:], size, dtype),
+            image if image.device.type == "cpu" else None,
+        ),
+        device,
+    )
+    image = image.to(device) if host is None else host
+    image = to_levels(image) if reference else to_pixels(image)
+    anchor = centre_view(image, size, *taps.levels[:1])
+    if not cropped:
+        both = torch.stack((anchor, anchor.flip(2)))
+        base = torch.cat((anchor[None], both.index_select(0, flips)))
+    elif taps.floats is not None:
+        base = torch.cat((anchor[None], resampled(image, taps.floats)))
+    else:
+        base = torch.stack([anchor, *crop_views(image, crops, size, taps.levels[1:])])
+    pixels = to_pixels(base)
+    mix = pixels
+    if augmented:
+        mix = torch.cat([pixels[:1], _mix(base[1:], steps, shares)])
     return Views.trusted(pixels, mix, weight)
 
 
@@ -321,10 +386,14 @@ def make_views(
     several = isinstance(image, (list, tuple))
     if several and not image:
         raise ValueError("image is an empty list; needed at least one image")
-    pixels = [
-        read_image(x, f"image {i}" if several else "image", device)
-        for i, x in enumerate(image if several else [image])
-    ]
-    settings = (n, resolution, generator, base_view, augment)
-    views = [_one_image(to_levels(x) if reference else to_pixels(x), *settings) for x in pixels]
+    views = []
+    for i, x in enumerate(image if several else [image]):
+        pixels = read_image(x, f"image {i}" if several else "image")
+        settings = n, resolution, generator, base_view, augment
+        where = pixels.device if device is None else torch.device(device)
+        if where.type != "cpu":
+            views.append(_on_device(pixels, *settings, reference, where))
+            continue
+        pixels = pixels.to(where)
+        views.append(_one_image(to_levels(pixels) if reference else to_pixels(pixels), *settings))
     return views if several else views[0]

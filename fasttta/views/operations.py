@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +70,14 @@ def _taps(length: int, size: int, mode: str) -> tuple[Tensor, Tensor]:
     return first, (fixed + torch.where(fixed < 0, -0.5, 0.5)).trunc().to(torch.int32)
 
 
-def _resize_levels(levels: Tensor, size: int, dim: int, mode: str) -> Tensor:
+def _resize_levels(
+    levels: Tensor, size: int, dim: int, mode: str, taps: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """uint8 [3, H, W] -> the same with ``size`` along ``dim``, rounded and clipped as Pillow."""
     length = levels.shape[dim]
     if length == size:
         return levels
-    first, weights = (x.to(levels.device) for x in _taps(length, size, mode))
+    first, weights = taps or _taps(length, size, mode)
     shape = [1, 1, 1]
     shape[dim] = size
     # int32: 255 * 2^22 times a cubic's sum of |weights| (1.3) stays below 2^31
@@ -87,7 +89,20 @@ def _resize_levels(levels: Tensor, size: int, dim: int, mode: str) -> Tensor:
     return (total + (1 << (_BITS - 1)) >> _BITS).clamp(0, 255).to(torch.uint8)
 
 
-def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
+#: for the columns and the rows of a resized image of levels: first input index and weights
+LevelTaps = tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
+
+
+def level_taps(shape: tuple[int, int], height: int, width: int, mode: str) -> LevelTaps:
+    """What ``resize`` needs of the host for levels of a shape (H, W); None where nothing is to be
+    resized."""
+    columns = None if shape[1] == width else _taps(shape[1], width, mode)
+    return columns, None if shape[0] == height else _taps(shape[0], height, mode)
+
+
+def resize(
+    image: Tensor, height: int, width: int, mode: str, taps: LevelTaps = (None, None)
+) -> Tensor:
     """Antialiased [3, H, W] -> [3, height, width]: first the width, then the height, clipped after
     each (a cubic overshoots, and Pillow stores levels between the two).
 
@@ -95,9 +110,12 @@ def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
 
     Args:
         mode: "bilinear" or "bicubic".
+        taps: of ``level_taps``, on the device of levels; on a CPU they need not be given.
     """
     if image.dtype == torch.uint8:
-        return _resize_levels(_resize_levels(image, width, 2, mode), height, 1, mode)
+        return _resize_levels(
+            _resize_levels(image, width, 2, mode, taps[0]), height, 1, mode, taps[1]
+        )
     if mode == "bilinear":  # nothing to clip between the passes
         image = F.interpolate(image[None], (height, width), mode=mode, antialias=True)[0]
         return image.clamp(0.0, 1.0)
@@ -107,27 +125,32 @@ def resize(image: Tensor, height: int, width: int, mode: str) -> Tensor:
     return image
 
 
-def centre_view(image: Tensor, size: int) -> Tensor:
+def anchor_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of an image whose short side becomes ``size``."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def centre_view(image: Tensor, size: int, taps: LevelTaps = (None, None)) -> Tensor:
     """[3, H, W] -> the anchor [3, size, size]: short side to ``size``, bicubic, centre crop.
 
     The long side is rounded down and the crop's corner to the even neighbour, as in torchvision.
     """
-    height, width = image.shape[1:]
-    if height <= width:
-        height, width = size, int(size * width / height)
-    else:
-        height, width = int(size * height / width), size
-    image = resize(image, height, width, "bicubic")
+    height, width = anchor_size(*image.shape[1:], size)
+    image = resize(image, height, width, "bicubic", taps)
     top, left = round((height - size) / 2.0), round((width - size) / 2.0)
     return image[:, top : top + size, left : left + size]
 
 
-def crop_views(image: Tensor, crops: Sequence[Crop], size: int) -> list[Tensor]:
+def crop_views(
+    image: Tensor, crops: Sequence[Crop], size: int, taps: Sequence[LevelTaps] = ()
+) -> list[Tensor]:
     """[3, H, W] -> one view [3, size, size] for each crop, bilinear, mirrored where it says so."""
     views = []
-    for crop in crops:
+    for i, crop in enumerate(crops):
         part = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        part = resize(part, size, size, "bilinear")
+        part = resize(part, size, size, "bilinear", taps[i] if taps else (None, None))
         views.append(part.flip(2) if crop.flip else part)
     return views
 
@@ -190,7 +213,7 @@ def posterize(images: Tensor, bits: int) -> Tensor:
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
     """Images [n, 3, R, R] with levels from thresholds [n] (int64) on inverted."""
-    dark = _nearest(images) < thresholds.to(images.device)[:, None, None, None]
+    dark = _nearest(images) < thresholds[:, None, None, None]
     return torch.where(dark, images, (255 if images.dtype == torch.uint8 else 1) - images)
 
 
@@ -240,15 +263,24 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
         images: uint8 levels or floats in [0, 1].
         matrices: float64 [n, 6] on the CPU: a, b, c, d, e, f.
     """
-    if images.dtype == torch.uint8:
-        matrices = matrices.to(images.device)
-        pieces = zip(images.split(_CHUNK), matrices.split(_CHUNK), strict=True)
-        return torch.cat([_warp_levels(*piece) for piece in pieces])
-    # grid_sample counts from -1 to 1: the constant terms change, the linear ones do not
-    size = images.shape[-1]
+    return _warp(images, _warp_numbers(matrices, images.shape[-1], images.dtype).to(images.device))
+
+
+def _warp_numbers(matrices: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """What ``_warp`` needs of matrices [n, 6]: for levels these, for floats [n, 2, 3] in their
+    type, for coordinates from -1 to 1: the constant terms change, the linear ones do not."""
+    if dtype == torch.uint8:
+        return matrices
     linear, constant = matrices.view(-1, 2, 3).split((2, 1), dim=2)
     constant = linear.sum(2, keepdim=True) + constant * (2 / size) - 1
-    theta = torch.cat([linear, constant], 2).to(images.device, images.dtype)[..., None, None]
+    return torch.cat([linear, constant], 2).to(dtype)
+
+
+def _warp(images: Tensor, numbers: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        pieces = zip(images.split(_CHUNK), numbers.split(_CHUNK), strict=True)
+        return torch.cat([_warp_levels(*piece) for piece in pieces])
+    size, theta = images.shape[-1], numbers[..., None, None]
     centre = torch.arange(1 - size, size, 2, device=images.device, dtype=images.dtype) / size
     grid = theta[:, :, 0] * centre + (theta[:, :, 1] * centre[:, None] + theta[:, :, 2])
     inside = (grid >= -1) & (grid < 1)  # [n, 2, size, size]
@@ -277,35 +309,63 @@ def _matrix(operation: str, level: float, sign: int, size: int) -> tuple[float, 
     return None
 
 
-def apply_operations(images: Tensor, operation: Tensor, level: Tensor, sign: Tensor) -> None:
-    """Applies one operation to each image, in place; all images with the same one at a time.
+class Group(NamedTuple):
+    """Images to which the same is done.
+
+    Attributes:
+        name: "autocontrast", "equalize", "posterize", "solarize" or "warp".
+        chosen: int64, which images.
+        numbers: thresholds of "solarize", what ``_warp`` takes of "warp".
+        bits: of "posterize".
+    """
+
+    name: str
+    chosen: Tensor
+    numbers: Tensor | None = None
+    bits: int = 0
+
+
+def groups(
+    operation: Tensor, level: Tensor, sign: Tensor, size: int, dtype: torch.dtype
+) -> list[Group]:
+    """One operation for each of n images, those with the same one together; all on the CPU.
 
     Args:
-        images: [n, 3, R, R], uint8 levels or floats in [0, 1].
         operation: int64 [n], an index into ``OPERATIONS``; -1: none.
         level: float64 [n] in [0.1, 1), the severity.
         sign: int64 [n], -1 or 1, the direction of a warp.
+        size, dtype: of the images.
     """
-
-    def apply(chosen: Tensor, function: Callable[[Tensor], Tensor]) -> None:
-        if len(chosen):
-            chosen = chosen.to(images.device)
-            images[chosen] = function(images[chosen])
-
-    for name, function in (("autocontrast", autocontrast), ("equalize", equalize)):
-        apply((operation == OPERATIONS.index(name)).nonzero()[:, 0], function)
+    made = []
+    for name in ("autocontrast", "equalize"):
+        made.append(Group(name, (operation == OPERATIONS.index(name)).nonzero()[:, 0]))
     bits = 4 - (0.4 * level).long()
     for n_bits in bits.unique().tolist():
         chosen = ((operation == _POSTERIZE) & (bits == n_bits)).nonzero()[:, 0]
-        apply(chosen, lambda x, n_bits=n_bits: posterize(x, n_bits))  # type: ignore[misc]
+        made.append(Group("posterize", chosen, bits=n_bits))
     chosen = (operation == _SOLARIZE).nonzero()[:, 0]
     thresholds = 256 - (25.6 * level[chosen]).long()
-    apply(chosen, lambda x: solarize(x, thresholds))
+    made.append(Group("solarize", chosen, thresholds))
 
     names = [OPERATIONS[i] if i >= 0 else "" for i in operation.tolist()]
     settings = zip(names, level.tolist(), sign.tolist(), strict=True)
-    matrices = [_matrix(*setting, images.shape[-1]) for setting in settings]
+    matrices = [_matrix(*setting, size) for setting in settings]
     moved = [i for i, matrix in enumerate(matrices) if matrix is not None]
     if moved:
         rows = torch.tensor([matrices[i] for i in moved], dtype=torch.float64, device="cpu")
-        apply(torch.tensor(moved, device="cpu"), lambda x: warp(x, rows))
+        chosen = torch.tensor(moved, device="cpu")
+        made.append(Group("warp", chosen, _warp_numbers(rows, size, dtype)))
+    return [group for group in made if len(group.chosen)]
+
+
+def apply_groups(images: Tensor, made: Sequence[Group]) -> None:
+    """Applies groups, which lie on the images' device, to images [n, 3, R, R] in place."""
+    apply: dict[str, Callable[[Tensor, Group], Tensor]] = {
+        "autocontrast": lambda x, _: autocontrast(x),
+        "equalize": lambda x, _: equalize(x),
+        "posterize": lambda x, group: posterize(x, group.bits),
+        "solarize": lambda x, group: solarize(x, cast(Tensor, group.numbers)),
+        "warp": lambda x, group: _warp(x, cast(Tensor, group.numbers)),
+    }
+    for group in made:
+        images[group.chosen] = apply[group.name](images[group.chosen], group)

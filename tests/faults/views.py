@@ -74,4 +74,32 @@ FAULTS = [
         'call = "permute"',
         "adapted/test_image_inputs.py::test_advice_on_the_order_of_axes_is_a_call_that_works",
     ),
+    (
+        "image-copied-apart",
+        "fasttta/views/make.py",
+        'image if image.device.type == "cpu" else None',
+        "None",
+        "views/test_views_on_device.py::test_one_copy[2-options0]",
+    ),
+    (
+        "crops-at-once-not-mirrored",
+        "fasttta/views/resample.py",
+        "columns = torch.where(mirrored, columns.flip(2), columns)",
+        "pass",
+        "views/test_views_on_device.py::test_crops_at_once[size0]",
+    ),
+    (
+        "crops-at-once-over-the-edge",
+        "fasttta/views/resample.py",
+        "weights.masked_fill(i_in >= last, 0.0)",
+        "weights",
+        "views/test_views_on_device.py::test_crops_at_once[size0]",
+    ),
+    (
+        "packed-tensors-overlap",
+        "fasttta/views/transfer.py",
+        "end += -(-x.numel() * x.element_size() // _ALIGNED) * _ALIGNED",
+        "end += x.numel()",
+        "views/test_transfer.py::test_the_same_tensors",
+    ),
 ]
