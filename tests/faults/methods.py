@@ -220,8 +220,8 @@ FAULTS = [
     (
         "tpt-weight-decay",
         "fasttta/methods/prompt_tuning.py",
-        ("weight_decay=self.weight_decay,\n        )"),
-        ("weight_decay=0.0,\n        )"),
+        "weight_decay=self.weight_decay, fused=cuda",
+        "weight_decay=0.0, fused=cuda",
         "methods/test_plain_episodes.py::test_prompt_tuning[tpt-{}]",
     ),
     (

@@ -92,4 +92,18 @@ FAULTS = [
         "pass",
         "methods/test_rada.py::test_fresh_head_changes_nothing",
     ),
+    (
+        "text-repeated-order",
+        "fasttta/models/clip/text.py",
+        "end += stop - p",
+        "end += stop",
+        "models/test_clip_text.py::test_features_and_gradient[repeated-ragged]",
+    ),
+    (
+        "clip-pixel-scale-rounded-twice",
+        "fasttta/models/clip/model.py",
+        "        self._set_pixel_scale(self.pixel_mean.device)\n",
+        "",
+        "models/test_clip_constants.py::test_conversions_round_once[dtype0]",
+    ),
 ]

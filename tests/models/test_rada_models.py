@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, differing, same, snapshot
+from cases import METHODS, buffered, differing, same, snapshot
 from clips import tiny_clip, tiny_ids, tiny_views
 from heads import some_head
 from lookalikes import HFCLIP, OpenCLIP
@@ -197,6 +197,20 @@ def test_several_images_are_as_many_episodes(clip):
             expected = torch.stack([getattr(r, group)[name] for r in each])
             assert torch.equal(value, expected), name
     assert not torch.equal(each[0].logits, each[1].logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 3}, {"tune": "out", "lr": 1e-3}])
+def test_views_on_static_buffers(clip, options):
+    """As captured steps run: one for each image, and another for another number of views."""
+    eager, graph = adapt(clip, **options), buffered(adapt(clip, **options))
+    for x in (images(1), images(3), images(2, seed=1)[1]):
+        assert same(graph.step(x), eager.step(x))
+    for n in (6, 3, 6):
+        assert same(graph.step(views=tiny_views(n)), eager.step(views=tiny_views(n)))
+    assert len(graph._step.plans) == 2
+    graph.reset()
+    eager.reset()
+    assert same(graph.step(images(1), trace=True), eager.step(images(1), trace=True))
 
 
 def test_bad_images(clip):
