@@ -82,7 +82,8 @@ def _one_modality(
     b_x, m_x = _load_tokens(p_x, first + o_t, s_t, s_d, last, D, BD)
     b_x = tl.where(m_x, b_x.to(tl.float32) - b_first[None, :], 0.0)
     b_shift = b_first + tl.sum(b_x, axis=0) / tl.minimum(count, BT).to(tl.float32)
-    b_shift_across = _along_rows(b_shift, BD)
+    if TWICE:
+        b_shift_across = _along_rows(b_shift, BD)
     b_sum = tl.zeros([BT, BD], tl.float32)
     b_c = tl.zeros([BD, BD], tl.float32)
     b_low = tl.zeros([BD, BD], tl.float32)
@@ -100,8 +101,8 @@ def _one_modality(
             b_across = tl.trans(b_x.to(dtype))
         if HALF:
             b_high = b_x.to(dtype)
-            b_c = tl.dot(b_across, b_high, b_c)
             b_rest = (b_x - b_high.to(tl.float32)).to(dtype)
+            b_c = tl.dot(b_across, b_high, b_c)
             b_low = tl.dot(b_across, b_rest, b_low)
         else:
             b_c = tl.dot(b_across, b_x, b_c, input_precision=PRECISION)
