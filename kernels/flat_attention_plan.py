@@ -11,14 +11,22 @@ from .launch_plan import Plan, cdiv, integer, power_of_2, precision, warp_produc
 WIDEST_HEAD = 128  # channels of which a tile of rows stays in registers
 
 
-def _flat(architecture: str, half: bool, d: int) -> tuple[dict[str, object], dict[str, int]]:
-    """Constants, and warps, stages and registers."""
+def _flat(
+    architecture: str, half: bool, d: int, count: int
+) -> tuple[dict[str, object], dict[str, int]]:
+    """Constants, and warps, stages and registers.
+
+    float32 on sm_90: four warps multiply 64 rows (wgmma), so that eight on 64 rows share the
+    columns of a product, 16 each of 32, and need twice the barriers of eight on 128 rows.
+    """
     bd = power_of_2(max(16, d))
     rows, columns, warps = 64, 32, 8
     if not half and (warp_products(architecture) or architecture == "gfx942"):
         rows, columns = 32, 16
     elif not half and bd > 64:  # a product is three, and operands of all are registers
         rows, columns, warps = 16, 16, 4
+    elif not half and architecture == "sm_90" and count > 64:
+        rows = 128
     constants = {
         "BM": rows, "BN": columns, "BD": bd, "WIDE": not half,
         "PRECISION": precision(architecture, half),
@@ -35,10 +43,12 @@ def forward(architecture: str, half: bool, heads: int, count: int, d: int) -> tu
         heads: of the batch together.
         count, d: classes K, and channels of a head.
     """
-    constants, options = _flat(architecture, half, d)
+    constants, options = _flat(architecture, half, d, count)
     if half:
         columns = 32 if d > 64 and warp_products(architecture) else 64
         constants, options = constants | {"BN": columns}, options | {"warps": 4}
+    elif constants["BM"] == 128:
+        constants = constants | {"BN": 64}  # the gradients of float16 spill 16 bytes with them
     grid = cdiv(count, integer(constants, "BM")), heads
     weights = {"BM": constants["BM"], "BD": constants["BD"], "BK": 1024}
     return Plan(grid, constants, **options), Plan(grid, weights, 4)
@@ -57,7 +67,7 @@ def gradients(architecture: str, half: bool, heads: int, count: int, d: int) -> 
 
     Arguments are those of ``forward``.
     """
-    constants, options = _flat(architecture, half, d)
+    constants, options = _flat(architecture, half, d, count)
     if architecture == "sm_120" and not half and d <= 64:
         constants["BN"] = 32  # float16 in tiles of 16 spills 8 bytes there
     return Plan((2 * cdiv(count, integer(constants, "BM")), heads), constants, **options)

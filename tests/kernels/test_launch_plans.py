@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fasttta.kernels import launch, launch_plan, score_moments_per_head_plan
+from fasttta.kernels import (
+    flat_attention_plan,
+    launch,
+    launch_plan,
+    score_moments_per_head_plan,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +61,28 @@ def test_moments_of_each_head(architecture, half):
     assert gradients.constants["BT"] == (32 if warp and not half else 64)
     assert gradients.registers == (255 if warp else None)
     assert score_moments_per_head_plan.moments(*sizes, False).grid == (12, 8)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "half", "count", "d", "forward", "gradients"),
+    [
+        ("sm_90", False, 1000, 64, (128, 64, 8), (128, 32, 8)),
+        ("sm_90", False, 37, 64, (64, 32, 8), (64, 32, 8)),  # one tile of 128 would be half empty
+        ("sm_90", False, 1000, 128, (16, 16, 4), (16, 16, 4)),
+        ("sm_90", True, 1000, 64, (64, 64, 4), (64, 32, 8)),
+        ("sm_100", False, 1000, 64, (64, 32, 8), (64, 32, 8)),
+        ("sm_80", False, 1000, 64, (32, 16, 8), (32, 16, 8)),
+        ("sm_120", False, 1000, 64, (32, 16, 8), (32, 32, 8)),
+        ("sm_120", True, 1000, 128, (64, 32, 4), (64, 32, 8)),
+    ],
+)
+def test_tiles_of_flat_attention(architecture, half, count, d, forward, gradients):
+    """Rows, columns and warps; programs of all rows of all heads, two kinds of them backward."""
+    plans = (
+        flat_attention_plan.forward(architecture, half, 48, count, d)[0],
+        flat_attention_plan.gradients(architecture, half, 48, count, d),
+    )
+    for plan, expected in zip(plans, (forward, gradients), strict=True):
+        assert (plan.constants["BM"], plan.constants["BN"], plan.warps) == expected
+    assert plans[0].grid == (-(-count // forward[0]), 48)
+    assert plans[1].grid == (2 * -(-count // gradients[0]), 48)
