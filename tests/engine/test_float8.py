@@ -336,3 +336,23 @@ def test_heads_on_quantised_encoders(model, tiny_batch, loss):
         adapted = _adapt(model, "rada", heads=3)
         assert len(_float8(adapted)) == 12
         assert adapted.step(*tiny_batch()).logits.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_on_a_gpu(model, tiny_batch, engine):
+    """Nothing waits for the device, and the numbers are those of the emulation on a CPU."""
+    gpu = fasttta.adapt(copy.deepcopy(model).cuda(), "read", precision="fp8", engine=engine)
+    cpu = _adapt(model, "read", lr=gpu.options.lr)
+    batches = [tiny_batch(seed=s) for s in range(3)]
+    on_gpu = [tuple(x.cuda() for x in batch) for batch in batches]
+    results = [gpu.step(*on_gpu[0])]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results += [gpu.step(*batch) for batch in on_gpu[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for result, batch in zip(results, batches, strict=True):
+        expected = cpu.step(*batch)
+        assert torch.cosine_similarity(result.logits.cpu(), expected.logits).min() > 0.99
