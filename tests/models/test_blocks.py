@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def called(monkeypatch):
     """The calls of oneDNN's product by layers, without those of the trial."""
-    onednn._works()
+    onednn.works()
     calls, product = [], onednn.onednn_linear
     monkeypatch.setattr(onednn, "onednn_linear", lambda *args: calls.append(args) or product(*args))
     return calls
@@ -43,11 +43,11 @@ def test_same_numbers(called, mode, strided):
 
 
 def test_they_work_where_they_exist():
-    onednn._works.cache_clear()
+    onednn.works.cache_clear()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        assert onednn._works()
+        assert onednn.works()
     finally:
         torch.set_default_dtype(before)
 
@@ -74,7 +74,7 @@ def test_where_they_are_not_used(called):
 
 def test_operations_that_fail_are_left_alone(monkeypatch):
     layer, x = Linear(24, 40), torch.randn(3, 50, 24)
-    onednn._works.cache_clear()
+    onednn.works.cache_clear()
     calls = []
     monkeypatch.setattr(
         onednn, "onednn_linear", lambda *args, **options: calls.append(args) or torch.zeros(1)
@@ -83,5 +83,5 @@ def test_operations_that_fail_are_left_alone(monkeypatch):
         with torch.no_grad():
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
-        onednn._works.cache_clear()
+        onednn.works.cache_clear()
     assert len(calls) == 3  # the trial

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def packings(monkeypatch):
     """The weights that are packed, without that of the trial."""
-    assert onednn._packing_works()
+    assert onednn.packing_works()
     packed, product = [], onednn.onednn_linear
 
     def linear(x, weight, *rest):

@@ -8,7 +8,9 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from ...ops import processor
 from ...ops.gelu import gelu as erf_gelu
 from ...ops.quick_gelu import quick_gelu
 from ...ops.residual_layer_norm import fuses
@@ -17,6 +19,7 @@ from . import onednn
 from .residual import added, advances, normalised, product_type, unpacked_heads
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": erf_gelu}
+_ONEDNN_ROWS = 64  # with fewer rows the calls cost more than the products
 
 
 class QueriesAndKeys(NamedTuple):
@@ -40,11 +43,11 @@ class Linear(nn.Linear):
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
-        if onednn.suits(x, weight, bias) and (add is None or add.dtype == dtype):
+        if _suits_onednn(x, weight, bias) and (add is None or add.dtype == dtype):
             return onednn.onednn_linear(x, weight, bias, gelu, add)
         # a weight that this layer keeps in bf16: not a master, which changes, and is cast in a call
         kept = weight is self.weight and self.compute_dtype is not None
-        if kept and onednn.suits_packed(x, weight, bias):
+        if kept and _suits_packed(x, weight, bias):
             x = onednn.packed_linear(x, weight, bias, gelu)
         else:
             x = F.linear(x, weight, bias)
@@ -56,6 +59,43 @@ class Linear(nn.Linear):
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias[rows].to(dtype)
         return F.linear(x.to(dtype), self.weight[rows].to(dtype), bias)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``onednn_linear`` serves: no gradient, float32 on a CPU, enough rows."""
+    return (
+        not torch.is_grad_enabled()
+        and bias is not None
+        and x.dtype == weight.dtype == bias.dtype == torch.float32
+        and _suits_layout(x, weight, bias)
+        and onednn.works()
+    )
+
+
+def _suits_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a weight is to be packed: frozen, in bf16, on a processor that multiplies bf16."""
+    return (
+        bias is not None
+        and x.dtype == weight.dtype == bias.dtype == torch.bfloat16
+        and not (weight.requires_grad or bias.requires_grad)
+        and _suits_layout(x, weight, bias)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not weight.is_inference()  # its changes would go unseen
+        and (processor.bf16_vectors() or processor.bf16_tiles())
+        and onednn.packing_works()
+    )
+
+
+def _suits_layout(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and weight.is_contiguous()  # a strided weight takes a thousand times longer,
+        and bias.is_contiguous()  # and the strides of a bias are ignored
+        and x.numel() >= _ONEDNN_ROWS * x.shape[-1]
+        and not torch.compiler.is_compiling()
+        and bool(torch.backends.mkldnn.enabled)
+    )
 
 
 def embed_patches(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype | None = None) -> Tensor:
@@ -254,7 +294,7 @@ class PackedAttention(nn.Module):
         dtype = self.compute_dtype or self.in_proj_weight.dtype
         weight, bias, x = self.in_proj_weight, self.in_proj_bias, x.to(dtype)
         kept = which == "qkv" and self.compute_dtype is not None
-        if kept and onednn.suits_packed(x, weight, bias):
+        if kept and _suits_packed(x, weight, bias):
             return list(onednn.packed_linear(x, weight, bias).chunk(3, -1))
         return list(F.linear(x, weight[rows].to(dtype), bias[rows].to(dtype)).chunk(len(which), -1))
 

@@ -14,12 +14,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...ops import processor
-
-_FEWEST = 64  # rows; with fewer the calls cost more than the products
 #: weight -> its version and its packed copy
 _PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -32,43 +28,6 @@ def onednn_linear(
     if add is not None:
         return operation.binary(x, add, weight, bias, "add")
     return operation(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
-
-
-def suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``onednn_linear`` serves: no gradient, float32 on a CPU, enough rows."""
-    return (
-        not torch.is_grad_enabled()
-        and bias is not None
-        and x.dtype == weight.dtype == bias.dtype == torch.float32
-        and _suits_layout(x, weight, bias)
-        and _works()
-    )
-
-
-def suits_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a weight is to be packed: frozen, in bf16, on a processor that multiplies bf16."""
-    return (
-        bias is not None
-        and x.dtype == weight.dtype == bias.dtype == torch.bfloat16
-        and not (weight.requires_grad or bias.requires_grad)
-        and _suits_layout(x, weight, bias)
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not weight.is_inference()  # its changes would go unseen
-        and (processor.bf16_vectors() or processor.bf16_tiles())
-        and _packing_works()
-    )
-
-
-def _suits_layout(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and weight.is_contiguous()  # a strided weight takes a thousand times longer,
-        and bias.is_contiguous()  # and the strides of a bias are ignored
-        and x.numel() >= _FEWEST * x.shape[-1]
-        and not torch.compiler.is_compiling()
-        and bool(torch.backends.mkldnn.enabled)
-    )
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
@@ -108,7 +67,7 @@ def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _works() -> bool:
+def works() -> bool:
     """Whether this PyTorch has the operations, and they compute what they should."""
     x, w, b, y = _trial(torch.float32)
     product = F.linear(x, w, b)
@@ -123,7 +82,7 @@ def _works() -> bool:
 
 
 @functools.cache
-def _packing_works() -> bool:
+def packing_works() -> bool:
     """The same, in bf16 and with a packed weight."""
     x, w, b, _ = _trial(torch.bfloat16)
     product = F.linear(x.float(), w.float(), b.float())
