@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .. import trace
 from ..kernels import residual_layer_norm_plan as plan
-from . import triton
+from . import native, triton
 from .cost import Cost
 from .registry import define, ops, refuse_second_derivative, wide
 
@@ -148,7 +148,8 @@ def residual_layer_norm(
 
 
 def fuses(residual: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether addition and LayerNorm are one pass here: on a GPU, in a type of its kernels.
+    """Whether addition and LayerNorm are one pass here: on a GPU in a type of its kernels, on a CPU
+    where a float32 residual lies between products in bfloat16.
 
     Args:
         residual: the residual stream. dtype: of the products between which it lies; None: unknown.
@@ -167,6 +168,9 @@ def fuses(residual: Tensor, dtype: torch.dtype | None) -> bool:
 
 
 def _has_kernels(residual: Tensor, dtype: torch.dtype | None) -> bool:
+    if residual.device.type == "cpu":
+        mixed = residual.dtype == torch.float32 and dtype == torch.bfloat16
+        return mixed and (native.loaded or native.load())
     types = (torch.float32, torch.float16, torch.bfloat16)
     return residual.device.type == "cuda" and residual.dtype in types
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from op_cases import composite
 
 from fasttta.ops import native
+from fasttta.ops import residual_layer_norm as operation
 from fasttta.ops.registry import ops
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -129,6 +131,28 @@ def test_empty():
         grads = ops.residual_layer_norm_backward(x, x, total, stats, None, F32, True, True, True)
         assert [g.shape for g in grads] == [shape, shape, (2, shape[-1])]
         assert not grads[2].any()
+
+
+@pytest.mark.parametrize(
+    ("residual", "product", "fused"),
+    [(F32, BF16, True), (F32, F32, False), (F64, BF16, False), (BF16, BF16, False),
+     (F32, None, False)],
+)  # fmt: skip
+def test_serves_between_products_in_bf16(residual, product, fused, monkeypatch):
+    """In float32 oneDNN adds the residual as it writes a product, and numbers stay as they are."""
+    x, y = random(4, 6, dtype=residual), random(4, 6, seed=1, dtype=product or F32)
+    assert operation.fuses(x, product) == fused
+    calls, compute = [], ops.residual_layer_norm
+    counted = SimpleNamespace(residual_layer_norm=lambda *a: calls.append(a) or compute(*a))
+    monkeypatch.setattr(operation, "ops", counted)
+    total, normed = operation.residual_layer_norm(x, y, None, None, 1e-5, product)
+    assert len(calls) == fused
+    right = operation.residual_layer_norm_reference(x, y, None, None, 1e-5, product)
+    assert torch.equal(total, right[0])
+    near(normed, right[1])
+    monkeypatch.setattr(native, "loaded", False)
+    monkeypatch.setattr(native, "load", lambda: False)
+    assert not operation.fuses(x, product)
 
 
 def test_refuses_what_does_not_fit():
