@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from fasttta.ops import processor
 from fasttta.ops.softmax_attention import attend
 
 HEADS, CHANNELS = 12, 64  # ViT-B
@@ -26,16 +27,37 @@ IMPLEMENTATIONS = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel for CPUs")
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def on_cpus(bench):
+    """The cases of a bench of a kernel for CPUs."""
+    for mark in (
+        pytest.mark.parametrize("implementation", IMPLEMENTATIONS),
+        pytest.mark.parametrize("direction", ["forward", "forward+backward"]),
+        pytest.mark.parametrize("tokens", TOKENS),
+        pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel for CPUs"),
+    ):
+        bench = mark(bench)
+    return bench
+
+
+@on_cpus
 def bench_softmax_attention(implementation, direction, tokens, full, threads, measure):
+    compare(implementation, direction, tokens, full, threads, measure, torch.float32)
+
+
+@on_cpus
+@pytest.mark.skipif(not processor.bf16_vectors(), reason="this processor has no avx512_bf16")
+def bench_bf16_attention(implementation, direction, tokens, full, threads, measure):
+    compare(implementation, direction, tokens, full, threads, measure, torch.bfloat16)
+
+
+def compare(implementation, direction, tokens, full, threads, measure, dtype):
+    """Measures an implementation in a type against maps in memory in the same type."""
     batch, heads, count, channels = (4, HEADS, TOKENS[tokens], CHANNELS) if full else (2, 3, 17, 5)
     generator = torch.Generator().manual_seed(0)
-    packed = torch.randn(batch, count, 3, heads, channels, generator=generator)
+    packed = torch.randn(batch, count, 3, heads, channels, generator=generator).to(dtype)
     inputs = tuple(packed.permute(2, 0, 3, 1, 4))  # views of a packed projection
-    along = torch.randn(batch, count, heads, channels, generator=generator).transpose(1, 2)
+    along = torch.randn(batch, count, heads, channels, generator=generator)
+    along = along.to(dtype).transpose(1, 2)
     backward = direction == "forward+backward"
 
     def outputs(of, inputs, along):
@@ -53,11 +75,12 @@ def bench_softmax_attention(implementation, direction, tokens, full, threads, me
         exact=exact,
         memory=True,
         threads=threads,
+        **({} if dtype == torch.float32 else {"rounding": torch.finfo(dtype).eps}),
         headline=implementation == "default" and tokens == "both" and backward,
         shape="x".join(map(str, inputs[0].shape)),
-        dtype=torch.float32,
+        dtype=dtype,
         # q, k, v read and the result written; backward reads these and its gradient, writes three
-        bytes=(12 if backward else 4) * inputs[0].numel() * 4,
+        bytes=(12 if backward else 4) * inputs[0].nbytes,
         # two products of all pairs; backward the scores once more, and four
         flops=(7 if backward else 2) * 2 * batch * heads * count**2 * channels,
     )
