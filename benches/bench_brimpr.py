@@ -212,6 +212,7 @@ def bench_brimpr(precision, full, device, measure, threads):
         samples=batch,
         threads=threads,
         shape=f"batch {batch}",
+        engine=adapted.engine,
         headline=True,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         flops=_flops(model, batch, tuple(ids.shape[1] for ids in keep)),

@@ -329,6 +329,7 @@ def bench_clip_episode(method, classes, precision, model, device, full, measure)
         memory=True,
         samples=1,
         shape=f"ViT-B/16, {len(views)} views, reference from its timed parts",
+        engine=adapted.engine,
         headline=True,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         bytes=(2 if precision == "bf16" else 4) * sum(x.numel() for x in model.parameters()),

@@ -304,54 +304,6 @@ def test_peak_memory_is_beyond_what_is_returned():
     assert 2 * x.nbytes - 2048 <= peak <= 2 * x.nbytes + 2048
 
 
-def test_peak_memory_of_a_replay_is_that_of_its_graphs(monkeypatch):
-    """A replay allocates nothing: what counts are the pools that the first calls have made."""
-    clock, gpu = load("clock"), torch.device("cuda")
-    pools = [((0, 0), 999), ((0, 1), 50)]  # the usual one, and that of another graph
-    calls = []
-
-    def run():
-        calls.append(1)
-        if len(calls) == 2:
-            pools.extend([((0, 2), 100), ((0, 2), 20), ((0, 3), 7)])
-        return ()
-
-    def snapshot():
-        return [{"segment_pool_id": pool, "total_size": size} for pool, size in pools]
-
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
-    monkeypatch.setattr(clock, "_beyond", lambda run, device: 3)
-    side = clock.WithGraphs(run, gpu)
-    side.settle()
-    assert side.pools == {(0, 2), (0, 3)}
-    assert clock.peak_bytes(side, gpu) == 127 + 3
-    pools.append(((0, 4), 1000))
-    side()  # looks no longer
-    assert side.pools == {(0, 2), (0, 3)}
-    assert clock.peak_bytes(run, gpu) == 3
-    assert clock.WithGraphs(run, torch.device("cpu")).pool_bytes() == 0
-
-
-def test_a_reference_that_is_far_off_excuses_nothing():
-    agreement, exact = load("agreement").agreement, torch.ones(1)
-    reference = exact * 1.09  # as the official bf16 step on one processor
-    agreement((exact * 1.04,), (reference,), (exact,), None, 1e-3, most=0.05)
-    with pytest.raises(AssertionError, match="off, not 5"):
-        agreement((exact * 1.06,), (reference,), (exact,), None, 1e-3, most=0.05)
-    agreement((exact * 1.06,), (reference,), (exact,), None, 1e-3)
-
-
-def test_a_row_names_the_official_precision(report):
-    (line,) = [
-        line
-        for line in report.summary(
-            {"machine": MACHINE, "benches": [entry("bench_step[a]", official="bf16 autocast")]}
-        ).splitlines()
-        if "official in bf16 autocast" in line
-    ]
-    assert line.startswith("| step |")
-
-
 def test_the_page_shows_the_committed_results(report):
     assert report.main(["--check", str(BENCHES / "README.md")]) == 0
 
