@@ -17,7 +17,12 @@ import fasttta
 
 MOST_BYTES = 9000
 ROOMS = ("fasttta", "kernels", "csrc", "benches", "tests")
-PAGES = [README, *(page for room in ROOMS for page in sorted((ROOT / room).rglob("README.md")))]
+FIRST_HOUR = ROOT / "benches/FIRST_HOUR.md"
+PAGES = [
+    README,
+    *(page for room in ROOMS for page in sorted((ROOT / room).rglob("README.md"))),
+    FIRST_HOUR,
+]
 SCRIPTS = [ROOT / ".ci/run", ROOT / ".ci/gpu", ROOT / ".ci/types"]
 ADAPTED = ROOT / "fasttta/adapted/README.md"
 
@@ -75,6 +80,16 @@ def test_files_that_commands_name_are_there(path):
     named = re.findall(rf"(?<![\w/.]){rooms}/[\w/.-]*\w", path.read_text())
     files = {name for name in named if name.endswith((".py", ".md", ".txt", ".cpp", ".h"))}
     assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
+
+
+def test_the_first_hour_has_every_stage():
+    script = (ROOT / ".ci/gpu").read_text()
+    stages = re.findall(r"^  ([a-z |]+)\)", script.partition("case ${1:-} in")[2], re.MULTILINE)
+    named = {name for line in stages for name in line.split(" | ")} - {"all", "benches"}
+    assert len(named) > 8
+    rows = re.findall(r"^\| `(\w+)` \|", FIRST_HOUR.read_text(), re.MULTILINE)
+    assert set(rows) == named
+    assert all(re.search(rf"^{name}\(\) ", script, re.MULTILINE) for name in named)
 
 
 TABLE = re.compile(r"^\| file \|.*\n\| --- .*\n((?:\|.*\n)+)", re.MULTILINE)
