@@ -92,9 +92,8 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
 
 
 def compiles_for_sizes(adapted: Warmed) -> bool:
-    """Whether something is compiled for the number of samples: kernels of a GPU, but for captured
-    steps, in which a partial batch leaves rows empty."""
-    return adapted.device.type == "cuda" and adapted.engine != "graph"
+    """Whether something may be compiled for the number of samples: kernels of a GPU."""
+    return adapted.device.type == "cuda"
 
 
 class Rehearsal(abc.ABC):
@@ -111,11 +110,9 @@ class Rehearsal(abc.ABC):
         call(*inputs, **options)
         self.steps += 1
 
-    def _parts(self, adapted: Warmed, most: int) -> Iterator[tuple[Any, ...]]:
-        """Smaller batches, of all sizes for which something else may be compiled."""
-        if most < 1:
-            return
-        for size in range(1, (most if compiles_for_sizes(adapted) else 1) + 1):
+    def _parts(self, most: int, all_sizes: bool) -> Iterator[tuple[Any, ...]]:
+        """Smaller batches, of all sizes or only the smallest."""
+        for size in range(most if all_sizes else min(most, 1), 0, -1):
             yield tuple(
                 x[:size] if isinstance(x, (Tensor, list, tuple)) else x for x in self.inputs
             )
@@ -136,16 +133,19 @@ class Batches(Rehearsal):
         method = adapted.options
         first = self.inputs[0] if self.inputs else None
         batch = len(first) if isinstance(first, Tensor) and first.ndim else 0
+        compiles = compiles_for_sizes(adapted)
+        # in a captured step a partial batch leaves rows empty
+        steps = compiles and adapted.engine != "graph"
         adapted._publish(adapted._first_state())
         for _ in range(method.window if isinstance(method, WindowedMethod) else 1):
             before = adapted._state_now()
             self._do(adapted.step, *self.inputs, **self.options)
             after = adapted._state_now()
-            for part in self._parts(adapted, batch - 1):
+            for part in self._parts(batch - 1, steps):
                 adapted._publish(before)
                 self._do(adapted.step, *part, **self.options)
             adapted._publish(after)
-        for part in (self.inputs, *self._parts(adapted, batch - 1)):
+        for part in (self.inputs, *self._parts(batch - 1, compiles)):
             self._do(adapted.predict, *part)
         if self._encode_batch is not None:
             groups = -(-self._encode_batch // max(batch, 1))
@@ -170,7 +170,9 @@ class Images(Rehearsal):
         lone = images is None or (isinstance(images, Tensor) and images.ndim == 3)
         count = len(images) if isinstance(images, (Tensor, list, tuple)) and not lone else 0
         self._do(adapted.step, *self.inputs, **self.options)
-        for part in self._parts(adapted, min(count - 1, self._together)) if count else ():
+        # captured groups too: one of less than half of the places is captured anew
+        all_sizes = compiles_for_sizes(adapted) or adapted.engine == "graph"
+        for part in self._parts(min(count - 1, self._together), all_sizes):
             self._do(adapted.step, *part, **self.options)
         views = {name: x for name, x in self.options.items() if name == "views"}
         self._do(adapted.predict, *self.inputs, **views)

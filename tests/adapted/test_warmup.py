@@ -94,6 +94,10 @@ def test_every_count_of_samples_in_a_window_on_a_gpu(tiny_model, tiny_batch, mon
     wanted = {(*past, n) for past in ((), (4,), (4, 4)) for n in (1, 2, 3, 4)}
     assert set(sizes) == wanted
     assert made.steps == 12 + 4  # and predictions
+    adapted.engine = (
+        "graph"  # a captured step has room for every size; predictions are not captured
+    )
+    assert adapted.warmup(*tiny_batch(4)).steps == 3 * 2 + 4
 
 
 def test_a_captured_step_and_where_nothing_is_compiled_take_one_partial_batch(
@@ -143,6 +147,16 @@ def test_as_many_images_as_are_computed_together(monkeypatch):
     assert adapted.warmup([image(i) for i in range(5)]).steps == 1 + 2 + 1
     adapted = adapt_clip(tiny_clip(), "tpt", views=4)
     assert adapted.warmup([image(i) for i in range(5)]).steps == 1 + 4 + 1
+
+
+def test_captured_images_of_every_size_that_is_captured():
+    adapted = buffered(adapt_clip(tiny_clip(), "tpt", views=64))  # four images together
+    adapted.engine = "graph"
+    before = snapshot(adapted)
+    assert adapted.warmup([image(i) for i in range(4)]).steps == 1 + 3 + 1
+    assert differing(before, adapted) == []
+    (plans,) = adapted._captured.plans.values()
+    assert set(plans) == {4, 1}
 
 
 @pytest.mark.parametrize("loss", ["views", "entropy"])
