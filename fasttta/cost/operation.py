@@ -26,7 +26,7 @@ FREE = {
     "_efficientzerotensor", "_pin_memory", "_reshape_alias", "_unsafe_view", "alias",
     "as_strided", "chunk", "detach", "device", "diagonal", "dtype", "empty", "empty_like",
     "empty_strided", "expand", "is_pinned", "is_same_size", "layout", "lift_fresh", "new_empty",
-    "new_empty_strided", "permute", "resize_", "select", "set_", "slice", "split",
+    "new_empty_strided", "permute", "promote_types", "resize_", "select", "set_", "slice", "split",
     "split_with_sizes", "squeeze", "storage_offset", "sym_numel", "sym_size",
     "sym_storage_offset", "sym_stride", "t", "transpose", "unbind", "unflatten", "unfold",
     "unsqueeze", "view",

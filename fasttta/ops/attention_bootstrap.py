@@ -195,17 +195,20 @@ def _launch_backward(grad, q, k, mean, std, spans, scale, per_head, pair_query, 
     )  # fmt: skip
 
 
-def _cost(q, k, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None) -> Cost:
-    cost = cost_forward(q, spans, per_head)
+def _cost(
+    q, k, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None, tokens=None
+) -> Cost:
+    cost = cost_forward(q, spans, per_head, tokens)
     if per_head:
-        cost = replace(cost, launches=2)  # the mean over heads
+        cost = replace(cost, launches=cost.launches + 1)  # the mean over heads
     return with_copies(cost, anchor_mean, anchor_std)
 
 
 def _cost_backward(
-    grad, q, k, mean, std, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None
-) -> Cost:
-    cost = cost_backward(q, spans, per_head, False)
+    grad, q, k, mean, std, spans, scale, per_head, pair_query, anchor_mean=None, anchor_std=None,
+    tokens=None,
+) -> Cost:  # fmt: skip
+    cost = cost_backward(q, spans, per_head, False, tokens)
     return with_copies(cost, mean, std, anchor_mean, anchor_std)
 
 

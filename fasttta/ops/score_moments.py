@@ -131,25 +131,42 @@ def _launch_backward(grad_mean, grad_std, q, k, std, spans, scale, per_head):
 
 
 # shares of large products' rate, from the kernels' occupancy and loads on sm_90
-_HEAD_MEAN, _HEAD_MEAN_BACKWARD, _EACH_HEAD, _EACH_HEAD_BACKWARD = 0.45, 0.34, 0.1, 0.18
+_HEAD_MEAN, _HEAD_MEAN_BACKWARD, _EACH_HEAD = 0.45, 0.34, 0.2
 
 
-def cost_forward(q: Tensor, spans: Sequence[int], per_head: bool) -> Cost:
-    """Of the moments' kernels: tiles of scores, merged; per head covariances of the tokens."""
+def cost_of_tokens(q: Tensor) -> Cost:
+    """Of ``token_moments``: a covariance of q and of k for every head and modality."""
     batch, heads, tokens, d = q.shape
+    return Cost(1, 4 * batch * heads * tokens * d * d, _EACH_HEAD)
+
+
+def _with_tokens(cost: Cost, q: Tensor, spans: Sequence[int]) -> Cost:
+    """With the kernel of ``token_moments``, whose results another kernel reads."""
+    batch, heads, _, d = q.shape
+    size, tokens = batch * heads * 2 * len(spans) * (d + 1) * d * 4, cost_of_tokens(q)
+    return Cost(cost.launches + 1, cost.flops + tokens.flops, _EACH_HEAD, cost.workspace + 2 * size)
+
+
+def cost_forward(
+    q: Tensor, spans: Sequence[int], per_head: bool, tokens: Tensor | None = None
+) -> Cost:
+    """Of the moments' kernels: tiles of scores, merged; per head moments of the tokens."""
+    batch, heads, count, d = q.shape
     if per_head:
-        work = 2 * batch * heads * tokens * d * d * (1 + len(spans))
-        return Cost(1, work, _EACH_HEAD)
-    return Cost(2, 2 * batch * heads * d * tokens * tokens, _HEAD_MEAN)
+        return _with_tokens(Cost(), q, spans) if tokens is None else Cost()
+    return Cost(2, 2 * batch * heads * d * count * count, _HEAD_MEAN)
 
 
-def cost_backward(q: Tensor, spans: Sequence[int], per_head: bool, self_blocks: bool) -> Cost:
+def cost_backward(
+    q: Tensor, spans: Sequence[int], per_head: bool, self_blocks: bool,
+    tokens: Tensor | None = None,
+) -> Cost:  # fmt: skip
     """Of the gradients' kernels; ``self_blocks``: of these, too."""
-    batch, heads, tokens, d = q.shape
+    batch, heads, count, d = q.shape
     if per_head:
-        work = 4 * batch * heads * tokens * d * d * (1 + len(spans))
-        return Cost(1, work, _EACH_HEAD_BACKWARD)
-    pairs = tokens * tokens - (0 if self_blocks else sum(n * n for n in spans))
+        cost = Cost(1, 4 * batch * heads * count * d * d, _EACH_HEAD)
+        return _with_tokens(cost, q, spans) if tokens is None else cost
+    pairs = count * count - (0 if self_blocks else sum(n * n for n in spans))
     return Cost(
         2, 6 * batch * heads * d * pairs, _HEAD_MEAN_BACKWARD,
         workspace=3 * batch * pairs * q.element_size(),  # weighted scores: dq and dk read them

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import score_moments_default as in_pytorch
+from .cost import Cost
 from .registry import define, result_like
-from .score_moments import no_triton_scores
+from .score_moments import cost_of_tokens, no_triton_scores
 
 SCHEMA = "token_moments(Tensor q, Tensor k, int[] spans) -> Tensor tokens"
 
@@ -50,4 +51,15 @@ def keeps_tokens(q: Tensor, k: Tensor, spans: Sequence[int], per_head: bool) -> 
     return len(spans) * (d + 1) * 4 <= tokens * q.element_size()
 
 
-define(SCHEMA, _fake, _default, kernels="score_moments_per_head", no_triton=_no_triton)
+def _cost(q: Tensor, k: Tensor, spans: Sequence[int]) -> Cost:
+    return cost_of_tokens(q)
+
+
+define(
+    SCHEMA,
+    _fake,
+    _default,
+    kernels="score_moments_per_head",
+    no_triton=_no_triton,
+    cost=_cost,
+)
