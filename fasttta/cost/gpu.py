@@ -122,10 +122,9 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     """What PyTorch chooses on a GPU: flash attention in half types, else the efficient kernel, or,
     with a mask that broadcasts, its own products."""
-    options = {"is_causal": is_causal, "scale": scale}
     if not query.is_cuda or attn_mask is not None or enable_gqa:
         return _pytorch_attention(
-            query, key, value, attn_mask, dropout_p, **options, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if query.dtype in (torch.float16, torch.bfloat16):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -148,7 +147,7 @@ def _pin(x: Tensor, *_: Any) -> Tensor:
 
 def _address(x: Tensor) -> int:
     """Tensors over one storage have one; those that lie apart have others."""
-    return id(x.untyped_storage()) + x.storage_offset() * x.element_size()
+    return id(x.untyped_storage()) + int(x.storage_offset()) * x.element_size()
 
 
 def pretend() -> None:

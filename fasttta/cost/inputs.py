@@ -35,7 +35,7 @@ def source_stats(model: Promptable) -> SourceStats:
     """Statistics of the shapes that BriMPR needs, on the host."""
     with torch.device("cpu"):
         pairs = {n: (torch.ones(s), torch.zeros(s)) for n, s in model.feature_shapes().items()}
-    return SourceStats(**pairs)
+    return SourceStats(audio=pairs["audio"], video=pairs["video"], joint=pairs["joint"])
 
 
 def fusion_shapes(model: CAVMAE) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ def _described(name: str, inputs: list[Tensor], made: list[Tensor]) -> str:
 
 def _lines() -> Iterator[str]:
     """Source lines on the stack that are neither PyTorch's nor this room's, innermost first."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if "/torch/" not in file and "<" not in file and not any(x in file for x in _BETWEEN):
