@@ -132,7 +132,7 @@ def adapt(
             blocks of a CAV-MAE's encoders or of a CLIP's vision transformer in float8 (e4m3), where
             no gradient runs through them; emulated where the device has no such products.
         engine: ``"graph"``: steps captured as CUDA graphs, one replay a step; needs a GPU.
-            ``"eager"``. ``"auto"``: graph for CAV-MAE on a GPU with a method that says
+            ``"eager"``. ``"auto"``: graph for CAV-MAE and CLIP on a GPU with a method that says
             ``captured_by_default``, and eager after a warning if that fails; else eager.
         spec: ``ModelSpec`` of a model that is no CAV-MAE; also compared on the first batch.
         classes: for CLIP: class names, or token ids [C, L] (int64).
@@ -254,7 +254,8 @@ def _made(
     kind = adapted_as(family, method)
     parameter = next(family.model.parameters())
     numbers = resolve(precision, parameter.device, parameter.dtype)
-    covered = isinstance(family.model, CAVMAE) and kind == "batches" and numbers.name != "fp8"
+    covered = isinstance(family.model, CAVMAE) if kind == "batches" else True
+    covered = covered and numbers.name != "fp8"
     engine = _engine(engine, parameter.device, covered and captured_by_default(method))
     options: dict[str, Any] = {"engine": engine, "seed": seed, "verify_model": verify_model}
     if kind == "batches":

@@ -135,7 +135,8 @@ class AdaptedCLIP(ImageCalls):
         eagerly."""
         if self.engine != "graph" or self._episodic is None:
             return None
-        return GraphEpisodes(self._episodic, self._clip, self._prompts)
+        parts = self._episodic, self._clip, self._prompts
+        return GraphEpisodes(*parts, falls_back=self._asked == "auto")
 
     @exclusive
     def step(

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..methods.episodic import Episodic
 from ..protocols import Linearised, VisionLanguageModel
 from ..views import Views
-from .capture import Capture
+from .capture import Capture, CaptureError
 from .episode import Episodes, run_episodes
+from .result import warn
 
 
 @dataclass
@@ -88,6 +89,8 @@ class GraphEpisodes:
     Args:
         prompts: of ``model.prompts(ids, method.tuned_length)``.
         capture: off: the same episodes on the same static buffers without a graph.
+        falls_back: episodes that cannot be captured give a warning, not an error; they and all
+            later ones run eagerly.
     """
 
     def __init__(
@@ -96,8 +99,10 @@ class GraphEpisodes:
         model: VisionLanguageModel,
         prompts: Any,
         capture: bool = True,
+        falls_back: bool = False,
     ) -> None:
         self.method, self.model, self.prompts, self.capture = method, model, prompts, capture
+        self.falls_back, self.given_up = falls_back, False
         self.plans: dict[tuple, dict[int, EpisodePlan]] = {}
         self._prompt: Tensor = prompts.initial[None].clone()  # [1, n, D], what the start is of
         self._start: Linearised | None = None
@@ -108,20 +113,47 @@ class GraphEpisodes:
     def __deepcopy__(self, memo: dict) -> GraphEpisodes:
         # a graph uses the buffers that it was captured with
         model, prompts = (copy.deepcopy(x, memo) for x in (self.model, self.prompts))
-        return GraphEpisodes(self.method, model, prompts, self.capture)
+        twin = GraphEpisodes(self.method, model, prompts, self.capture, self.falls_back)
+        twin.given_up = self.given_up
+        return twin
 
     def __call__(
         self, views: Sequence[Views], *, seed: int = 0, noise: Tensor | None = None
     ) -> Episodes:
         """Episodes of B images. Arguments as of ``run_episodes``; the results are copies."""
-        self._begin()
-        plan = self._plan(views, seed, noise)
+        try:
+            plan = None if self.given_up else self._ready(views, seed, noise)
+        except CaptureError as error:
+            if not self.falls_back:
+                raise
+            self._give_up(error)
+            plan = None
+        if plan is None:
+            return run_episodes(
+                self.method, self.model, self.prompts, views, seed=seed, noise=noise
+            )
         plan.fill(views, noise)
         if plan.graph is None:
             plan.result = self._body(plan, seed)
         else:
             plan.graph.replay()
         return plan.taken(len(views))
+
+    def _ready(self, views: Sequence[Views], seed: int, noise: Tensor | None) -> EpisodePlan:
+        """The plan for a group, and its start computed."""
+        self._begin()
+        return self._plan(views, seed, noise)
+
+    def _give_up(self, error: CaptureError) -> None:
+        """Runs eagerly from now on, with the memory of earlier captures given back."""
+        self.given_up, self._start, self._start_graph = True, None, None
+        self.plans.clear()
+        warn(
+            f"episodes run eagerly, because capturing them as a CUDA graph failed: "
+            f'{error.__cause__} (engine="eager" says the same without a warning, engine="graph" '
+            "makes it an error)",
+            RuntimeWarning,
+        )
 
     def _body(self, plan: EpisodePlan, seed: int) -> Episodes:
         """Episodes on static buffers; what is captured."""

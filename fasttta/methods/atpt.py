@@ -57,6 +57,7 @@ class ATPT(PromptTuning):
     """
 
     name: ClassVar[str] = "a-tpt"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "code": {"ensemble": "similarity"},
         "paper": {

@@ -33,6 +33,7 @@ class MTA(Episodic):
     """
 
     name: ClassVar[str] = "mta"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
     views: Annotated[int, AtLeast(1)] = 64

@@ -152,6 +152,7 @@ class TPT(PromptTuning):
     """
 
     name: ClassVar[str] = "tpt"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
     def losses(self, logits, text, weights):
@@ -174,6 +175,7 @@ class CTPT(PromptTuning):
     """
 
     name: ClassVar[str] = "c-tpt"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
     dispersion_weight: Annotated[float, Finite()] = 50.0
@@ -205,6 +207,7 @@ class RTPT(PromptTuning):
     """
 
     name: ClassVar[str] = "r-tpt"
+    captured_by_default: ClassVar[bool] = True
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
     neighbours: Annotated[int, AtLeast(1)] = 20

@@ -41,6 +41,7 @@ class TTC(Episodic):
     """
 
     name: ClassVar[str] = "ttc"
+    captured_by_default: ClassVar[bool] = True
     strategy: ClassVar[str] = "pixels"
     PRESETS: ClassVar = {"code": {}, "paper": {}}
 
