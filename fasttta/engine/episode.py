@@ -113,6 +113,7 @@ class TunedPrompts:
     def gradients(self, objective: Objective) -> tuple[Tensor, ...]:
         """Gradient of the total with respect to the prompts, through that of the text features."""
         (cotangent,) = torch.autograd.grad(objective.losses["total"].sum(), self._leaf)
+        assert self._at is not None  # ``values`` has run
         with torch.no_grad():
             return (self._at.pullback(cotangent),)
 

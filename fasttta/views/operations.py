@@ -137,7 +137,7 @@ def centre_view(image: Tensor, size: int, taps: LevelTaps = (None, None)) -> Ten
 
     The long side is rounded down and the crop's corner to the even neighbour, as in torchvision.
     """
-    height, width = anchor_size(*image.shape[1:], size)
+    height, width = anchor_size(image.shape[1], image.shape[2], size)
     image = resize(image, height, width, "bicubic", taps)
     top, left = round((height - size) / 2.0), round((width - size) / 2.0)
     return image[:, top : top + size, left : left + size]
