@@ -4,8 +4,8 @@ FAULTS = [
     (
         "cavmae-no-modality-embedding",
         "fasttta/models/cavmae/model.py",
-        "return x + self.pos_embed_a + self.modality_a",
-        "return x + self.pos_embed_a",
+        "return x + position + modality, None",
+        "return x + position, None",
         "models/test_model.py::test_encode_and_fuse_equal_official",
     ),
     (
