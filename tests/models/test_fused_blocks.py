@@ -10,7 +10,7 @@ from torch import nn
 
 import fasttta
 from fasttta.models.blocks.layers import ModalityBlock, ResidualAttentionBlock, run_blocks
-from fasttta.models.blocks.residual import untouched
+from fasttta.models.blocks.residual import split_heads, untouched
 from fasttta.ops import gelu, residual_layer_norm
 
 CALLS: list[str] = []
@@ -134,6 +134,19 @@ def test_steps(method, fused, tiny_model, tiny_batch):
         if name.endswith("k.bias"):  # no softmax depends on it: Adam follows the sign of rounding
             continue
         assert torch.allclose(fused_tuned[name], x, atol=1e-4), name
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_split_heads(n, fused):
+    """The gradient is in the product's layout: nothing copies it again."""
+    fused()
+    x = torch.randn(2, 5, n, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(split_heads, (x,))
+    parts = split_heads(x)
+    assert all(torch.equal(p, x[:, :, i].transpose(1, 2)) for i, p in enumerate(parts))
+    up = [torch.randn(2, 5, 3, 4, dtype=torch.float64).transpose(1, 2) for _ in parts]
+    (grad,) = torch.autograd.grad(parts[: max(1, n - 1)], x, up[: max(1, n - 1)])
+    assert grad.is_contiguous()
 
 
 def test_hooks_and_replaced_parts_are_called(fused, tiny_model, tiny_batch):

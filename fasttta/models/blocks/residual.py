@@ -139,3 +139,25 @@ def unpacked_heads(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
         return _UnpackedHeads.apply(packed)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     return q, k, v, q, k
+
+
+class _SplitHeads(torch.autograd.Function):
+    """Views of a packed product, whose gradients are written to one buffer in its layout."""
+
+    @staticmethod
+    def forward(ctx, packed):
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return torch.stack([x.transpose(1, 2) for x in grads], dim=2)
+
+
+def split_heads(packed: Tensor) -> tuple[Tensor, ...]:
+    """A product [B, T, n, H, d] as n views [B, H, T, d]. PyTorch's gradient of ``unbind`` stacks
+    its parts in another order and copies them once more."""
+    if packed.shape[2] == 1:
+        return (packed.squeeze(2).transpose(1, 2),)
+    if packed.requires_grad and torch.is_grad_enabled() and fuses(packed, packed.dtype):
+        return _SplitHeads.apply(packed)
+    return packed.permute(2, 0, 3, 1, 4).unbind(0)

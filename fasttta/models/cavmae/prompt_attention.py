@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...ops import softmax_attention
 from ...ops.registry import refuse_second_derivative
+from ..blocks.residual import split_heads
 
 
 def prompt_attention(q: Tensor, kv: Tensor, prompt_kv: Tensor, heads: int, scale: float) -> Tensor:
@@ -40,7 +41,7 @@ def _joined(kv: Tensor, prompt_kv: Tensor) -> Tensor:
 def _split(packed: Tensor, n: int, heads: int) -> tuple[Tensor, ...]:
     """[B, T, n D] -> n views [B, H, T, d]."""
     b, t, width = packed.shape
-    return packed.view(b, t, n, heads, width // (n * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return split_heads(packed.view(b, t, n, heads, width // (n * heads)))
 
 
 class _PromptAttention(torch.autograd.Function):

@@ -19,7 +19,7 @@ from ..blocks.layers import (
     advance_blocks,
     samples_at_once,
 )
-from ..blocks.residual import mean_over_tokens, normalised, product_type
+from ..blocks.residual import mean_over_tokens, normalised, product_type, split_heads
 from .chunked_loss import chunked_loss
 from .prompt_attention import prompt_attention
 
@@ -276,8 +276,7 @@ def _rows(packed: Linear, x: Tensor, first: int, last: int) -> Tensor:
 def _heads(attn: SelfAttention, packed: Tensor, n: int) -> tuple[Tensor, ...]:
     """[B, T, n D] -> n tensors [B, H, T, d]."""
     b, t, dim = packed.shape
-    split = packed.view(b, t, n, attn.heads, dim // (n * attn.heads))
-    return split.permute(2, 0, 3, 1, 4).unbind(0)
+    return split_heads(packed.view(b, t, n, attn.heads, dim // (n * attn.heads)))
 
 
 def _attend(attn: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
