@@ -77,13 +77,12 @@ def _tile_offsets(i_t, i_block, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.c
 
 
 @triton.jit
-def _tiles_kernel(
-    p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H,
+def _tile_moments(
+    p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H, i_t, i_b,
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """A tile's mean and its sum of squares about that mean, to tiles [B, tiles, 2]."""
-    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """A tile's mean and its sum of squares about that mean, to tiles [B, TILES, 2]."""
     i_block = row_of(i_t, BLOCKS)
     o_m, o_n = _tile_offsets(i_t, i_block, BLOCKS, BM, BN)
     m_m, m_n = o_m < look_up(i_block, BLOCKS, ROWS), o_n < look_up(i_block, BLOCKS, COLUMNS)
@@ -96,9 +95,36 @@ def _tiles_kernel(
     mean = tl.sum(b_a) / count.to(tl.float32)
     b_a = tl.where(m_m[:, None] & m_n[None, :], b_a - mean, 0.0)
     squares = tl.sum(b_a * b_a)
-    p_tiles += (i_b * tl.num_programs(0) + i_t) * 2
+    p_tiles += (i_b * TILES + i_t) * 2
     tl.store(p_tiles, mean)
     tl.store(p_tiles + 1, squares)
+
+
+@triton.jit
+def _tiles_kernel(
+    p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H, B,
+    BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, TILES: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """A tile, or with PERSISTENT every so many-th one of all samples.
+
+    There the loop over tiles and that over heads become one, so that the loads of a tile begin
+    while the last one's moments are computed.
+    """
+    if PERSISTENT:
+        rounds = tl.cdiv(TILES * B - tl.program_id(0), tl.num_programs(0))
+        for n in tl.range(0, rounds, flatten=True):
+            i = tl.program_id(0) + n * tl.num_programs(0)
+            _tile_moments(
+                p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H, i % TILES,
+                (i // TILES).to(tl.int64), BLOCKS, D, BD, BM, BN, PRECISION, TILES,
+            )  # fmt: skip
+    else:
+        _tile_moments(
+            p_q, p_k, p_tiles, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, H,
+            tl.program_id(0), tl.program_id(1).to(tl.int64), BLOCKS, D, BD, BM, BN, PRECISION,
+            TILES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -279,9 +305,10 @@ def moments_and_loss(
     if not batch:
         return mean, std
     tiling = plan.score_tiles(launch.architecture(q), _half(q), batch, spans, d)
-    merging = plan.merge_tiles(tiling, spans, pair_query)
-    tiles = torch.empty((batch, tiling.grid[0], 2), dtype=torch.float32, device=q.device)
-    launch.run(_tiles_kernel, tiling, q, k, tiles, *q.stride(), *k.stride(), heads)
+    merging = plan.merge_tiles(tiling, batch, spans, pair_query)
+    shape = (batch, tiling.constants["TILES"], 2)
+    tiles = torch.empty(shape, dtype=torch.float32, device=q.device)
+    launch.run(_tiles_kernel, tiling, q, k, tiles, *q.stride(), *k.stride(), heads, batch)
     launch.run(
         _merge_kernel, merging, tiles, mean, std, loss, anchor_mean, anchor_std, scale / heads
     )

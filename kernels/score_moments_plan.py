@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from .launch_plan import Plan, cdiv, power_of_2, precision, warp_products
+from .launch_plan import Plan, cdiv, integer, power_of_2, precision, warp_products
 
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 _MOST_PLACES = 2**15  # tiles times blocks, powers of two, that one program of the merge holds
@@ -134,7 +134,8 @@ def _scores(
 
 
 def score_tiles(architecture: str, half: bool, batch: int, spans: Sequence[int], d: int) -> Plan:
-    """Plan of the forward's first launch: a program a tile, grid (tiles, samples).
+    """Plan of the forward's first launch: a program a tile, grid (tiles, samples), or as many
+    programs as there are processors, grid (processors,), that take one tile after the other.
 
     Args:
         architecture: "sm_80", "sm_90", "sm_100", "sm_120" or "gfx942".
@@ -143,19 +144,26 @@ def score_tiles(architecture: str, half: bool, batch: int, spans: Sequence[int],
     """
     tile = score_tile(architecture, half, batch, spans)
     table = blocks(spans, tile, True)
+    count = _tiles(table, tile)
+    # a tile of 128 x 256 fills a processor of sm_90, where nothing else could run during its end
+    persistent = half and architecture == "sm_90" and tile.columns == 256
     constants = _scores(architecture, half, d, tile, table)
-    return Plan((_tiles(table, tile), batch), constants, tile.warps, tile.stages)
+    constants |= {"TILES": count, "PERSISTENT": persistent}
+    grid: tuple[int, ...] = (count, batch)
+    if persistent:
+        grid = (min(count * batch, _PROCESSORS[architecture]),)
+    return Plan(grid, constants, tile.warps, tile.stages)
 
 
-def merge_tiles(tiles: Plan, spans: Sequence[int], pair_query: bool) -> Plan:
+def merge_tiles(tiles: Plan, batch: int, spans: Sequence[int], pair_query: bool) -> Plan:
     """Plan of the forward's second launch: a program a sample.
 
     Args:
         tiles: the plan of ``score_tiles``.
-        spans: tokens of each modality.
+        batch, spans: samples, and tokens of each modality.
         pair_query: whether block (i, j) is compared with (i, i), not with (j, j).
     """
-    count, batch = tiles.grid
+    count = integer(tiles.constants, "TILES")
     constants = {name: tiles.constants[name] for name in ("BLOCKS", "BM", "BN")}
     blocks, places = power_of_2(max(2, len(spans) ** 2)), power_of_2(max(2, count))
     constants |= {
@@ -227,7 +235,10 @@ def token_gradients(
         "BLOCKS": len(table), "D": d,
         "BM": bm, "BN": bn, "BK": bk, "PRECISION": precision(architecture, half),
     }  # fmt: skip
-    return Plan((2 * tiles * cdiv(heads * d, bn), batch), constants, warps, 2)
+    # sums are 4 or 8 steps long: with three stages half of one is loaded before it begins, and
+    # two programs still fit into a processor of sm_90, whose ends overlap with each other's work
+    stages = 3 if half and architecture == "sm_90" else 2
+    return Plan((2 * tiles * cdiv(heads * d, bn), batch), constants, warps, stages)
 
 
 def _plain(table: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

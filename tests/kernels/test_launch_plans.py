@@ -9,6 +9,7 @@ from fasttta.kernels import (
     launch,
     launch_plan,
     score_moments_per_head_plan,
+    score_moments_plan,
 )
 
 
@@ -86,3 +87,28 @@ def test_tiles_of_flat_attention(architecture, half, count, d, forward, gradient
         assert (plan.constants["BM"], plan.constants["BN"], plan.warps) == expected
     assert plans[0].grid == (-(-count // forward[0]), 48)
     assert plans[1].grid == (2 * -(-count // gradients[0]), 48)
+
+
+def test_large_score_tiles_share_the_processors_of_sm_90():
+    """18 tiles of 128 x 256 a sample; smaller tiles and other GPUs have a program each."""
+    spans = [512, 196]
+    large = score_moments_plan.score_tiles("sm_90", True, 32, spans, 64)
+    assert (large.grid, large.constants["PERSISTENT"]) == ((132,), True)
+    assert (large.constants["TILES"], large.constants["BN"], large.warps) == (18, 256, 8)
+    for architecture, half, batch in (
+        ("sm_90", True, 8), ("sm_90", False, 32), ("sm_100", True, 32), ("sm_120", True, 32),
+    ):  # fmt: skip
+        other = score_moments_plan.score_tiles(architecture, half, batch, spans, 64)
+        assert not other.constants["PERSISTENT"]
+        assert other.grid == (other.constants["TILES"], batch)
+        merging = score_moments_plan.merge_tiles(other, batch, spans, False)
+        assert (merging.grid, merging.constants["TILES"]) == ((batch,), other.grid[0])
+
+
+@pytest.mark.parametrize(("architecture", "stages"), [("sm_90", 3), ("sm_80", 2), ("sm_100", 2)])
+def test_token_gradients_load_ahead(architecture, stages):
+    _, table = score_moments_plan.weighted_scores(
+        architecture, True, 32, [512, 196], 64, False, False
+    )
+    plan = score_moments_plan.token_gradients(architecture, True, 32, 12, 64, table)
+    assert (plan.stages, plan.warps) == (stages, 8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import kernels_here
 import pytest
 import torch
+from fasttta.kernels import launch_plan
+from fasttta.kernels import score_moments_plan as plan
 from kernel_cases import (  # noqa: F401
     SCORE_SHAPES,
     per_head_fixture,
@@ -61,6 +63,31 @@ def test_equal_scores_have_no_direction(per_head):
     ones = torch.ones_like(std)
     grads = check("score_moments_backward", 0 * ones, ones, q, k, std, *options)
     assert all((x[0] == 0).all() for x in grads)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 132])
+def test_programs_that_take_one_tile_after_the_other(programs, monkeypatch):
+    """18 tiles among 1, 3 or more programs than there are tiles: the bits of a program a tile."""
+    monkeypatch.setattr(plan, "score_tile", lambda *_: plan.Tile(16, 256, 8, 3))
+    monkeypatch.setitem(plan._PROCESSORS, "sm_90", programs)
+    q, k = qk(2, 2, (40, 18), 24, torch.float16)
+    options = score_options(q, (40, 18), False)
+    tiling = plan.score_tiles("sm_90", True, 2, (40, 18), 24)
+    assert tiling.constants["PERSISTENT"]
+    assert tiling.grid == (min(programs, 20),)
+    results = check("score_moments", q, k, *options)
+    monkeypatch.setattr(plan, "score_tiles", _a_program_a_tile(plan.score_tiles))
+    for x, y in zip(results, KERNELS["score_moments"](q, k, *options), strict=True):
+        assert torch.equal(x, y)
+
+
+def _a_program_a_tile(tiles):
+    def change(architecture, half, batch, spans, d):
+        full = tiles(architecture, half, batch, spans, d)
+        constants = full.constants | {"PERSISTENT": False}
+        return launch_plan.Plan((constants["TILES"], batch), constants, full.warps, full.stages)
+
+    return change
 
 
 def test_no_samples(per_head):
