@@ -29,6 +29,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+NO_GRADIENT = (
+    'a gradient would run through a layer in float8, which has none: use precision="bf16", '
+    "or say in the method which blocks it differentiates (Episodic.differentiated_blocks)"
+)
 SCHEMA = "scaled_rows(Tensor x, str activation) -> (Tensor values, Tensor scale)"
 
 
@@ -42,6 +46,14 @@ class ScaledRows:
     def __getitem__(self, index: Any) -> ScaledRows:
         """Some of the rows."""
         return ScaledRows(self.values[index], self.scale[index])
+
+    def detach(self) -> ScaledRows:
+        """The rows, which have no gradient."""
+        return self
+
+    def requires_grad_(self) -> ScaledRows:
+        """RuntimeError: rows in float8 have no gradient."""
+        raise RuntimeError(NO_GRADIENT)
 
 
 def empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import fasttta
 from fasttta.data import FeatureCache
 from fasttta.demo import digits
 from fasttta.engine import precision as precisions
+from fasttta.methods.mta import MTA
 from fasttta.methods.tent import Tent
 from fasttta.models.blocks.quantised import QuantisedLinear, QuantisedModalityBlock, quantised
 from fasttta.ops.scaled_rows import E4M3
@@ -53,7 +54,7 @@ def _float8(adapted):
 
 def test_frozen_layers_of_the_encoders_and_nothing_else(model):
     adapted = _adapt(model)
-    kinds = ("attn.qkv", "attn.proj", "mlp.first", "mlp.second")
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     blocks = ("blocks_a.0", "blocks_v.0", "blocks_v.1")
     assert _float8(adapted) == sorted(f"{b}.{k}.weight" for b in blocks for k in kinds)
     working = dict(adapted._hidden[1].named_parameters())
@@ -66,7 +67,7 @@ def test_frozen_layers_of_the_encoders_and_nothing_else(model):
 
 
 def test_weights_are_rounded_once_from_what_they_were(model):
-    linear = _adapt(model)._hidden[1].blocks_v[1].mlp.first
+    linear = _adapt(model)._hidden[1].blocks_v[1].mlp.fc1
     weight = model.blocks_v[1].mlp.fc1.weight.detach()
     scale = weight.abs().amax(1, keepdim=True) * (1 / 448)
     assert torch.equal(linear.weight_scale, scale)
@@ -314,6 +315,35 @@ def test_the_image_tower_but_for_differentiated_blocks(method):
     assert not torch.equal(*logits)
     assert low.precision == "fp8"
     assert copy.deepcopy(low).precision == "fp8"
+
+
+@dataclass(frozen=True)
+class Attended(MTA):
+    """MTA that also looks at attention maps, whose gradients run through two blocks."""
+
+    name: ClassVar[str] = "attended"
+
+    def forward(self, model, images):
+        model.attention_maps(images.anchors(), images.text[0])
+        return super().forward(model, images)
+
+
+@dataclass(frozen=True)
+class Declared(Attended):
+    name: ClassVar[str] = "declared"
+
+    @property
+    def differentiated_blocks(self):
+        return 2
+
+
+def test_a_users_method_says_what_it_differentiates():
+    options = {"classes": tiny_ids(), "precision": "fp8"}
+    silent = fasttta.adapt(_clip(), Attended(views=8), **options)
+    with pytest.raises(RuntimeError, match="Episodic.differentiated_blocks"):
+        silent.step(views=tiny_views(8))
+    declared = fasttta.adapt(_clip(), Declared(views=8), **options)
+    assert declared.step(views=tiny_views(8)).logits.isfinite().all()
 
 
 def test_towers_that_gradients_run_through_are_refused():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...ops.scaled_layer_norm import scaled_layer_norm
 from ...ops.scaled_product import MULTIPLE, scaled_product
-from ...ops.scaled_rows import ScaledRows, scaled_rows
+from ...ops.scaled_rows import NO_GRADIENT, ScaledRows, scaled_rows
 from ...ops.softmax_attention import attend
 from ..copies import CALLED
 from .layers import (
@@ -45,10 +45,7 @@ _PARTS: dict[type[nn.Module], dict[str, type[nn.Module]]] = {
 
 def _refuse_gradient(x: Tensor) -> None:
     if torch.is_grad_enabled() and x.requires_grad:
-        raise RuntimeError(
-            'a gradient would run through a layer in float8, which has none: precision="fp8" needs '
-            "a method that differentiates nothing before this layer"
-        )
+        raise RuntimeError(NO_GRADIENT)
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor, branch: Tensor | None) -> tuple[Tensor, ScaledRows]:
@@ -104,13 +101,13 @@ class QuantisedMLP(nn.Module):
 
     def __init__(self, first: nn.Linear, second: nn.Linear, activation: str) -> None:
         super().__init__()
-        self.first = QuantisedLinear(first.weight, first.bias)
-        self.second = QuantisedLinear(second.weight, second.bias)
+        self.fc1 = QuantisedLinear(first.weight, first.bias)
+        self.fc2 = QuantisedLinear(second.weight, second.bias)
         self.activation = activation
 
     def forward(self, x: Tensor | ScaledRows, add: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., D], plus ``add``."""
-        return self.second(scaled_rows(self.first(x), self.activation), add=add)
+        return self.fc2(scaled_rows(self.fc1(x), self.activation), add=add)
 
 
 class QuantisedSelfAttention(SelfAttention):
