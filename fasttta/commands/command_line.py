@@ -143,13 +143,14 @@ def _warmup(options: argparse.Namespace) -> int:
     named = {"window": options.window, "views": options.views}
     given = warmup.parsed(options.option)
     given |= {name: value for name, value in named.items() if value is not None}
-    report = warmup.warm(
-        open_model(options.model, options.num_heads), options.method, options.batch,
+    model = open_model(options.model, options.num_heads)
+    report = warmup.reported(lambda: warmup.warm(
+        model, options.method, options.batch,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         precision=options.precision, engine=options.engine, encode_batch=options.encode_batch,
         shapes=options.input, logits=options.logits, num_heads=options.num_heads,
         classes=options.classes, source_stats=options.source_stats, options=given,
-    )  # fmt: skip
+    ))  # fmt: skip
     print(as_json(report.as_dict()) if options.json else report)
     return 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..adapted.warmup import Warmup
 from ..families import recognise
 from ..families.clip import ClipFamily
 from ..models import CAVMAE, CLIP
+from ..ops import first_use
 from ..source_stats import SourceStats
 from .inspect import detect, random_inputs
 
@@ -71,6 +74,15 @@ def warm(
         inputs = _inputs(family, batch)
     adapted = adapt(model, method, spec=spec, precision=precision, engine=engine, **given)
     return adapted.warmup(*(x.to(device) for x in inputs), encode_batch=encode_batch)
+
+
+def reported(run: Callable[[], Warmup]) -> Warmup:
+    """What ``run`` returns, with all that is made in it: a model that is recognised or adapted may
+    already need the C++ library."""
+    start = time.perf_counter()
+    with first_use.recording() as made:
+        report = run()
+    return replace(report, made=tuple(made), seconds=time.perf_counter() - start)
 
 
 def _of_batch(shapes: Sequence[str], batch: int) -> list[str]:

@@ -35,7 +35,7 @@ NAMES: list[str] = []
 loaded = False
 
 _MODES = ("auto", "off", "require")
-_BUILDS = "builds its C++ kernels for this processor, once a version (about half a minute)"
+_BUILDS = "builds its C++ kernels for this processor, once a version (half a minute if idle)"
 _log = logging.getLogger("fasttta")
 _threads = threading.Lock()
 

@@ -14,6 +14,7 @@ from fasttta import cli
 from fasttta.commands import warmup
 from fasttta.demo.digits import MODEL_PATH
 from fasttta.models import CAVMAE
+from fasttta.ops import first_use
 
 DEMO = (str(MODEL_PATH), "--num-heads", "4", "--device", "cpu")
 
@@ -43,6 +44,20 @@ def test_a_module_and_source_statistics(capsys, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     assert "4 runs in" in out
+
+
+def test_what_adapting_makes_is_reported_too(capsys, monkeypatch):
+    plain = warmup.adapt
+
+    def building(*args, **options):
+        with first_use.telling("library", "kernels.so", "builds", "built"):
+            return plain(*args, **options)
+
+    monkeypatch.setattr(warmup, "adapt", building)
+    status, out, _ = _run(capsys, *DEMO, "--method", "read", "--batch", "2")
+    assert status == 0
+    assert out.splitlines()[0].startswith("library ")
+    assert out.splitlines()[0].endswith(" s  kernels.so")
 
 
 @pytest.mark.parametrize("name", ["Joint", "HuggingFaceStyle"])
