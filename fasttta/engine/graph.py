@@ -26,7 +26,8 @@ class Plan:
         features: static encoder outputs if the step takes them, else None.
         present: [size], 1 for rows that hold a sample.
         constants: of the method, which the graph reads where they lay at its capture.
-        state: the method's state; for a window ``ring``, ``counts`` and ``place``.
+        state: the method's state; for a window ``ring``, ``counts`` and ``place``, and ``rows``,
+            the ring with a spare place.
         result: static, of all rows; rows without a sample hold arbitrary values.
         graph: None where steps run without capture (in tests, which have no GPU).
     """
@@ -141,25 +142,36 @@ class GraphStep(Step):
             if self._window:
                 valid = valid * torch.isfinite(features).all()
                 self._write(state, features, valid)
-            self.state.method = state
+            self.state.method = {n: x for n, x in state.items() if n != "rows"}
             result = self._run(features, valid, False)
             with torch.no_grad():
                 method = self.state.method
                 if self._window:
-                    self._write(state, features, method["kept"])
+                    self._settle(state, method["kept"])
                 else:
                     for name, x in method.items():
                         state[name].copy_(x)
             return result
 
     def _write(self, state: dict[str, Tensor], features: Tensor, counts: Tensor) -> None:
-        """Writes the current batch to its place of the window. A batch that does not count gets
-        the tokens of the place before: a value with weight 0 must still be finite. Its tokens
-        cannot serve even if they are finite, because the pass over them may have overflowed."""
+        """Writes the current batch to its place of the window. One that does not count goes to a
+        spare row: the place keeps the tokens of the oldest batch, as a value with weight 0 must
+        still be finite."""
         with torch.no_grad():
-            before = state["ring"].index_select(0, (state["place"] - 1) % self._window)[0]
-            tokens = torch.where(counts.amax() > 0, features, before)
-            state["ring"].index_copy_(0, state["place"], tokens.unsqueeze(0))
+            spare = torch.full_like(state["place"], self._window)
+            row = torch.where(counts.amax() > 0, state["place"], spare)
+            state["rows"].index_copy_(0, row, features.unsqueeze(0))
+            state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
+
+    def _settle(self, state: dict[str, Tensor], counts: Tensor) -> None:
+        """Whether the current batch counts in later windows. One that does not gets the tokens of
+        the place before: its own cannot serve even if they are finite, because the pass over them
+        may have overflowed."""
+        with torch.no_grad():
+            before = (state["place"] - 1) % self._window
+            row = torch.where(counts.amax() > 0, state["place"], before)
+            tokens = state["ring"].index_select(0, row)
+            state["ring"].index_copy_(0, state["place"], tokens)
             state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
 
     def _plan(self, inputs: tuple[Tensor, ...], features: Tensor | None) -> Plan:
@@ -193,8 +205,10 @@ class GraphStep(Step):
             with environment(self.device, self.precision, grad=False):
                 loss = self._objective(tokens, plan.present, {}).losses["total"]
             finite = torch.where(torch.isfinite(loss), tokens, 0)
+            rows = finite.expand(places + 1, *tokens.shape).clone()
             plan.state = {
-                "ring": finite.expand(places, *tokens.shape).clone(),
+                "rows": rows,
+                "ring": rows[:places],
                 "counts": plan.present.new_zeros((places, size)),
                 "place": torch.zeros(1, dtype=torch.int64, device=self.device),
             }

@@ -158,8 +158,8 @@ class ABPEM(WindowedMethod, StatefulMethod, WeightedMethod):
         valid: Tensor,
     ) -> Objective:
         """The three terms over the batches of the window."""
-        valid = valid * torch.isfinite(features).all()
         window = self.batches(model, features, valid, state)
+        valid = window.valid
         anchor = None
         if self.anchor == "source":
             anchor = F.Moments(constants["anchor_mean"], constants["anchor_std"])

@@ -84,6 +84,7 @@ class Queue:
             comes first, also where its pass is kept from the last step, so that gradients add up
             in one order, to the same bits.
         weight: [n], 1 for samples that count, else 0.
+        valid: as given, and 0 if the tokens have non-finite values.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Queue:
         size: int,
         state: Mapping[str, Tensor],
     ) -> None:
+        self.valid = valid = valid * torch.isfinite(tokens).all()
         past = range(min(size - 1, sum(key.startswith("queue.") for key in state)))
         self.size = size
         self.tokens = [state[f"queue.{i}"] for i in past]
@@ -145,6 +147,7 @@ class Ring:
         size: int,
         state: Mapping[str, Tensor],
     ) -> None:
+        self.valid = valid  # the step has checked the tokens
         self.shape, self.place = state["counts"].shape, state["place"]
         self.portions, self.order = [state["ring"].flatten(0, 1)], [0]
         self.weight = state["counts"].flatten(0, 1)

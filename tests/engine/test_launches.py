@@ -125,3 +125,17 @@ def test_recovery_follows_another_start(tiny_model, tiny_batch):
         state.recover(torch.tensor(True))
         for name, x in state.leaves.items():
             assert torch.equal(x, values[name])
+
+
+def test_the_ring_is_written_once_and_settled_once(tiny_model, tiny_batch):
+    """Two passes over the tokens of a batch to write them, four to keep or replace them."""
+    adapted = buffered(fasttta.adapt(tiny_model(), "abpem", **METHODS["abpem"]))
+    adapted.step(*tiny_batch())
+    step = adapted._step
+    (plan,) = step.plans.values()
+    tokens = step.encode(plan.inputs)
+    with Launches() as mode:
+        step._write(plan.state, tokens, plan.present)
+        step._settle(plan.state, plan.present)
+    assert mode.names["index_select"] == 1  # the tokens that are kept
+    assert mode.names["index_copy_"] == 4  # tokens and counts, twice
