@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ from .log import Finding, Log
 from .operation import Operation
 
 DEVICE = torch.device("cuda", 0)
+
+_MEMORY = 141 * 10**9  # bytes of an H200
+_PROPERTIES = SimpleNamespace(
+    name="a GPU that is not there",
+    total_memory=_MEMORY,
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+)
 
 _log: Log | None = None  # the one that is open
 
@@ -163,6 +173,8 @@ def pretend() -> None:
     cuda.synchronize = lambda *_: _host_waits("torch.cuda.synchronize")
     cuda.is_bf16_supported = lambda *_, **__: True
     cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.get_device_properties = lambda *_: _PROPERTIES
+    cuda.mem_get_info = lambda *_: (_MEMORY, _MEMORY)
     core: Any = torch._C
     core._cuda_clearCublasWorkspaces = lambda *_: None
     core._cuda_endAllocateToPool = lambda *_: None
