@@ -10,7 +10,6 @@ import fasttta
 
 #: (case, precision) of findings that are known, with the reason; each must still be there.
 ALLOWED = {
-    ("TTC", None): ("blocking copy", "ttc.py", "the start is drawn on the host"),
     ("A-TPT 397", "bf16"): ("fp32 product", "clip/text.py", "text features stay float32"),
     ("A-TPT 1000", "bf16"): ("fp32 product", "clip/text.py", "text features stay float32"),
     ("RAda", "bf16"): ("fp32 product", "rational/head.py", "the tuned head runs in float32"),
