@@ -47,13 +47,6 @@ FAULTS = [
         "ops/test_residual_layer_norm.py::test_on_a_cpu_the_calls_are_pytorchs",
     ),
     (
-        "triton-norm-of-the-unrounded-sum",
-        "kernels/residual_layer_norm.py",
-        "b_t = b_sum.to(tl.float32)",
-        "b_t = b_t * 1.0",
-        f"{KERNELS}::test_types",
-    ),
-    (
         "triton-norm-mean-of-padding",
         "kernels/residual_layer_norm.py",
         "b_t = tl.where(m_d, b_t - mean, 0.0)",
