@@ -198,7 +198,7 @@ ALL = {
     "blocks-fp16": (blocks, 197, 768, 3072, FP32, HALF),
     "blocks-fp32": (blocks, 708, 768, 3072, FP32, FP32),
     "blocks-bf16-alone": (blocks, 77, 512, 2048, BF16, BF16),
-    **{f"blocks-bf16-{d}": (blocks, 577, d, 4 * d) for d in (32, 1024, 1280, 4096, 8192)},
+    **{f"blocks-bf16-{d}": (blocks, 577, d, 4 * d) for d in (32, 1024, 1280, 4096)},
     **{f"prefix-fp32-{d}": (prefix, 6, 1024, 5, d) for d in (16, 20)},
     **{f"prefix-fp32-{p}-before": (prefix, 6, 1024, p, 64) for p in (0, 1, 20, 40)},
     "prefix-fp32-last": (prefix, 6, 1024, 20, 64, FP32, True),
