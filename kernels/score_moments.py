@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import launch, score_moments_per_head
 from . import score_moments_plan as plan
+from .launch_plan import integer
 from .score_blocks import (
     BLOCK_I,
     BLOCK_J,
@@ -306,7 +307,7 @@ def moments_and_loss(
         return mean, std
     tiling = plan.score_tiles(launch.architecture(q), _half(q), batch, spans, d)
     merging = plan.merge_tiles(tiling, batch, spans, pair_query)
-    shape = (batch, tiling.constants["TILES"], 2)
+    shape = (batch, integer(tiling.constants, "TILES"), 2)
     tiles = torch.empty(shape, dtype=torch.float32, device=q.device)
     launch.run(_tiles_kernel, tiling, q, k, tiles, *q.stride(), *k.stride(), heads, batch)
     launch.run(
