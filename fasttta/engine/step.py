@@ -153,7 +153,9 @@ class Step:
         check_objective(self.method, objective, self.state.updates)
         return objective
 
-    def _finite(self, objective: Objective, valid: Tensor, grads: Sequence[Tensor] = ()) -> Tensor:
+    def _finite(
+        self, objective: Objective, valid: Tensor, grads: tuple[Tensor, ...] = ()
+    ) -> Tensor:
         """0-d float, 1 if inputs, loss and gradients (and their squares) are finite."""
         finite = valid.amax()
         if "total" in objective.losses:
@@ -229,7 +231,7 @@ class Step:
         features: Any,
         first: Objective,
         grads: tuple[Tensor, ...],
-        leaves: Sequence[Tensor],
+        leaves: list[Tensor],
         state: Mapping[str, Tensor],
     ) -> tuple[Objective, Tensor, tuple[Tensor, ...]]:
         """Objective, whether to recover (0-d bool), and gradients at weights perturbed along the

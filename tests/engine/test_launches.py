@@ -62,7 +62,7 @@ def test_what_keeps_and_restores_the_state(deep, tiny_batch, method):
     # that start at 0
     state.recover(never)
     assert launches(lambda: state.recover(never)) == 6
-    grads = [torch.ones_like(leaf) for leaf in state.leaves.values()]
+    grads = tuple(torch.ones_like(leaf) for leaf in state.leaves.values())
     result = step._objective(step._features(tiny_batch()), torch.ones(()), state.method)
     finite = launches(lambda: step._finite(result, torch.ones(()), grads))
     assert finite < 20
