@@ -2,7 +2,7 @@
 
 Kernels of a captured graph are taken out of the log when the capture ends; each replay puts them
 back. Tensors on the host are real; of the device there are no values: what the host reads
-is true, 1, or 0.0, which differences are where nothing differs.
+is true, 1, or a small number, which passes for a difference of equals.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .operation import ATTENTION, FREE, PRODUCTS, Operation, is_on_gpu, measured
 
 _ANSWERS = ("is_nonzero", "equal", "allclose")
 _READS = ("_local_scalar_dense", "item", *_ANSWERS)
+_SMALL = 1e-9  # a difference of equals to any check, and a scale or deviation above 0
 _FEW = 64  # numbers that may be float64 on a GPU: no time is lost
 _TRANSFERS = ("_to_copy", "copy_", "_copy_from")
 # folders and files that are only passed through on the way to what is of interest
@@ -118,7 +119,7 @@ class Log(TorchDispatchMode):
         kind, name = args[0].dtype, func._schema.name.partition("::")[2]
         if name in _ANSWERS or kind == torch.bool:
             return True
-        return 0.0 if kind.is_floating_point else 1
+        return _SMALL if kind.is_floating_point else 1
 
     def _unsuitable(self, name: str, args: tuple) -> bool:
         """Whether an operator's default implementation runs in place of its Triton kernels."""
