@@ -51,7 +51,7 @@ def test_a_fault_can_be_put_in(fault):
     for test in fault.tests:
         file, _, name = test.partition("::")
         source = (mutations.ROOT / "tests" / file).read_text()
-        function = name.partition("[")[0]
+        function = name.partition("[")[0].rpartition("::")[2]  # of a class
         assert not name or f"def {function}(" in source, test
 
 
