@@ -58,6 +58,26 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.gelu(x, bias)
 
 
+def product_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``product_gelu`` serves: bf16 on an NVIDIA GPU, a bias, and no gradient."""
+    return bias is not None and x.dtype == torch.bfloat16 and not weight.requires_grad and (
+        kernels_serve(x) and torch.version.hip is None
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )  # fmt: skip
+
+
+def product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The GELU of x [..., in] times weight [out, in] plus bias [out], in the product's own pass.
+
+    On a GPU it is cuBLAS's: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), which is up to 4.7e-4
+    away from x Φ(x), of sums in float32. The GELU as a pass of its own reads sums that bf16 has
+    rounded. Against float64 both are equally far: tokens of ViT-B after 6 blocks, random weights,
+    three seeds, 0.69, 0.72 and 0.71 % here, 0.70, 0.73 and 0.73 % there (emulated on a CPU).
+    """
+    rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return rows.unflatten(0, x.shape[:-1])
+
+
 def kernels_serve(x: Tensor) -> bool:
     """Whether an activation of x is left to the Triton kernels: on a GPU, without gaps.
 

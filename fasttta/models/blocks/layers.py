@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ...ops import processor
 from ...ops.gelu import gelu as erf_gelu
+from ...ops.gelu import product_gelu, product_serves
 from ...ops.quick_gelu import quick_gelu
 from ...ops.residual_layer_norm import fuses
 from ...ops.softmax_attention import attend
@@ -39,7 +40,7 @@ class Linear(nn.Linear):
     compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor, gelu: bool = False, add: Tensor | None = None) -> Tensor:
-        """The product [..., out] of x [..., in], its erf GELU, or its sum with ``add``."""
+        """The product [..., out] of x [..., in], its GELU, or its sum with ``add``."""
         dtype = self.compute_dtype or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         x, weight = x.to(dtype), self.weight.to(dtype)
@@ -49,6 +50,8 @@ class Linear(nn.Linear):
         kept = weight is self.weight and self.compute_dtype is not None
         if kept and _suits_packed(x, weight, bias):
             x = onednn.packed_linear(x, weight, bias, gelu)
+        elif gelu and bias is not None and product_serves(x, weight, bias):
+            x = product_gelu(x, weight, bias)
         else:
             x = F.linear(x, weight, bias)
             x = erf_gelu(x) if gelu else x
