@@ -54,3 +54,16 @@ def test_every_file_goes_into_the_wheel_or_is_for_readers_of_the_repository():
         if installed == for_readers:
             lost.append(str(path))
     assert not lost, f"in the wheel: [tool.setuptools.package-data] must name {lost}"
+
+
+def test_the_top_of_the_checkout_holds_what_it_should():
+    """Everything else has a room."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository: git lists its files")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    top = {name.partition("/")[0] for name in listed}
+    rooms = {"fasttta", "kernels", "csrc", "benches", "tests"}
+    files = {"pyproject.toml", "README.md", "constraints.txt", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} == rooms | files

@@ -4,7 +4,7 @@
 that kind of machine (`py3-none-linux_x86_64`), whose library is used where it fits
 (fasttta/ops/native_prebuilt.py). A build in isolation has no PyTorch, and makes the wheel of pure
 Python that builds on the first use; so does FASTTTA_NATIVE=off. With FASTTTA_NATIVE=require a wheel
-without the library is an error. Editable installs have none. All else is in pyproject.toml.
+without the library is an error. Editable installs have none. pyproject.toml names both classes.
 """
 
 import importlib.util
@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
 from setuptools.command.build_py import build_py
 
 try:
@@ -77,5 +76,3 @@ class WheelOfMachine(bdist_wheel):
         python, abi, machine = super().get_tag()
         return (python, abi, machine) if self.root_is_pure else ("py3", "none", machine)
 
-
-setup(cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": WheelOfMachine})
