@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..methods.queue import WindowedMethod
 from ..methods.special_bases import StatefulMethod
+from ..ops.checks import all_finite
 from .capture import Capture, CaptureError
 from .result import StepResult, warn
 from .step import Step, environment
@@ -137,10 +138,10 @@ class GraphStep(Step):
         if features is None:
             features = self.encode(plan.inputs)
         with environment(self.device, self.precision, grad=True):
-            valid = self._valid(plan.inputs) * plan.present
+            checked = (*plan.inputs, features) if self._window else plan.inputs
+            valid = plan.present * all_finite(*checked)
             state = plan.state
             if self._window:
-                valid = valid * torch.isfinite(features).all()
                 self._write(state, features, valid)
             self.state.method = {n: x for n, x in state.items() if n != "rows"}
             result = self._run(features, valid, False)

@@ -13,7 +13,7 @@ from .. import trace as ranges
 from ..methods.base import EpisodeMethod, Method, Objective, check_objective
 from ..methods.queue import KeptPasses, WindowedMethod
 from ..methods.special_bases import DrawingMethod, TwoPassMethod
-from ..ops.checks import dense
+from ..ops.checks import all_finite, dense
 from ..protocols import FusionModel, ReturnsMore
 from .episode import run_updates
 from .float32_products import float32_products
@@ -64,12 +64,9 @@ class Step:
 
     def _valid(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """1 if every input value is finite: 0-d float on the device."""
-        valid = torch.ones((), dtype=self.precision.master, device=self.device)
-        if self.host_checks:
-            return valid  # prepare refuses non-finite values
-        for x in inputs:
-            valid = valid * torch.isfinite(x).all()
-        return valid
+        if self.host_checks:  # prepare refuses non-finite values
+            return torch.ones((), dtype=self.precision.master, device=self.device)
+        return all_finite(*inputs).to(self.precision.master)
 
     def predict(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Logits [B, C] with the current weights; changes nothing."""
@@ -157,22 +154,23 @@ class Step:
         self, objective: Objective, valid: Tensor, grads: tuple[Tensor, ...] = ()
     ) -> Tensor:
         """0-d float, 1 if inputs, loss and gradients (and their squares) are finite."""
-        finite = valid.amax()
+        # The largest value of each gradient takes a few launches for all; NaN stays NaN.
+        largest = list(torch._foreach_norm(grads, float("inf"))) if grads else []
+        limit = torch.inf
+        if largest:  # Adam keeps the square: after an overflow the tensor would never move again
+            limit = torch.finfo(largest[0].dtype).max ** 0.5
         if "total" in objective.losses:
-            finite = finite * torch.isfinite(objective.losses["total"].detach())
-        if grads:
-            # Adam keeps the square: after an overflow the tensor would never move again. The
-            # largest value of each gradient takes a few launches for all; NaN stays NaN.
-            largest = torch.stack(torch._foreach_norm(grads, float("inf"))).amax()
-            finite = finite * (largest < torch.finfo(largest.dtype).max ** 0.5)
-        return finite
+            total = objective.losses["total"].detach()
+            largest.append((total - total).to(largest[0] if largest else total))  # 0 or NaN
+        finite = valid.amax()
+        return finite * (torch.stack(largest).amax() < limit) if largest else finite
 
     def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
         method, state = self.method, self.state
         leaves = list(state.leaves.values())
         first: Objective | None = None
         carried, recovered = state.method, None
-        all_finite = torch.ones((), dtype=self.precision.master, device=self.device)
+        every: Tensor | None = None  # whether all updates were finite
         for _ in range(method.steps):
             objective = self._objective(features, valid, carried)
             if first is None and self._recorder is not None and self._recorder.outputs:
@@ -183,7 +181,7 @@ class Step:
                     method, features, objective, grads, leaves, carried
                 )
             finite = self._finite(objective, valid, grads)
-            all_finite = all_finite * finite
+            every = finite if every is None else every * finite
             with ranges.span("update"):
                 self._update(leaves, grads, finite, objective.apply)
                 if recover is not None:
@@ -194,7 +192,7 @@ class Step:
             if first is None:
                 first, used = objective, objective.n_used * finite * objective.apply
                 named = dict(zip(state.leaves, grads, strict=True))
-        assert first is not None  # steps is at least 1
+        assert first is not None and every is not None  # steps is at least 1
         with torch.no_grad():
             logits = first.logits
             if method.score_at == "after":
@@ -204,7 +202,7 @@ class Step:
                         logits = self.kept_passes.predict(features)
                     else:
                         logits = self._logits(features)
-            after_state = self._state_after(objective, all_finite)
+            after_state = self._state_after(objective, every)
             state.method = {name: x.detach() for name, x in after_state.items()}
             if recovered is not None:
                 first.stats["recovered"] = recovered

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import all_finite
 from ..protocols import FusionModel
 from .base import Method, joined
 
@@ -95,7 +96,7 @@ class Queue:
         size: int,
         state: Mapping[str, Tensor],
     ) -> None:
-        self.valid = valid = valid * torch.isfinite(tokens).all()
+        self.valid = valid = valid * all_finite(tokens)
         past = range(min(size - 1, sum(key.startswith("queue.") for key in state)))
         self.size = size
         self.tokens = [state[f"queue.{i}"] for i in past]

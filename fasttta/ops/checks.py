@@ -31,6 +31,17 @@ _MARKED = ("torchvision.tv_tensors",)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def all_finite(*tensors: Tensor) -> Tensor:
+    """Whether all values of the tensors are finite: 0-d bool on their device. Decided by the
+    largest magnitudes, in which infinity and NaN remain: each tensor is read once, where
+    ``isfinite`` is five kernels and reads or writes 17 bytes a value of float32."""
+    floating = [x.detach() for x in tensors if x.is_floating_point() and x.numel()]
+    if not floating:
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device)
+    largest = torch._foreach_norm(floating, math.inf)
+    return (torch.stack(largest).amax() if len(largest) > 1 else largest[0]) < math.inf
+
+
 def dense(name: str, x: Tensor) -> Tensor:
     """A tensor's values as a plain dense ``torch.Tensor``, so that states keep no caller's class.
 
