@@ -19,6 +19,13 @@ FAULTS = [
         f"{BLOCKS}::test_hooks_and_replaced_parts_are_called",
     ),
     (
+        "fused-block-needs-our-layers",
+        "fasttta/models/blocks/residual.py",
+        "getattr(part, name, None) if name else part",
+        "getattr(part, name) if name else part",
+        f"{BLOCKS}::test_replaced_parts_need_no_layers_of_ours",
+    ),
+    (
         "waiting-branch-is-lost-before-a-called-block",
         "fasttta/models/blocks/layers.py",
         "block(added(x, branch), *alone), None",

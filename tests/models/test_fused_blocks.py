@@ -180,6 +180,38 @@ def test_hooks_and_replaced_parts_are_called(fused, tiny_model, tiny_batch):
     assert torch.allclose(model(*batch), changed, atol=1e-12)
 
 
+class _Own(nn.Module):
+    """A user's part of a block, without any of our layers."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.inner = part
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["read", "tent", "brimpr"])
+def test_replaced_parts_need_no_layers_of_ours(method, fused, tiny_model, tiny_batch):
+    model, batch = _trained(tiny_model()), [x.double() for x in tiny_batch()]
+    expected = fasttta.adapt(model, method, **METHODS[method]).step(*batch).logits
+    for blocks in (model.blocks_a, model.blocks_v):
+        blocks[0].mlp = _Own(blocks[0].mlp)
+        if method != "brimpr":  # which attends to its prompts itself
+            blocks[0].attn = _Own(blocks[0].attn)
+    fused()
+    result = fasttta.adapt(model, method, **METHODS[method]).step(*batch).logits
+    assert torch.allclose(result, expected, atol=1e-11)
+
+
+def test_replaced_parts_of_clip_need_no_layers_of_ours(fused):
+    model, x = _trained(tiny_clip()), torch.rand(2, 3, 24, 24, dtype=torch.float64)
+    expected, block = model.visual(x), model.visual.transformer.resblocks[0]
+    block.mlp = _Own(block.mlp)
+    fused()
+    assert torch.allclose(model.visual(x), expected, atol=1e-11)
+
+
 def test_the_residual_is_left_as_it_was(fused):
     blocks = [_trained(ModalityBlock(12, 3, 24)) for _ in range(2)]
     x, branch = torch.randn(2, 4, 5, 12, dtype=torch.float64)

@@ -209,13 +209,13 @@ class ModalityBlock(nn.Module):
             and the queries and keys.
         """
         norm1, norm2 = self.norms(modality)
-        if not fuses(x, product_type(self.attn.qkv)):
+        if not fuses(x, product_type(self.attn, "qkv")):
             x = added(x, branch)
             x, attention = self.attn(norm1(x), add=x)
             return self.mlp(norm2(x), add=x), None, attention
-        x, n = normalised(norm1, x, branch, product_type(self.attn.qkv))
+        x, n = normalised(norm1, x, branch, product_type(self.attn, "qkv"))
         branch, attention = self.attn(n)
-        x, n = normalised(norm2, x, branch, product_type(self.mlp.fc1))
+        x, n = normalised(norm2, x, branch, product_type(self.mlp, "fc1"))
         return x, self.mlp(n), attention
 
 
@@ -362,5 +362,5 @@ class ResidualAttentionBlock(nn.Module):
     def after_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + branch, [B, T, D] each, branch the attention's output (None: x has it already), and
         what the MLP returns, which is still to be added."""
-        x, n = normalised(self.ln_2, x, branch, product_type(self.mlp.c_fc))
+        x, n = normalised(self.ln_2, x, branch, product_type(self.mlp, "c_fc"))
         return x, self.mlp(n)

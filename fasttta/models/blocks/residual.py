@@ -68,8 +68,14 @@ def added(x: Tensor, branch: Tensor | None) -> Tensor:
     return x if branch is None else x + branch
 
 
-def product_type(layer: nn.Module) -> torch.dtype | None:
-    """The type that a linear layer of ours multiplies in; None: of a user's, which casts itself."""
+def product_type(part: nn.Module, name: str = "") -> torch.dtype | None:
+    """The type that a linear layer of ours multiplies in; None: of a user's, which casts itself.
+
+    Args:
+        part: the layer, or with a ``name`` what holds it. What a user has put in its place may hold
+            no such layer.
+    """
+    layer: Any = getattr(part, name, None) if name else part
     weight: object = getattr(layer, "in_proj_weight", getattr(layer, "weight", None))
     if not isinstance(weight, Tensor) or not hasattr(layer, "compute_dtype"):
         return None

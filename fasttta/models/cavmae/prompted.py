@@ -255,12 +255,12 @@ class PromptedCAVMAE(FusionDefaults, nn.Module):
 
 def _before(block: ModalityBlock, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x + branch [B, T, D] (None: nothing waits to be added), and the block's first LayerNorm."""
-    return normalised(block.norm1, x, branch, product_type(block.attn.qkv))
+    return normalised(block.norm1, x, branch, product_type(block.attn, "qkv"))
 
 
 def _after(block: ModalityBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """x and the attention's output, added, and what the MLP returns, which waits; [B, T, D]."""
-    x, n = normalised(block.norm2, x, branch, product_type(block.mlp.fc1))
+    x, n = normalised(block.norm2, x, branch, product_type(block.mlp, "fc1"))
     return x, block.mlp(n)
 
 
