@@ -97,6 +97,7 @@ def take(into: list[Switches]) -> None:
             nodes.append(_get(*node))
             if node[1] == "all":
                 _set(*node, "none")
+        _follow_parents(nodes)
         for backend in ("cuda", "mkldnn"):
             _set(backend, "matmul", "ieee")  # agrees with every legacy value
         with _quiet():
@@ -114,6 +115,19 @@ def take(into: list[Switches]) -> None:
         for node, value in zip(_NODES, nodes, strict=False):
             _set(*node, value)
         raise
+
+
+def _follow_parents(nodes: list[str]) -> None:
+    """PyTorch begins with TF32 in cuDNN as a default, to which no call can return: it reads as
+    "tf32", but gives way to a parent that says anything, as a "tf32" that was set does not. Where a
+    parent does, such a node is taken as "none", which means the same."""
+    if nodes[_NODES.index(("generic", "all"))] == nodes[_NODES.index(("cuda", "all"))] == "none":
+        return
+    _set("cuda", "all", "ieee")
+    for operation in ("conv", "rnn"):
+        i = _NODES.index(("cuda", operation))
+        if nodes[i] == "tf32" and _get(*_NODES[i]) == "ieee":
+            nodes[i] = "none"
 
 
 def put(switches: Switches) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -107,6 +109,31 @@ def test_readable_inside_and_put_back(outside, mode):
     assert inside["get_float32_matmul_precision"] == ("high" if tf32 else "highest")
     assert inside["cudnn.allow_tf32"] is inside["cuda.matmul.allow_tf32"] is tf32
     assert _inherited() == before
+
+
+_AS_A_PROCESS_BEGINS = """
+import torch
+from torch.backends import cudnn, mkldnn
+from fasttta.engine.float32_products import float32_products
+{}
+def shown():
+    return [x.fp32_precision for x in (torch.backends, cudnn, cudnn.conv, cudnn.rnn, mkldnn.conv)]
+before = shown()
+with float32_products("ieee"):
+    assert cudnn.allow_tf32 is False
+assert shown() == before, (before, shown())
+"""
+
+
+@pytest.mark.parametrize(
+    "outside",
+    ["pass", 'torch.backends.fp32_precision = "ieee"', 'cudnn.fp32_precision = "ieee"',
+     'torch.backends.fp32_precision = "bf16"',
+     'torch.backends.fp32_precision = "ieee"; cudnn.conv.fp32_precision = "tf32"'],
+)  # fmt: skip
+def test_a_default_gives_way_to_its_parent_afterwards(outside):
+    """Only a process that has set nothing has PyTorch's defaults."""
+    subprocess.run([sys.executable, "-c", _AS_A_PROCESS_BEGINS.format(outside)], check=True)
 
 
 def _taken():

@@ -15,6 +15,11 @@ FAULTS = [
         TEST + "test_readable_inside_and_put_back",
     ),
     (
+        "a default of PyTorch is put back as if it had been set", PRODUCTS,
+        '            nodes[i] = "none"\n', "            pass\n",
+        TEST + "test_a_default_gives_way_to_its_parent_afterwards",
+    ),
+    (
         "switches that disagree are read as they seem", PRODUCTS,
         "legacy = not tf32", "legacy = tf32", TEST + "test_readable_inside_and_put_back",
     ),
