@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -106,15 +107,16 @@ class Step:
 
     def _run(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
         """One step as the method's strategy is: an episode, updates, or the objective alone."""
+        counted = valid.amax() if valid.ndim else valid
         if self.state.episodic:
-            return self._episode(features, valid, trace)
+            return self._episode(features, valid, counted, trace)
         if self.state.updates:
-            return self._adapt(features, valid, trace)
+            return self._adapt(features, valid, counted, trace)
         with torch.no_grad():
             objective = self._objective(features, valid, self.state.method)
-        finite = self._finite(objective, valid)
+        finite = self._finite(objective, counted)
         self.state.method = self._state_after(objective, finite)
-        return self._result(objective, objective.logits, valid, 0, {}, trace)
+        return self._result(objective, objective.logits, counted, 0, {}, trace)
 
     def _state_after(self, objective: Objective, finite: Tensor) -> Mapping[str, Tensor]:
         """The state of the method for the next batch."""
@@ -122,9 +124,9 @@ class Step:
             return self.method.after_update(objective.state, finite, self.state.method)
         return objective.state
 
-    def _episode(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
+    def _episode(self, features: Any, valid: Tensor, counted: Tensor, trace: bool) -> StepResult:
         """Updates from the start of an episode; nothing but the weights after them is kept."""
-        weights = Weights(self, valid)
+        weights = Weights(self, counted)
         updates = run_updates(
             self.method.steps, lambda state: self._objective(features, valid, state), weights
         )
@@ -133,7 +135,8 @@ class Step:
             logits = self._logits(features) if self.method.score_at == "after" else first.logits
             self.state.method = {}
             named = dict(zip(self.state.leaves, updates.grads, strict=True))
-            return self._result(first, logits, valid, first.n_used * updates.counted, named, trace)
+            used = first.n_used * updates.counted
+            return self._result(first, logits, counted, used, named, trace)
 
     def _logits(self, features: Any) -> Tensor:
         if isinstance(self.method, EpisodeMethod):
@@ -151,9 +154,10 @@ class Step:
         return objective
 
     def _finite(
-        self, objective: Objective, valid: Tensor, grads: tuple[Tensor, ...] = ()
+        self, objective: Objective, counted: Tensor, grads: tuple[Tensor, ...] = ()
     ) -> Tensor:
-        """0-d float, 1 if inputs, loss and gradients (and their squares) are finite."""
+        """0-d float, 1 if inputs (``counted``, 0-d), loss and gradients (and their squares) are
+        finite."""
         # The largest value of each gradient takes a few launches for all; NaN stays NaN.
         largest = list(torch._foreach_norm(grads, float("inf"))) if grads else []
         limit = torch.inf
@@ -162,10 +166,9 @@ class Step:
         if "total" in objective.losses:
             total = objective.losses["total"].detach()
             largest.append((total - total).to(largest[0] if largest else total))  # 0 or NaN
-        finite = valid.amax()
-        return finite * (torch.stack(largest).amax() < limit) if largest else finite
+        return counted * (torch.stack(largest).amax() < limit) if largest else counted
 
-    def _adapt(self, features: Any, valid: Tensor, trace: bool) -> StepResult:
+    def _adapt(self, features: Any, valid: Tensor, counted: Tensor, trace: bool) -> StepResult:
         method, state = self.method, self.state
         leaves = list(state.leaves.values())
         first: Objective | None = None
@@ -180,19 +183,20 @@ class Step:
                 objective, recover, grads = self._second_pass(
                     method, features, objective, grads, leaves, carried
                 )
-            finite = self._finite(objective, valid, grads)
+            finite = self._finite(objective, counted, grads)
             every = finite if every is None else every * finite
             with ranges.span("update"):
-                self._update(leaves, grads, finite, objective.apply)
+                self._update(leaves, grads, finite, objective)
                 if recover is not None:
                     state.recover(recover)
                     recovered = recover if recovered is None else recovered | recover
             if not isinstance(method, WindowedMethod):  # whose window has the batch once
                 carried = {name: x.detach() for name, x in objective.state.items()}
             if first is None:
-                first, used = objective, objective.n_used * finite * objective.apply
+                first, used = objective, objective.n_used * _applied(finite, objective)
                 named = dict(zip(state.leaves, grads, strict=True))
-        assert first is not None and every is not None  # steps is at least 1
+        assert first is not None  # steps is at least 1
+        assert every is not None
         with torch.no_grad():
             logits = first.logits
             if method.score_at == "after":
@@ -206,7 +210,7 @@ class Step:
             state.method = {name: x.detach() for name, x in after_state.items()}
             if recovered is not None:
                 first.stats["recovered"] = recovered
-            return self._result(first, logits, valid, used, named, trace)
+            return self._result(first, logits, counted, used, named, trace)
 
     def _gradients(self, objective: Objective, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with ranges.span("backward"):
@@ -252,7 +256,7 @@ class Step:
         leaves: Sequence[Tensor],
         grads: tuple[Tensor, ...],
         finite: Tensor,
-        apply: Tensor | float,
+        objective: Objective,
     ) -> None:
         optimizer: Any = self.state.optimizer  # which does not declare found_inf
         if self.host_checks:
@@ -262,7 +266,7 @@ class Step:
                     "not); this update was skipped (n_used = 0)",
                     RuntimeWarning,
                 )
-            if not finite or not apply:
+            if not finite or not objective.apply:
                 return
         for leaf, grad in zip(leaves, grads, strict=True):
             # fused Adam on a GPU takes no other strides than the parameter's
@@ -271,29 +275,30 @@ class Step:
         try:
             if not self.host_checks:
                 # fused Adam leaves parameters, moments and step count as they are where this is 1
-                optimizer.found_inf = (1 - finite * apply).float()
+                optimizer.found_inf = (1 - _applied(finite, objective)).float()
             optimizer.step()
         finally:
             optimizer.found_inf = None
             optimizer.zero_grad(set_to_none=True)
 
+    def _fresh(self, x: Tensor) -> Tensor:
+        """What a result shows, apart from what later steps change."""
+        return x.detach().clone()
+
     def _result(
         self,
         objective: Objective,
         logits: Tensor,
-        valid: Tensor,
+        counted: Tensor,
         used: Tensor | int,
         grads: Mapping[str, Tensor],
         trace: bool,
     ) -> StepResult:
-        def fresh(x: Tensor) -> Tensor:
-            return x.detach().clone()
-
-        def shown(x: Tensor) -> Tensor:
+        fresh = shown = self._fresh
+        if not self.host_checks:
             # a batch that did not count was computed from zeros: show NaN in place of its results
-            x = fresh(x)
-            return x if self.host_checks else torch.where(valid.amax() > 0, x, torch.nan)
-
+            nan = torch.full_like(counted, torch.nan)
+            shown = functools.partial(torch.where, counted > 0, other=nan)
         if not isinstance(used, Tensor):
             used = torch.full((), used, device=self.device)
         return StepResult(
@@ -311,11 +316,17 @@ class Step:
         )
 
 
+def _applied(finite: Tensor, objective: Objective) -> Tensor:
+    """0-d float, 1 if the update is finite and to be applied."""
+    apply = objective.apply
+    return finite if isinstance(apply, float) and apply == 1 else finite * apply
+
+
 class Weights:
     """Tuned weights of a model, as the updates of an episode change them; made at its start."""
 
-    def __init__(self, step: Step, valid: Tensor) -> None:
-        self._step, self._valid = step, valid
+    def __init__(self, step: Step, counted: Tensor) -> None:
+        self._step, self._counted = step, counted
         self._leaves = list(step.state.leaves.values())
         step.state.recover(torch.ones((), dtype=torch.bool, device=step.device))
 
@@ -329,9 +340,9 @@ class Weights:
 
     def update(self, grads: tuple[Tensor, ...], objective: Objective) -> Tensor:
         """One update; 0-d float, 1 if it counted."""
-        finite = self._step._finite(objective, self._valid, grads)
-        self._step._update(self._leaves, grads, finite, objective.apply)
-        return finite * objective.apply
+        finite = self._step._finite(objective, self._counted, grads)
+        self._step._update(self._leaves, grads, finite, objective)
+        return _applied(finite, objective)
 
 
 def _apart(state: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Mapping[str, Tensor]:

@@ -183,10 +183,11 @@ class ABPEM(WindowedMethod, StatefulMethod, WeightedMethod):
         if self.attention_weight != 0:
             total = total + self.attention_weight * attention
         # without this, a batch that does not count would give the loss of the past batches
-        total = torch.where(valid.amax() > 0, total, torch.nan)
+        counts, nan = (valid.amax() if valid.ndim else valid) > 0, weight.new_full((), torch.nan)
+        total = torch.where(counts, total, nan.to(total))
         current = window.current(logits)
         # if other tokens replaced the batch's, these logits are not of the batch
-        current = torch.where(valid.amax() > 0, current, torch.nan)
+        current = torch.where(counts, current, nan)
         return Objective(
             losses={
                 "entropy": entropy, "balance": balance, "attention": attention, "total": total

@@ -109,7 +109,8 @@ def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return values.sum() / len(values)
-    return torch.where(weight > 0, values * weight, 0).sum() / weight.sum()
+    # where a weight is not above 0 it is 0, so that no zeros are made
+    return torch.where(weight > 0, values * weight, weight).sum() / weight.sum()
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:

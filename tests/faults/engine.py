@@ -214,8 +214,8 @@ FAULTS = [
     (
         "non-finite-gradients-are-taken",
         "fasttta/engine/step.py",
-        "< limit) if largest else finite",
-        "< limit) * 0 + finite if largest else finite",
+        "< limit) if largest else counted",
+        "< limit) * 0 + counted if largest else counted",
         (
             "adapted/test_numerics.py::test_overflowing_batch_does_not_stay_in_the_window[3-gradient-eager]"
         ),
@@ -253,7 +253,7 @@ FAULTS = [
     (
         "update-on-no-sample",
         "fasttta/engine/step.py",
-        "if not finite or not apply:",
+        "if not finite or not objective.apply:",
         "if not finite:",
         "methods/test_eata_sar.py::test_eata_selects",
     ),
@@ -304,8 +304,8 @@ FAULTS = [
     (
         "update-on-a-bad-batch-on-the-device",
         "fasttta/engine/step.py",
-        "(1 - finite * apply)",
-        "(1 - apply * torch.ones_like(finite))",
+        "(1 - _applied(finite, objective))",
+        "(1 - _applied(torch.ones_like(finite), objective))",
         "adapted/test_numerics.py::test_device_side_skip[read]",
     ),
 ]
