@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,10 +25,11 @@ class Plan:
     Attributes:
         inputs: static, for ``size`` samples.
         features: static encoder outputs if the step takes them, else None.
-        present: [size], 1 for rows that hold a sample.
+        present: [size], 1 for rows that hold a sample, the first ``filled``; 0: nobody knows.
         constants: of the method, which the graph reads where they lay at its capture.
         state: the method's state; for a window ``ring``, ``counts`` and ``place``, and ``rows``,
-            the ring with a spare place.
+            the ring with a spare place, and ``places``, of which ``place`` is the first.
+        places: [window, 3], for each place of the newest batch it, the one before and the spare.
         result: static, of all rows; rows without a sample hold arbitrary values.
         graph: None where steps run without capture (in tests, which have no GPU).
     """
@@ -38,6 +39,8 @@ class Plan:
     present: Tensor
     constants: Mapping[str, Tensor]
     state: dict[str, Tensor] = field(default_factory=dict)
+    filled: int = 0
+    places: Sequence[Tensor] = ()
     result: StepResult | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -73,6 +76,7 @@ class GraphStep(Step):
         self.place = 0  # place of the newest batch
         self.past: list[tuple[Tensor, Tensor]] = []  # tokens and counts of the last places
         self.published: Mapping[str, Tensor] | None = None
+        self._running: Plan | None = None  # whose body runs
         self.keeps_passes = False  # the window is one pass here
 
     def __deepcopy__(self, memo: dict) -> GraphStep:
@@ -105,10 +109,13 @@ class GraphStep(Step):
                 _fill(buffer, x)
             if features is not None and plan.features is not None:  # the plan's key says both
                 _fill(plan.features, features)
-            plan.present.fill_(0)[:size].fill_(1)
+            if plan.filled != size:
+                plan.filled = 0
+                plan.present.fill_(0)[:size].fill_(1)
+                plan.filled = size
             self._advance(size)
             if self._window:
-                plan.state["place"].fill_(self.place)
+                plan.state["places"].copy_(plan.places[self.place])
             if plan.graph is None:
                 plan.result = self._body(plan)
             else:
@@ -134,16 +141,31 @@ class GraphStep(Step):
 
     def _body(self, plan: Plan) -> StepResult:
         """One step on static buffers; what is captured."""
+        self._running = plan
+        try:
+            return self._step(plan)
+        finally:
+            self._running = None
+
+    def _fresh(self, x: Tensor) -> Tensor:
+        """Results of a body are copied when it has run: here only what it writes afterwards."""
+        if self._running is None:
+            return super()._fresh(x)
+        written = {y.untyped_storage()._cdata for y in self._running.state.values()}
+        return x.detach().clone() if x.untyped_storage()._cdata in written else x.detach()
+
+    def _step(self, plan: Plan) -> StepResult:
         features = plan.features
         if features is None:
             features = self.encode(plan.inputs)
         with environment(self.device, self.precision, grad=True):
             checked = (*plan.inputs, features) if self._window else plan.inputs
-            valid = plan.present * all_finite(*checked)
+            finite = all_finite(*checked)
+            valid = plan.present * finite
             state = plan.state
             if self._window:
-                self._write(state, features, valid)
-            self.state.method = {n: x for n, x in state.items() if n != "rows"}
+                self._write(state, features, valid, finite)
+            self.state.method = {n: state[n] for n in state if n not in ("rows", "places")}
             result = self._run(features, valid, False)
             with torch.no_grad():
                 method = self.state.method
@@ -154,13 +176,14 @@ class GraphStep(Step):
                         state[name].copy_(x)
             return result
 
-    def _write(self, state: dict[str, Tensor], features: Tensor, counts: Tensor) -> None:
-        """Writes the current batch to its place of the window. One that does not count goes to a
+    def _write(
+        self, state: dict[str, Tensor], features: Tensor, counts: Tensor, finite: Tensor
+    ) -> None:
+        """Writes the current batch to its place of the window. One that is not finite goes to a
         spare row: the place keeps the tokens of the oldest batch, as a value with weight 0 must
         still be finite."""
         with torch.no_grad():
-            spare = torch.full_like(state["place"], self._window)
-            row = torch.where(counts.amax() > 0, state["place"], spare)
+            row = torch.where(finite, state["place"], state["places"][2:])
             state["rows"].index_copy_(0, row, features.unsqueeze(0))
             state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
 
@@ -169,8 +192,7 @@ class GraphStep(Step):
         the place before: its own cannot serve even if they are finite, because the pass over them
         may have overflowed."""
         with torch.no_grad():
-            before = (state["place"] - 1) % self._window
-            row = torch.where(counts.amax() > 0, state["place"], before)
+            row = torch.where(counts.amax() > 0, state["place"], state["places"][1:2])
             tokens = state["ring"].index_select(0, row)
             state["ring"].index_copy_(0, state["place"], tokens)
             state["counts"].index_copy_(0, state["place"], counts.unsqueeze(0))
@@ -207,11 +229,15 @@ class GraphStep(Step):
                 loss = self._objective(tokens, plan.present, {}).losses["total"]
             finite = torch.where(torch.isfinite(loss), tokens, 0)
             rows = finite.expand(places + 1, *tokens.shape).clone()
+            turns = [[i, (i - 1) % places, places] for i in range(places)]
+            plan.places = torch.tensor(turns, device=self.device).unbind()
+            current = plan.places[0].clone()
             plan.state = {
                 "rows": rows,
                 "ring": rows[:places],
                 "counts": plan.present.new_zeros((places, size)),
-                "place": torch.zeros(1, dtype=torch.int64, device=self.device),
+                "places": current,
+                "place": current[:1],
             }
         elif self.state.updates and isinstance(self.method, StatefulMethod):
             first = tokens if isinstance(tokens, Tensor) else plan.present
@@ -278,13 +304,15 @@ class GraphStep(Step):
         """The method's state as eager steps have it, apart from the buffers."""
         if self._window:
             ring, counts = plan.state["ring"], plan.state["counts"]
-            newest = ring[self.place, : self.rows[-1]].clone(), counts[self.place, 0].clone()
-            self.past = [*self.past, newest][-(self._window - 1) :]
+            newest = ring[self.place, : self.rows[-1]], counts[self.place, 0]
+            tokens, count = _copied([[x] for x in newest])
+            self.past = [*self.past, (tokens, count)][-(self._window - 1) :]
             method = {f"queue.{i}": tokens for i, (tokens, _) in enumerate(self.past)}
             method |= {f"valid.{i}": count for i, (_, count) in enumerate(self.past)}
             method["place"] = torch.tensor(self.place, device="cpu")
         else:
-            method = {name: x.clone() for name, x in plan.state.items()}
+            copies = _copied([[x] for x in plan.state.values()])
+            method = dict(zip(plan.state, copies, strict=True))
         self.state.method = method
         self.published = method
 
@@ -293,22 +321,46 @@ class GraphStep(Step):
         result = plan.result
         assert result is not None  # a step has run
 
-        def rows(x: Tensor) -> Tensor:
+        def rows(x: Tensor) -> list[Tensor]:
             if not x.ndim:
-                return x.clone()
+                return [x]
             if not self._window:
-                return x[:size].clone()
-            parts = [x[p * plan.size : p * plan.size + n] for p, n in self._order()]
-            return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+                return [x[:size]]
+            return [x[p * plan.size : p * plan.size + n] for p, n in self._order()]
 
+        shown = [[result.logits[:size]], [result.logits_before[:size]], [result.n_used]]
+        shown += [[x] for x in result.losses.values()]
+        shown += [rows(x) for x in result.stats.values()]
+        logits, before, used, *others = _copied(shown)
+        losses, stats = others[: len(result.losses)], others[len(result.losses) :]
         return replace(
             result,
-            logits=result.logits[:size].clone(),
-            logits_before=result.logits_before[:size].clone(),
-            n_used=result.n_used.clone(),
-            losses={name: x.clone() for name, x in result.losses.items()},
-            stats={name: rows(x) for name, x in result.stats.items()},
+            logits=logits,
+            logits_before=before,
+            n_used=used,
+            losses=dict(zip(result.losses, losses, strict=True)),
+            stats=dict(zip(result.stats, stats, strict=True)),
         )
+
+
+def _copied(groups: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """The tensors of each group, one after another along their first dimension, in fresh memory;
+    on a GPU in a launch for all of one type."""
+    copies: list[Tensor] = []
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for parts in groups:
+        places, sources = by_type.setdefault(parts[0].dtype, ([], []))
+        sources += parts
+        if len(parts) == 1:
+            copies.append(torch.empty_like(parts[0]))
+            places.append(copies[-1])
+        else:
+            sizes = [len(x) for x in parts]
+            copies.append(parts[0].new_empty(sum(sizes), *parts[0].shape[1:]))
+            places += copies[-1].split(sizes)
+    for places, sources in by_type.values():
+        torch._foreach_copy_(places, sources)
+    return copies
 
 
 def _fill(buffer: Tensor, x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def test_the_ring_is_written_once_and_settled_once(tiny_model, tiny_batch):
     (plan,) = step.plans.values()
     tokens = step.encode(plan.inputs)
     with Launches() as mode:
-        step._write(plan.state, tokens, plan.present)
+        step._write(plan.state, tokens, plan.present, torch.tensor(True))
         step._settle(plan.state, plan.present)
     assert mode.names["index_select"] == 1  # the tokens that are kept
     assert mode.names["index_copy_"] == 4  # tokens and counts, twice

@@ -177,15 +177,15 @@ FAULTS = [
     (
         "graph-publishes-one-batch-too-many",
         "fasttta/engine/graph.py",
-        "self.past = [*self.past, newest][-(self._window - 1) :]",
-        "self.past = [*self.past, newest]",
+        "self.past = [*self.past, (tokens, count)][-(self._window - 1) :]",
+        "self.past = [*self.past, (tokens, count)]",
         "engine/test_graph.py::test_state_is_that_of_eager_steps[abpem]",
     ),
     (
         "graph-publish-counts",
         "fasttta/engine/graph.py",
-        "counts[self.place, 0].clone()",
-        "torch.ones_like(counts[self.place, 0])",
+        ": self.rows[-1]], counts[self.place, 0]",
+        ": self.rows[-1]], torch.ones_like(counts[self.place, 0])",
         (
             "adapted/test_numerics.py::test_overflowing_batch_does_not_stay_in_the_window[3-logits-buffers]"
         ),
@@ -193,8 +193,8 @@ FAULTS = [
     (
         "graph-publishes-its-buffers",
         "fasttta/engine/graph.py",
-        "ring[self.place, : self.rows[-1]].clone()",
-        "ring[self.place, : self.rows[-1]]",
+        "tokens, count = _copied([[x] for x in newest])",
+        "tokens, count = newest",
         "engine/test_graph.py::test_a_state_is_apart_from_the_buffers[abpem]",
     ),
     (
@@ -223,7 +223,7 @@ FAULTS = [
     (
         "ring-keeps-a-spoiled-batch",
         "fasttta/engine/graph.py",
-        '(state["place"] - 1) % self._window',
+        'state["places"][1:2]',
         'state["place"]',
         (
             "adapted/test_numerics.py::test_overflowing_batch_does_not_stay_in_the_window[3-logits-buffers]"

@@ -44,8 +44,8 @@ FAULTS = [
     ),
     (
         "the state is memory of the buffers", GRAPH,
-        "newest = ring[self.place, : self.rows[-1]].clone()",
-        "newest = ring[self.place, : self.rows[-1]]",
+        "tokens, count = _copied([[x] for x in newest])",
+        "tokens, count = newest",
         "engine/test_state_dict.py::test_handles_of_steps_on_buffers",
     ),
     (
