@@ -45,7 +45,17 @@ _TENSORS_A_LAUNCH, _BLOCKS, _BLOCK = {1: 110, 2: 64, 3: 48, 4: 36}, 320, 65536
 # bf16, forward and backward (flash 2); 30 of 50 in fp32 (efficient attention)
 _ATTENTION_SHARES = (0.443, 0.354, 0.6)
 
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation", "_scaled_mm", "mv", "addmv")
+_PRODUCTS = (
+    "mm",
+    "addmm",
+    "addmm_",
+    "bmm",
+    "baddbmm",
+    "_addmm_activation",
+    "_scaled_mm",
+    "mv",
+    "addmv",
+)
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "rms_norm")
 _ACTIVATIONS = ("gelu", "silu", "relu", "sigmoid", "tanh", "threshold")
 _COPIES = ("_to_copy", "copy_", "clone", "contiguous", "cat", "stack", "_foreach_copy_", "repeat")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from fasttta.models.cavmae.prompt_attention import prompt_attention
+from fasttta.models.blocks.layers import Linear
+from fasttta.models.cavmae import prompt_attention as module
+from fasttta.models.cavmae.prompt_attention import prompt_attention, query_and_keys
 from fasttta.ops import native, softmax_attention
 
 
@@ -70,3 +73,43 @@ def test_lower_precision(dtype, count, tokens, monkeypatch):
         assert (a.double() - b.double()).abs().max() < limit * b.abs().max()
     ours = dtype == torch.float32 and count == 40 and native.load()
     assert served == [ours] * (2 if tokens else 1)
+
+
+@pytest.mark.parametrize(("batch", "count", "prompts"), [(3, 5, 2), (1, 1, 1), (2, 7, 4)])
+def test_keys_of_prompts_and_tokens(batch, count, prompts):
+    """As on a GPU: the gradients are in the layout of what the two products returned."""
+    kv, prompt_kv = draw(batch, count, 24, seed=2), draw(prompts, 24, seed=3)
+
+    def joined(kv, prompt_kv):
+        return module._JoinedHeads.apply(kv, prompt_kv, 3)
+
+    assert torch.autograd.gradcheck(joined, (kv, prompt_kv))
+    both = torch.cat((prompt_kv.expand(batch, -1, -1), kv), 1).chunk(2, dim=-1)
+    for part, whole in zip(joined(kv, prompt_kv), both, strict=True):
+        assert torch.equal(part, whole.unflatten(-1, (3, 4)).transpose(1, 2))
+    along = [torch.randn(batch, 3, prompts + count, 4, dtype=torch.float64) for _ in "kv"]
+    grads = torch.autograd.grad(joined(kv, prompt_kv), (kv, prompt_kv), along)
+    assert all(x.is_contiguous() for x in grads)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_products(bias, monkeypatch):
+    """As on a GPU, against the products one after the other; a tuned layer keeps its gradients."""
+    layer = Linear(6, 18, bias=bias).double()
+    x = draw(2, 5, 6, seed=1)
+    along = [draw(2, 5, n, seed=n, grad=False) for n in (6, 12)]
+    expected = query_and_keys(layer, x)
+    of = x, *layer.parameters()
+    grads = torch.autograd.grad(expected, of, along)
+    monkeypatch.setattr(module, "fuses", lambda *_: True)
+    for a, b in zip(torch.autograd.grad(query_and_keys(layer, x), of, along), grads, strict=True):
+        assert torch.equal(a, b)
+    layer.requires_grad_(False)
+    returned = query_and_keys(layer, x)
+    assert "TwoProducts" in type(returned[0].grad_fn).__name__
+    assert all(torch.equal(a, b) for a, b in zip(returned, expected, strict=True))
+    (grad,) = torch.autograd.grad(returned, x, along)
+    assert torch.allclose(grad, grads[0], rtol=1e-13)
+    assert torch.autograd.gradcheck(lambda x: query_and_keys(layer, x), (x,))
+    with torch.no_grad():
+        assert query_and_keys(nn.Sequential(layer)[0], x)[1].shape == (2, 5, 12)

@@ -21,7 +21,7 @@ from ..blocks.layers import (
 )
 from ..blocks.residual import mean_over_tokens, normalised, product_type, split_heads
 from .chunked_loss import chunked_loss
-from .prompt_attention import prompt_attention
+from .prompt_attention import prompt_attention, query_and_keys
 
 
 class Encoders(FusionModel, Protocol):
@@ -288,5 +288,5 @@ def _attend(attn: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attend_with(attn: SelfAttention, normed: Tensor, prompt_keys: Tensor) -> Tensor:
     """Attention of tokens [B, T, D] over themselves and over prompts' keys and values [n, 2 D]."""
     normed = normed.to(prompt_keys.dtype)  # once for both products
-    q, kv = _rows(attn.qkv, normed, 0, 1), _rows(attn.qkv, normed, 1, 3)
+    q, kv = query_and_keys(attn.qkv, normed)
     return attn.proj(prompt_attention(q, kv, prompt_keys, attn.heads, attn.scale))
