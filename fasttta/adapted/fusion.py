@@ -347,7 +347,7 @@ class AdaptedFusion(Adapted):
         if self._guard is not None:
             values = self._guard.check_values(record["guard"]["values"])
         step = self._step
-        return restored(self._state, tensors, values, step.method, source, self._numbers.master)
+        return restored(self._state, tensors, values, step.method, source, self._numbers)
 
     def _merged(self) -> nn.Module:
         model, _, extended = self._hidden

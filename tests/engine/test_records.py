@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import METHODS, buffered, differing, same, snapshot
 from clips import tiny_clip, tiny_ids
+from fusions import Three, build
 
 import fasttta
 from fasttta.engine import folder as folders
@@ -317,6 +318,25 @@ def test_a_model_in_ddp_warns(tiny_model, tiny_batch, tmp_path, recwarn):
         dist.destroy_process_group()
 
 
+def test_tokens_that_a_product_ends_with_are_loaded(tmp_path):
+    """Such encoders return them in bf16, and so the queue holds them."""
+    model = build("three")
+    options = {"spec": Three.spec, "precision": "bf16", **METHODS["abpem"]}
+    adapted = fasttta.adapt(model, "abpem", **options)
+    for seed in range(3):
+        adapted.step(*Three.batch(4, seed))
+    assert adapted._state.tensors()["method.queue.1"].dtype == torch.bfloat16
+    adapted.save(tmp_path)
+    loaded = fasttta.load(model, tmp_path, spec=Three.spec)
+    assert same(loaded.step(*Three.batch(4, 5)), adapted.step(*Three.batch(4, 5)))
+    assert differing(loaded, adapted) == []
+    record, tensors = damage.opened(tmp_path)
+    for name, kind in (("method.queue.0", torch.float16), ("method.valid.0", torch.bfloat16)):
+        damage.closed(tmp_path, record, {**tensors, name: tensors[name].to(kind)})
+        with pytest.raises(ValueError, match=f"{name} is .*, needed torch.float32"):
+            fasttta.load(model, tmp_path, spec=Three.spec)
+
+
 def test_the_place_of_a_window_stays_on_the_host(tiny_model, tiny_batch):
     """A captured step reads it there: on a GPU it would wait for the device."""
     adapted = buffered(fasttta.adapt(tiny_model(), "abpem", **METHODS["abpem"]))
@@ -331,7 +351,7 @@ def test_the_place_of_a_window_stays_on_the_host(tiny_model, tiny_batch):
         leaves={n: x.to(device) for n, x in adapted._state.leaves.items()},
         episodic=False,
     )
-    parts = {}, adapted.options, adapted._family.model, torch.float32
+    parts = {}, adapted.options, adapted._family.model, adapted._numbers
     snapshot = restored(state, tensors, *parts)
     assert snapshot.method["queue.0"].device == device
     assert snapshot.method["place"].device.type == "cpu"
