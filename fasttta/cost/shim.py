@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared")
+_BUILDS = "builds the C++ library that stands in for a GPU, once a version of PyTorch (15 s)"
 _NEEDED = "counting a GPU's step without a GPU needs a small C++ library"
 
 
@@ -45,10 +46,28 @@ def build() -> Path | None:
     source = (resources.files(__package__) / "fake_gpu.cpp").read_text()
     parts = [native_build.version(compiler), compiler, torch.__version__, *_FLAGS, source]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-    folder, _ = native_cache.folder_and_reason()
-    path = folder / f"fake-gpu-{digest}.so"
-    with native_cache.locked(path.with_suffix(".lock")):
-        if not native_cache.is_intact(path):
+    folder, reason = native_cache.folder_and_reason()
+    name = f"fake-gpu-{digest}.so"
+    try:
+        return _built(compiler, source, folder / name)
+    except OSError as error:  # a folder that is the user's, on a file system without writing
+        if reason is not None or error.errno not in native_cache.UNWRITABLE:
+            raise
+    return _built(compiler, source, native_cache.private_folder() / name)
+
+
+def _built(compiler: str, source: str, path: Path) -> Path:
+    """The path, after a build if the library is not there."""
+    from ..ops import first_use, native_cache
+
+    if native_cache.is_intact(path):
+        return path
+    with (
+        first_use.telling("library", str(path), _BUILDS, "built it") as library,
+        native_cache.locked(path.with_suffix(".lock")),
+    ):
+        library.made = not native_cache.is_intact(path)  # another process may have built it
+        if library.made:
             _compile(compiler, source, path)
     return path
 

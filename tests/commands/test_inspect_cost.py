@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from fasttta.commands.cost import GPUS
 from fasttta.cost import roofline, shim
-from fasttta.ops import native_build
+from fasttta.ops import first_use, native_build, native_cache
 
 MODELS = f"""
 import sys
@@ -107,6 +108,34 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTTTA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(failing))
     with pytest.raises(OSError, match="broken compiler fails to build it: an error"):
+        shim.build()
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    """It is the user's, but its file system is read-only: the shim is kept elsewhere, as the
+    kernels are."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    locked = native_cache.locked
+
+    def read_only(path):
+        if path.parent != private:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return locked(path)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shim, "_compile", lambda compiler, source, path: path.write_text("shim"))
+    monkeypatch.setattr(native_cache, "locked", read_only)
+    monkeypatch.setattr(native_cache, "private_folder", lambda: private)
+    monkeypatch.setenv("FASTTTA_CACHE", str(tmp_path / "cache"))
+    with first_use.recording() as told:
+        path = shim.build()
+    assert path.parent == private
+    assert path.read_text() == "shim"
+    assert [(x.kind, x.name) for x in told] == [("library", str(path))]
+    monkeypatch.setattr(native_cache, "private_folder", lambda: 1 / 0)
+    monkeypatch.setattr(native_cache, "locked", lambda path: locked(tmp_path / "no" / "folder"))
+    with pytest.raises(FileNotFoundError):
         shim.build()
 
 
