@@ -83,7 +83,7 @@ class _AttentionBootstrap(torch.autograd.Function):
         options = spans, scale, per_head, pair_query
         anchors = anchor_mean, anchor_std
         with trace.span("attention_bootstrap"):
-            kept = keeps_tokens(q, k, spans, per_head)
+            kept = per_head and keeps_tokens(q, k, spans, per_head)
             tokens = ops.token_moments(q, k, spans) if kept else None
             loss, mean, std = ops.attention_bootstrap(q, k, *options, *anchors, tokens)
         ctx.save_for_backward(q, k, mean, std, *anchors, tokens)

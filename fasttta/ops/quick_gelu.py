@@ -49,7 +49,7 @@ class _QuickGELU(torch.autograd.Function):
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x) of x of any shape, what OpenAI trained with."""
-    if kernels_serve(x) or _cpp_serves(x):
+    if _cpp_serves(x) or kernels_serve(x):
         if torch.is_grad_enabled() and x.requires_grad:
             return _QuickGELU.apply(x)
         return ops.quick_gelu(x)

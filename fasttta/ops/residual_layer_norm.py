@@ -19,6 +19,8 @@ from .cost import Cost
 from .registry import define, ops, refuse_second_derivative, wide
 
 WIDEST = 4096  # channels of a row: with twice as many, gradients of a tuned weight spill on sm_120
+#: types of devices with kernels for a block; callers look here before they ask ``fuses``
+KERNEL_DEVICES = {"cuda"}
 
 FORWARD = (
     "residual_layer_norm(Tensor residual, Tensor? branch, Tensor? weight, Tensor? bias, float eps,"
@@ -172,7 +174,7 @@ def _has_kernels(residual: Tensor, dtype: torch.dtype | None) -> bool:
         mixed = residual.dtype == torch.float32 and dtype == torch.bfloat16
         return mixed and (native.loaded or native.load())
     types = (torch.float32, torch.float16, torch.bfloat16)
-    return residual.device.type == "cuda" and residual.dtype in types
+    return residual.device.type in KERNEL_DEVICES and residual.dtype in types
 
 
 def _default(residual, branch, weight, bias, eps, dtype):

@@ -30,10 +30,12 @@ def fused_fixture(monkeypatch):
     def start():
         assert operator is torch.ops.fasttta.residual_layer_norm
         monkeypatch.setattr(residual_layer_norm, "_has_kernels", lambda *_: True)
+        residual_layer_norm.KERNEL_DEVICES.add("cpu")
         monkeypatch.setattr(gelu, "kernels_serve", lambda x: x.is_contiguous())
         monkeypatch.setattr(residual_layer_norm, "ops", Recorded())
 
-    return start
+    yield start
+    residual_layer_norm.KERNEL_DEVICES.discard("cpu")
 
 
 def _close(computed, expected):

@@ -14,10 +14,10 @@ from ...ops import processor
 from ...ops.gelu import gelu as erf_gelu
 from ...ops.gelu import product_gelu, product_serves
 from ...ops.quick_gelu import quick_gelu
-from ...ops.residual_layer_norm import fuses
+from ...ops.residual_layer_norm import KERNEL_DEVICES, fuses
 from ...ops.softmax_attention import attend
 from . import onednn
-from .residual import added, advances, normalised, product_type, unpacked_heads
+from .residual import advances, normalised, product_type, unpacked_heads
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": erf_gelu}
 _ONEDNN_ROWS = 64  # with fewer rows the calls cost more than the products
@@ -54,7 +54,8 @@ class Linear(nn.Linear):
             x = product_gelu(x, weight, bias)
         else:
             x = F.linear(x, weight, bias)
-            x = erf_gelu(x) if gelu else x
+            if gelu:
+                x = erf_gelu(x) if x.device.type in KERNEL_DEVICES else F.gelu(x)
         return x if add is None else add + x
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
@@ -148,7 +149,11 @@ class SelfAttention(nn.Module):
         """x [B, T, D] -> the output [B, T, D], plus ``add``, and the queries and keys."""
         b, t, dim = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
-        q, k, v, scored_q, scored_k = unpacked_heads(qkv)
+        if qkv.device.type in KERNEL_DEVICES:
+            q, k, v, scored_q, scored_k = unpacked_heads(qkv)
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            scored_q, scored_k = q, k
         out = attend(q, k, v, self.scale)
         out = self.proj(out.transpose(1, 2).reshape(b, t, dim), add=add)
         return out, QueriesAndKeys(scored_q, scored_k, self.scale)
@@ -191,7 +196,12 @@ class ModalityBlock(nn.Module):
             [B, T, D], and the queries and keys of its attention.
         """
         x, branch, attention = self.advance(x, None, modality)
-        return added(x, branch), attention
+        return x if branch is None else x + branch, attention
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The type of its products; None: that of their weights."""
+        return self.attn.qkv.compute_dtype
 
     def norms(self, modality: str = "") -> tuple[nn.LayerNorm, nn.LayerNorm]:
         """The LayerNorms before attention and MLP of a modality; "" the shared ones."""
@@ -209,14 +219,32 @@ class ModalityBlock(nn.Module):
             and the queries and keys.
         """
         norm1, norm2 = self.norms(modality)
-        if not fuses(x, product_type(self.attn, "qkv")):
-            x = added(x, branch)
+        if not (may_fuse(x, self) and fuses(x, product_type(self.attn, "qkv"))):
+            x = x if branch is None else x + branch
             x, attention = self.attn(norm1(x), add=x)
             return self.mlp(norm2(x), add=x), None, attention
         x, n = normalised(norm1, x, branch, product_type(self.attn, "qkv"))
         branch, attention = self.attn(n)
         x, n = normalised(norm2, x, branch, product_type(self.mlp, "fc1"))
         return x, self.mlp(n), attention
+
+
+def may_fuse(x: Tensor, layer: object) -> bool:
+    """Whether an addition to x may wait for the LayerNorm before a layer: on a GPU, or where the
+    layer multiplies in bf16. ``fuses`` decides; a pass in float32 on a CPU does not ask it."""
+    if x.device.type in KERNEL_DEVICES:
+        return True
+    return getattr(layer, "compute_dtype", None) is torch.bfloat16
+
+
+def normed(
+    norm: nn.Module, layer: nn.Module | None, x: Tensor, branch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + branch, [..., D] each (None: nothing), and its LayerNorm, which the layer multiplies."""
+    if may_fuse(x, layer):
+        return normalised(norm, x, branch, None if layer is None else product_type(layer))
+    x = x if branch is None else x + branch
+    return x, norm(x)
 
 
 def samples_at_once(tokens: Tensor) -> int:
@@ -249,11 +277,11 @@ def run_blocks(
     if torch.is_grad_enabled() or branch is not None or len(tokens) <= size:
         x, branch, _ = advance_blocks(blocks, tokens, branch)
         if out is None:
-            return added(x, branch)
+            return x if branch is None else x + branch
         return out.copy_(x) if branch is None else torch.add(x, branch, out=out)
     for part in tokens.split(size):
         x, branch, _ = advance_blocks(blocks, part)
-        part.copy_(added(x, branch))
+        part.copy_(x if branch is None else x + branch)
     return tokens if out is None else out.copy_(tokens)
 
 
@@ -270,10 +298,10 @@ def advance_blocks(
     """
     attention, alone = None, (modality,) if modality else ()
     for block in blocks:
-        if advances(block):
+        if may_fuse(x, block) and advances(block):
             x, branch, attention = cast(ModalityBlock, block).advance(x, branch, modality)
         else:
-            (x, attention), branch = block(added(x, branch), *alone), None
+            (x, attention), branch = block(x if branch is None else x + branch, *alone), None
     return x, branch, attention
 
 
@@ -342,14 +370,20 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """[B, T, D] -> [B, T, D]; causal: a token attends to itself and to those before it."""
-        return added(*self.advance(x, None, causal))
+        x, branch = self.advance(x, None, causal)
+        return x if branch is None else x + branch
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The type of its products; None: that of their weights."""
+        return self.attn.compute_dtype
 
     def advance(
         self, x: Tensor, branch: Tensor | None, causal: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Runs the block on x + branch; as ``ModalityBlock.advance``."""
-        if not fuses(x, product_type(self.attn)):
-            x = added(x, branch)
+        if not (may_fuse(x, self.attn) and fuses(x, product_type(self.attn))):
+            x = x if branch is None else x + branch
             x = self.attn(self.ln_1(x), causal=causal, add=x)
             return self.mlp(self.ln_2(x), add=x), None
         x, n = self.before_attention(x, branch)
@@ -357,10 +391,10 @@ class ResidualAttentionBlock(nn.Module):
 
     def before_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + branch, [B, T, D] each, and its first LayerNorm; None: no branch waits."""
-        return normalised(self.ln_1, x, branch, product_type(self.attn))
+        return normed(self.ln_1, self.attn, x, branch)
 
     def after_attention(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + branch, [B, T, D] each, branch the attention's output (None: x has it already), and
         what the MLP returns, which is still to be added."""
-        x, n = normalised(self.ln_2, x, branch, product_type(self.mlp, "c_fc"))
+        x, n = normed(self.ln_2, getattr(self.mlp, "c_fc", None), x, branch)
         return x, self.mlp(n)

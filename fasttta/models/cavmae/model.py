@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import trace
-from ...ops.residual_layer_norm import fuses
+from ...ops.residual_layer_norm import KERNEL_DEVICES, fuses
 from ...protocols import FusionDefaults, Slot
 from ..blocks.layers import (
     Linear,
@@ -19,10 +19,12 @@ from ..blocks.layers import (
     PatchEmbed,
     QueriesAndKeys,
     advance_blocks,
+    may_fuse,
+    normed,
     run_blocks,
     samples_at_once,
 )
-from ..blocks.residual import added, mean_over_tokens, normalised
+from ..blocks.residual import added, mean_over_tokens
 from ..rational.models import RationalCAVMAE, fresh_head
 from ..state_dicts import check_keys
 from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
@@ -285,12 +287,12 @@ class CAVMAE(FusionDefaults, nn.Module):
     def _embedded(self, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters an encoder and what is still to be added to it, [B, T, D] each."""
         if name == "audio":
-            x = self.patch_embed_a(x.unsqueeze(1).transpose(2, 3))
-            position, modality = self.pos_embed_a, self.modality_a
+            embed, position, modality = self.patch_embed_a, self.pos_embed_a, self.modality_a
+            x = x.unsqueeze(1).transpose(2, 3)
         else:
-            x = self.patch_embed_v(x)
-            position, modality = self.pos_embed_v, self.modality_v
-        if fuses(position, x.dtype):
+            embed, position, modality = self.patch_embed_v, self.pos_embed_v, self.modality_v
+        x = embed(x)
+        if may_fuse(position, embed) and fuses(position, x.dtype):
             return (position + modality).expand(len(x), -1, -1), x
         return x + position + modality, None
 
@@ -313,7 +315,8 @@ class CAVMAE(FusionDefaults, nn.Module):
                 prompts = {name: x.to(master) for name, x in self.start_prompts().items()}
                 return self.prompted(prompts).layers(audio, video)[0]
             tokens, places = None, (None, None)
-            if fuses(self.pos_embed_a, None) and not torch.is_grad_enabled():
+            on_gpu = audio.device.type in KERNEL_DEVICES
+            if on_gpu and fuses(self.pos_embed_a, None) and not torch.is_grad_enabled():
                 # each writes its part of the result
                 tokens = self.pos_embed_a.new_empty(len(audio), sum(self.spans), self.dim)
                 places = tokens.split(self.spans, dim=1)
@@ -339,7 +342,9 @@ class CAVMAE(FusionDefaults, nn.Module):
         tokens, branch, attention = advance_blocks(self.blocks_u, tokens, modality=modality)
         assert attention is not None  # there is a fusion block
         norm = getattr(self, f"norm_{modality}") if modality else self.norm
-        return mean_over_tokens(normalised(norm, tokens, branch)[1]), attention
+        _, tokens = normed(norm, None, tokens, branch)
+        fused = tokens.device.type in KERNEL_DEVICES
+        return mean_over_tokens(tokens) if fused else tokens.mean(dim=1), attention
 
     def pieces(self, tokens: Tensor) -> Sequence[Tensor]:
         """Tokens in the portions that are best fused one after another: on a CPU one ViT-B sample

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ...ops import native
 from ...ops.shared_prefix_attention import Layout, causal_with_prefix, shared_prefix_attention
 from ...ops.shared_prefix_attention import layout as layout_of
-from ..blocks.layers import ResidualAttentionBlock
-from ..blocks.residual import normalised
+from ..blocks.layers import ResidualAttentionBlock, normed
 from .vision_transformer import Transformer
 
 # Tokens in one pass. CPU: at 1000 classes (2 cores, width 512) a tenth faster than 512, as fast as
@@ -256,7 +255,7 @@ class Prompts:
         x = x.index_select(1, chunk.last)
         (q,) = last.attn.project(n.index_select(1, chunk.last), "q")
         x, branch = last.after_attention(x, self._attended(last, chunk, q, kv, shared))
-        return normalised(model.ln_final, x, branch)[1] @ model.text_projection
+        return normed(model.ln_final, None, x, branch)[1] @ model.text_projection
 
     def features(self, prompt: Tensor | None = None) -> Tensor:
         """Text features [B, C, E] of prompts [B, n, D] (None: the initial one, B = 1), not

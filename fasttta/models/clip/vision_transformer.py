@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks.layers import ResidualAttentionBlock, embed_patches
-from ..blocks.residual import added, advances, normalised
+from ..blocks.layers import ResidualAttentionBlock, embed_patches, may_fuse, normed
+from ..blocks.residual import added, advances
 
 EPS = 1e-8
 ROLLOUTS = ("code", "paper", "gar")
@@ -45,10 +45,10 @@ def advance(blocks: Sequence[ResidualAttentionBlock], x: Tensor) -> tuple[Tensor
     """
     branch = None
     for block in blocks:
-        if advances(block):
+        if may_fuse(x, block) and advances(block):
             x, branch = block.advance(x, branch)
         else:
-            x, branch = block(added(x, branch)), None
+            x, branch = block(x if branch is None else x + branch), None
     return x, branch
 
 
@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
     def finish(self, cls: Tensor, branch: Tensor | None = None) -> Tensor:
         """Class tokens [N, D] after the last block, and what is still to be added to them (None:
         nothing) -> features [N, E], not normalised."""
-        return normalised(self.ln_post, cls, branch, self.proj.dtype)[1] @ self.proj
+        return normed(self.ln_post, None, cls, branch)[1] @ self.proj
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised pixels [N, 3, R, R] -> features [N, E], not normalised."""
@@ -197,7 +197,7 @@ def _refined(
         n_prev = n_prev.detach().requires_grad_()
         out, p_prev = _attend(previous, n_prev)
         middle = x + out  # by itself: the gradient at it is asked for
-        x_last = added(*previous.after_attention(middle))
+        x_last = torch.add(*previous.after_attention(middle))
         mean_prev = p_prev.detach().mean(1)
         del p_prev
 
