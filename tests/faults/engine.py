@@ -78,14 +78,14 @@ FAULTS = [
     ),
     (
         "recovery-keeps-adam",
-        "fasttta/engine/recovery.py",
+        "fasttta/engine/state.py",
         "values.masked_fill_(flag, 0)",
         "pass",
         "methods/test_eata_sar.py::test_sar_recovers_once",
     ),
     (
         "recovery-at-the-wrong-flag",
-        "fasttta/engine/recovery.py",
+        "fasttta/engine/state.py",
         "torch.where(flag, self._begin[dtype], values)",
         "torch.where(flag, values, self._begin[dtype])",
         "methods/test_eata_sar.py::test_sar_recovers_once",
