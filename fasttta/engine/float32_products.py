@@ -5,12 +5,15 @@ PyTorch has two sets of switches, both of the whole process. The new one is a tr
 ``"none"`` takes the parent's value. The legacy one, ``torch.set_float32_matmul_precision`` and
 ``torch.backends.cudnn.allow_tf32``, has values of its own, and reading it raises where the two
 disagree. A model's own code, ``torch.backends.cudnn.flags`` or Inductor may read either inside a
-step. So a step sets both, and puts both back, whatever they were.
+step. So a step sets both, and puts both back, whatever they were. A step on a CPU leaves all as
+they are where they are as PyTorch starts: its products are in IEEE float32 then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,6 +27,9 @@ _OPERATIONS = [(b, op) for b in ("cuda", "mkldnn") for op in ("matmul", "conv", 
 _NODES = [*((b, "all") for b in _BACKENDS), *_OPERATIONS]
 
 _get, _set = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+
+AT_START = (*("none",) * 4, "tf32", "tf32", *("none",) * 3)  # values of ``_NODES`` in a new process
+shown_nodes = functools.partial(itertools.starmap, _get, _NODES)  # 2 us, where a step takes 60
 
 
 class Switches(NamedTuple):

@@ -17,7 +17,7 @@ from ..methods.special_bases import DrawingMethod, TwoPassMethod
 from ..ops.checks import all_finite, dense
 from ..protocols import FusionModel, ReturnsMore
 from .episode import run_updates
-from .float32_products import float32_products
+from .float32_products import AT_START, float32_products, shown_nodes
 from .precision import Precision
 from .result import StepResult, warn
 from .state import State
@@ -388,10 +388,12 @@ def prepare(
 @contextlib.contextmanager
 def environment(device: torch.device, precision: Precision, grad: bool) -> Iterator[None]:
     """No inference mode, no autocast, gradients as asked, float32 products in IEEE float32."""
+    as_wanted = device.type == "cpu" and tuple(shown_nodes()) == AT_START
+    mode = "tf32" if precision.name == "tf32" else "ieee"
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(grad),
         torch.autocast(device.type, enabled=False),
-        float32_products("tf32" if precision.name == "tf32" else "ieee"),
+        contextlib.nullcontext() if as_wanted else float32_products(mode),
     ):
         yield

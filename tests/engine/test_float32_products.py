@@ -17,6 +17,8 @@ from fusions import Joint, build
 import fasttta
 from fasttta.engine import float32_products as products
 from fasttta.engine.float32_products import float32_products, put
+from fasttta.engine.precision import resolve
+from fasttta.engine.step import environment
 
 B = torch.backends
 NEW = {
@@ -134,6 +136,22 @@ assert shown() == before, (before, shown())
 def test_a_default_gives_way_to_its_parent_afterwards(outside):
     """Only a process that has set nothing has PyTorch's defaults."""
     subprocess.run([sys.executable, "-c", _AS_A_PROCESS_BEGINS.format(outside)], check=True)
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_a_step_on_a_cpu_sets_what_is_not_as_pytorch_starts(outside, monkeypatch):
+    native, calls = products._set, []
+    OUTSIDE[outside]()
+    before = _shown()
+    monkeypatch.setattr(products, "_set", lambda *x: calls.append(x) or native(*x))
+    device = torch.device("cpu")
+    with environment(device, resolve("fp32", device, torch.float32), grad=False):
+        inside = _shown()
+    assert {inside[f"mkldnn.{n}"] for n in ("matmul", "conv", "rnn")} <= {"ieee", "none"}
+    # the two that only the legacy switches tell from a new process
+    untouched = outside in ("defaults", "cudnn off, then conv")
+    assert (not calls) is untouched
+    assert _shown() == before
 
 
 def _taken():

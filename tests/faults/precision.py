@@ -24,6 +24,11 @@ FAULTS = [
         "legacy = not tf32", "legacy = tf32", TEST + "test_readable_inside_and_put_back",
     ),
     (
+        "a step on a CPU takes switches as they are", "fasttta/engine/step.py",
+        "tuple(shown_nodes()) == AT_START", "True",
+        TEST + "test_a_step_on_a_cpu_sets_what_is_not_as_pytorch_starts[oneDNN in bf16]",
+    ),
+    (
         "the first thread to end puts the switches back", PRODUCTS,
         "    if _running:\n", "    if len(_running) > 1:\n",
         TEST + "test_blocks_of_threads_end_in_any_order",
