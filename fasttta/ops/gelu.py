@@ -58,6 +58,13 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.gelu(x, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The GELU of a linear layer on a GPU: in the product's pass or in one of its own."""
+    if bias is not None and product_serves(x, weight, bias):
+        return product_gelu(x, weight, bias)
+    return gelu(F.linear(x, weight, bias))
+
+
 def product_serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``product_gelu`` serves: bf16 on an NVIDIA GPU, a bias, and no gradient."""
     return bias is not None and x.dtype == torch.bfloat16 and not weight.requires_grad and (

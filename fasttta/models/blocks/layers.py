@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ...ops import processor
-from ...ops.gelu import gelu as erf_gelu
-from ...ops.gelu import product_gelu, product_serves
+from ...ops.gelu import gelu, linear_gelu
 from ...ops.quick_gelu import quick_gelu
 from ...ops.residual_layer_norm import KERNEL_DEVICES, fuses
 from ...ops.softmax_attention import attend
 from . import onednn
 from .residual import advances, normalised, product_type, unpacked_heads
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": erf_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 _ONEDNN_ROWS = 64  # with fewer rows the calls cost more than the products
 
 
@@ -50,12 +49,11 @@ class Linear(nn.Linear):
         kept = weight is self.weight and self.compute_dtype is not None
         if kept and _suits_packed(x, weight, bias):
             x = onednn.packed_linear(x, weight, bias, gelu)
-        elif gelu and bias is not None and product_serves(x, weight, bias):
-            x = product_gelu(x, weight, bias)
+        elif gelu and x.device.type in KERNEL_DEVICES:
+            x = linear_gelu(x, weight, bias)
         else:
             x = F.linear(x, weight, bias)
-            if gelu:
-                x = erf_gelu(x) if x.device.type in KERNEL_DEVICES else F.gelu(x)
+            x = F.gelu(x) if gelu else x
         return x if add is None else add + x
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
