@@ -47,6 +47,40 @@ def split_prompts(
     return weights, {names[name]: x for name, x in state.items() if name in names}
 
 
+def checked_prompts(
+    prompts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], like: Tensor
+) -> tuple[dict[str, Tensor], bool]:
+    """Copies of prompts [blocks, n, D] of both modalities, and whether they were tuned.
+
+    Args:
+        prompts: by modality; one that is missing has none, n = 0.
+        shapes: (blocks, D) by modality.
+        like: whose type and device the copies get.
+
+    Returns:
+        An empty dict if there are none, or if they are fresh and of another shape.
+
+    Raises:
+        ValueError: tuned prompts are of another shape than the encoders'.
+    """
+    if not prompts:
+        return {}, False
+    largest = [x.detach().abs().max().item() for x in prompts.values() if x.numel()]
+    tuned, ready = max(largest, default=0.0) > FRESH_PROMPTS * (1 + 1e-6), {}
+    for name in PROMPTS:
+        blocks, dim = shapes[name]
+        x = prompts.get(name, like.new_zeros(blocks, 0, dim))
+        if x.ndim != 3 or (x.shape[0], x.shape[2]) != (blocks, dim):
+            if not tuned:
+                return {}, False
+            raise ValueError(
+                f"prompts of {name} have shape {list(x.shape)}, needed [{blocks}, n, {dim}] "
+                "(encoder blocks, prompts, width)"
+            )
+        ready[name] = x.detach().clone().to(like)
+    return ready, tuned
+
+
 def published_heads(dim: int) -> int:
     """The head count of the published models of a width; weights do not tell it.
 

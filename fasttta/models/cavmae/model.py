@@ -27,8 +27,7 @@ from ..blocks.layers import (
 from ..blocks.residual import added, mean_over_tokens
 from ..rational.models import RationalCAVMAE, fresh_head
 from ..state_dicts import check_keys
-from .checkpoint import FRESH_PROMPTS, infer_sizes, published_heads, read_state_dict, split_prompts
-from .inputs import check_input
+from . import checkpoint
 from .prompted import PromptedCAVMAE
 
 MODES = ("multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly")
@@ -124,9 +123,9 @@ class CAVMAE(FusionDefaults, nn.Module):
                 finite, not floating point, quantised, sparse or on meta; keys are missing, unknown
                 or of a wrong shape (all named); num_heads is missing or does not divide the width.
         """
-        state, prompts = split_prompts(read_state_dict(path_or_state_dict))
+        state, prompts = checkpoint.split_prompts(checkpoint.read_state_dict(path_or_state_dict))
         if num_heads is None:
-            num_heads = published_heads(infer_sizes(state)["dim"])
+            num_heads = checkpoint.published_heads(checkpoint.infer_sizes(state)["dim"])
         return cls.from_tensors(state, num_heads=num_heads).take_prompts(prompts)
 
     @classmethod
@@ -137,7 +136,7 @@ class CAVMAE(FusionDefaults, nn.Module):
             ValueError: keys are missing, unknown or of a wrong shape (all named).
         """
         with torch.device("meta"):
-            model = cls(**infer_sizes(state), num_heads=num_heads)
+            model = cls(**checkpoint.infer_sizes(state), num_heads=num_heads)
         shapes = {name: x.shape for name, x in model.state_dict().items()}
         check_keys(state, shapes, "a fine-tuned CAV-MAE checkpoint")
         model.load_state_dict(state, assign=True)
@@ -156,24 +155,10 @@ class CAVMAE(FusionDefaults, nn.Module):
         Raises:
             ValueError: tuned prompts are of another shape than the encoders'.
         """
-        if not prompts:
-            return self
-        shapes, ready = self.feature_shapes(), {}
-        largest = [x.detach().abs().max().item() for x in prompts.values() if x.numel()]
-        tuned = max(largest, default=0.0) > FRESH_PROMPTS * (1 + 1e-6)
-        for name in self.input_names:
-            blocks, dim = shapes[name]
-            x = prompts.get(name, self.norm.weight.new_zeros(blocks, 0, dim))
-            if x.ndim != 3 or (x.shape[0], x.shape[2]) != (blocks, dim):
-                if not tuned:
-                    return self
-                raise ValueError(
-                    f"prompts of {name} have shape {list(x.shape)}, needed [{blocks}, n, {dim}] "
-                    "(encoder blocks, prompts, width)"
-                )
-            ready[name] = x.detach().clone().to(self.norm.weight)
-        self.prompts_audio, self.prompts_video = ready["audio"], ready["video"]
-        self.tuned_prompts = tuned
+        ready, tuned = checkpoint.checked_prompts(prompts, self.feature_shapes(), self.norm.weight)
+        if ready:
+            self.prompts_audio, self.prompts_video = ready["audio"], ready["video"]
+            self.tuned_prompts = tuned
         return self
 
     def start_prompts(self) -> dict[str, Tensor]:
@@ -185,11 +170,6 @@ class CAVMAE(FusionDefaults, nn.Module):
     def spans(self) -> tuple[int, int]:
         """Token counts (Ta, Tv) of the fused sequence, audio first."""
         return self.pos_embed_a.shape[1], self.pos_embed_v.shape[1]
-
-    @property
-    def required_inputs(self) -> int:
-        """Both inputs are required."""
-        return 2
 
     @property
     def input_names(self) -> tuple[str, str]:
@@ -210,9 +190,8 @@ class CAVMAE(FusionDefaults, nn.Module):
             for name, module in self.named_modules():
                 path = name.split(".")
                 early = path[0] in ("blocks_a", "blocks_v") and int(path[1] if path[1:] else 9) < 9
-                if not isinstance(module, nn.LayerNorm) or path[-1].endswith(("_a", "_v")):
-                    continue
-                if group == "norm" or early:
+                shared = isinstance(module, nn.LayerNorm) and not path[-1].endswith(("_a", "_v"))
+                if shared and (group == "norm" or early):
                     slots |= {f"{name}.{part}": Slot(f"{name}.{part}") for part in _PARTS}
             return slots
         if group == "fusion_qkv":
@@ -230,8 +209,7 @@ class CAVMAE(FusionDefaults, nn.Module):
         return {"audio": (audio, self.dim), "video": (video, self.dim), "joint": (1, self.dim)}
 
     def prompted(self, prompts: Mapping[str, Tensor]) -> PromptedCAVMAE:
-        """A model over the same weights whose encoder blocks take prompts: by modality
-        [blocks, n, D]."""
+        """A model over these weights; its encoder blocks take prompts, [blocks, n, D] each."""
         return PromptedCAVMAE(self, prompts)
 
     def head_options(self) -> dict[str, Any]:
@@ -246,9 +224,7 @@ class CAVMAE(FusionDefaults, nn.Module):
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Multiply in this precision (None: in that of the weights); frozen weights are converted.
-
-        The residual stream, LayerNorms and the head keep theirs.
-        """
+        The residual stream, LayerNorms and the head keep theirs."""
         for module in self.modules():
             if isinstance(module, (Linear, PatchEmbed)) and module is not self.mlp_head[1]:
                 module.compute_dtype = dtype
@@ -272,9 +248,38 @@ class CAVMAE(FusionDefaults, nn.Module):
             )
 
     def _check(self, name: str, x: Tensor) -> None:
-        audio = name == "audio"
-        embed, tokens = self.patch_embed_a if audio else self.patch_embed_v, self.spans[not audio]
-        check_input(name, x, embed.proj, tokens, self.modality_a.device)
+        """Raises TypeError or ValueError if x cannot be this input; the message says why."""
+        is_audio = name == "audio"
+        layout = "[B, frames, mel bins]" if is_audio else "[B, channels, rows, columns]"
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor {layout}, found {type(x).__name__}")
+        shape, rank, device = tuple(x.shape), 3 if is_audio else 4, self.modality_a.device
+        if x.ndim != rank:
+            raise ValueError(f"{name} must have {rank} dimensions {layout}, found shape {shape}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point and normalised, found {x.dtype}")
+        if x.device != device:
+            move = f"{name}.to({str(device)!r})"
+            raise ValueError(f"{name} is on {x.device}, the model on {device}; move one: {move}")
+        if shape[0] == 0:
+            raise ValueError(f"{name} is an empty batch, shape {shape}; needed at least 1 sample")
+        if is_audio and shape[1:] == (128, 1024):
+            # the patch count of the published size fits either way round
+            raise ValueError(f"{name} of shape {shape} looks transposed, needed {layout}")
+        patches = (self.patch_embed_a if is_audio else self.patch_embed_v).proj
+        (ph, pw), tokens = patches.kernel_size, self.spans[not is_audio]
+        # audio arrives as [frames, mel bins] and is cut as [mel bins, frames]
+        h, w = (shape[2], shape[1]) if is_audio else shape[2:]
+        channels, needed = 1 if is_audio else shape[1], patches.in_channels
+        if channels != needed:
+            raise ValueError(
+                f"{name} has {channels} channels, needed {needed}; found shape {shape}"
+            )
+        if h % ph or w % pw or (h // ph) * (w // pw) != tokens:
+            raise ValueError(
+                f"{name} of shape {shape} gives {h / ph:g} x {w / pw:g} patches of {ph} x {pw}, "
+                f"the checkpoint has positions for {tokens} tokens"
+            )
 
     def embed_audio(self, audio: Tensor) -> Tensor:
         """Audio [B, frames, mel bins] -> what enters its encoder [B, Ta, D], frequency-major."""
