@@ -119,7 +119,9 @@ def _key(x: Tensor) -> tuple:
 
 def moved(name: str, func: Any, args: tuple, kwargs: dict, results: list[Tensor]) -> int:
     """Bytes that an operation reads and writes: every tensor once, rows where only these count."""
-    read = {_key(x): size(x) for x in tensors((args, kwargs)) if is_on_gpu(x)}
+    places = {argument.name for argument in func._schema.arguments if argument.is_out}
+    kept = {name: x for name, x in kwargs.items() if name not in places}  # out= is not read
+    read = {_key(x): size(x) for x in tensors((args, kept)) if is_on_gpu(x)}
     written = {_key(x): size(x) for x in results}
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:

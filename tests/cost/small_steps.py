@@ -104,6 +104,19 @@ def adds_in_place(x, w):
     return x.add_(w)
 
 
+def adds_into_a_place(x, w):
+    return torch.add(x, w, out=torch.empty_like(x))
+
+
+def multiplies_and_adds(x, w):
+    return _gpu(N, N).addmm_(x, w)
+
+
+def differentiates_a_layer_norm(x, w):
+    y, row = x.detach().requires_grad_(), w[0].detach().requires_grad_()
+    return torch.autograd.grad(F.layer_norm(y, (N,), row).sum(), y)
+
+
 def adds_a_row(x, w):
     return x + w[0].expand_as(x)
 

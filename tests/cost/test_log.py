@@ -73,6 +73,8 @@ def test_what_a_step_may_do_is_no_finding(noticed, function):
         ("multiplies", 1, 3 * MATRIX),
         ("adds", 1, 3 * MATRIX),
         ("adds_in_place", 1, 3 * MATRIX),
+        ("adds_into_a_place", 1, 3 * MATRIX),
+        ("multiplies_and_adds", 1, 4 * MATRIX),
         ("adds_a_row", 1, 2 * MATRIX + 2 * N),
         ("copies", 1, 2 * MATRIX),
         ("selects_rows", 1, 2 * 8 * 2 * N + 8 * 8),
@@ -87,7 +89,14 @@ def test_launches_and_bytes(noticed, function, launches, bytes_):
     assert sum(x["bytes"] for x in operations) == bytes_
 
 
+def test_a_gradient_that_nobody_asks_for_starts_no_kernel(noticed):
+    operations = noticed["differentiates_a_layer_norm"]["operations"]
+    (backward,) = (x for x in operations if x["name"] == "native_layer_norm_backward")
+    assert backward["launches"] == 1
+
+
 def test_flops_and_peak(noticed):
+    assert noticed["multiplies_and_adds"]["operations"][-1]["flops"] == 2 * N**3
     (product,) = noticed["multiplies"]["operations"]
     assert product["flops"] == 2 * N**3
     assert product["product"] == [N, N, N, 1]
