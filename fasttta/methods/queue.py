@@ -69,7 +69,8 @@ def finite(tokens: Tensor, counts: Tensor, past: Sequence[Tensor]) -> Tensor:
     counts = counts.amax()
     if counts.device.type == "cpu" and counts:
         return tokens  # on a GPU this check would wait for the device
-    fill = next((p[: len(tokens)] for p in past if len(p) >= len(tokens)), 0.0)
+    zero = tokens.new_zeros(())
+    fill = next((p[: len(tokens)] for p in past if len(p) >= len(tokens)), zero)
     return torch.where(counts > 0, tokens, fill)
 
 
