@@ -294,7 +294,8 @@ class Step:
         grads: Mapping[str, Tensor],
         trace: bool,
     ) -> StepResult:
-        fresh = shown = self._fresh
+        fresh = self._fresh
+        shown: Any = fresh
         if not self.host_checks:
             # a batch that did not count was computed from zeros: show NaN in place of its results
             nan = torch.full_like(counted, torch.nan)
