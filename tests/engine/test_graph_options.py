@@ -11,6 +11,7 @@ from cases import METHODS, buffered, close, tiny_model
 
 import fasttta
 from fasttta import methods
+from fasttta.methods.sar import SAR
 
 SIZES = (5, 3, 1, 4)
 
@@ -96,3 +97,20 @@ def _compare(tiny_batch, method, options, sizes):
     for name, x in eager.tuned.items():
         assert torch.allclose(x, graph.tuned[name], rtol=1e-9, atol=1e-11), name
     assert len(graph._step.plans) == 1
+
+
+def test_a_result_that_is_memory_of_the_state(tiny_model, tiny_batch, monkeypatch):
+    """Results are copied when a step has ended: before, it writes the state for the next batch."""
+    second = SAR.second_objective
+
+    def shows_the_state(self, *arguments, state):
+        objective, recover = second(self, *arguments, state=state)
+        objective.stats["before"] = state.get("average", torch.tensor(-1.0))
+        return objective, recover
+
+    monkeypatch.setattr(SAR, "second_objective", shows_the_state)
+    adapted = buffered(fasttta.adapt(tiny_model(), "sar", **METHODS["sar"]))
+    stats = [adapted.step(*tiny_batch(seed=i)).stats for i in range(3)]
+    assert stats[0]["before"] == -1
+    assert [x["before"] for x in stats[1:]] == [x["average"] for x in stats[:-1]]
+    assert stats[0]["average"] != stats[1]["average"]

@@ -230,6 +230,27 @@ FAULTS = [
         ),
     ),
     (
+        "a result is memory of the buffers",
+        "fasttta/engine/graph.py",
+        "return x.detach().clone() if x.untyped_storage()._cdata in written else x.detach()",
+        "return x.detach()",
+        "engine/test_graph_options.py::test_a_result_that_is_memory_of_the_state",
+    ),
+    (
+        "two results are one memory",
+        "fasttta/engine/graph.py",
+        "            copies.append(torch.empty_like(parts[0]))\n",
+        "            copies.append(parts[0])\n",
+        "engine/test_graph.py::test_a_state_is_apart_from_the_buffers[abpem]",
+    ),
+    (
+        "rows-are-present-as-in-the-last-batch",
+        "fasttta/engine/graph.py",
+        "if plan.filled != size:",
+        "if not plan.filled:",
+        "engine/test_graph.py::test_same_as_eager_with_partial_batches[abpem]",
+    ),
+    (
         "graph-present",
         "fasttta/engine/graph.py",
         "plan.present.fill_(0)[:size].fill_(1)",
