@@ -68,6 +68,7 @@ def _count(options: argparse.Namespace) -> int:
     with gpu.counting() as log, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single sample, and of first uses
         adapted, step = _step(model, spec, options)
+        adapted._verified = True  # weights without values: the user's forward computes nothing
         log.half = adapted.precision in ("bf16", "fp8")
         for _ in range(max(1, getattr(adapted.options, "window", 1))):
             step()

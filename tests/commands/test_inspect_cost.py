@@ -28,6 +28,11 @@ def clip():
     from clips import tiny_clip
     return tiny_clip()
 
+def users():
+    from cases import tiny_model
+    from user_modules import user_module
+    return user_module("abpem", tiny_model(), 3)
+
 class Own(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -59,6 +64,7 @@ def inspect(tmp_path):
     ("model", "options", "expected"),
     [
         ("fusion", ("--method", "read", "--engine", "graph"), ("read", "bf16", "graph")),
+        ("users", ("--method", "read"), ("read", "bf16", None)),
         ("clip", ("--precision", "fp32", "--classes", "9"), ("a-tpt", "fp32", None)),
         ("Own", ("--input", "4x8x5", "--input", "4x9x6", "--batch", "3"), ("abpem", "bf16", None)),
     ],
