@@ -72,9 +72,11 @@ def _one_modality(
     outlier. The mean of the first tokens is taken about the first one, so that equal tokens have
     no variance at all.
 
-    Half types split centred tokens into two numbers, high + rest: rounded to one, they would lose
-    2e-5 of the variance at 512 x 196, and more on fewer tokens. With TWICE both operands of a
-    product are loaded: transposing a computed one fails to compile for sm_100 with Triton 3.6.
+    Half types split shifted tokens into two numbers, high + rest: rounded to one, they would lose
+    2e-5 of the variance at 512 x 196, and more on fewer tokens. The shift is rounded to their type,
+    so that nearly every high + rest is exact. Squares of rests are added in bfloat16, where they
+    are 4e-6 of the variance; in float16 they are below what float32 holds. With TWICE both operands
+    of a product are loaded: transposing a computed one fails to compile for sm_100 with Triton 3.6.
     """
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
     last = first + count
@@ -82,6 +84,8 @@ def _one_modality(
     b_x, m_x = _load_tokens(p_x, first + o_t, s_t, s_d, last, D, BD)
     b_x = tl.where(m_x, b_x.to(tl.float32) - b_first[None, :], 0.0)
     b_shift = b_first + tl.sum(b_x, axis=0) / tl.minimum(count, BT).to(tl.float32)
+    if HALF:
+        b_shift = b_shift.to(p_x.dtype.element_ty).to(tl.float32)
     if TWICE:
         b_shift_across = _along_rows(b_shift, BD)
     b_sum = tl.zeros([BT, BD], tl.float32)
@@ -96,7 +100,8 @@ def _one_modality(
             o_x = (first + o + o_t)[None, :] * s_t + o_d[:, None] * s_d
             m_across = (first + o + o_t < last)[None, :] & (o_d < D)[:, None]
             b_across = tl.load(p_x + o_x, mask=m_across, other=0.0).to(tl.float32)
-            b_across = tl.where(m_across, b_across - b_shift_across, 0.0).to(dtype)
+            b_across_x = tl.where(m_across, b_across - b_shift_across, 0.0)
+            b_across = b_across_x.to(dtype)
         else:
             b_across = tl.trans(b_x.to(dtype))
         if HALF:
@@ -104,6 +109,12 @@ def _one_modality(
             b_rest = (b_x - b_high.to(tl.float32)).to(dtype)
             b_c = tl.dot(b_across, b_high, b_c)
             b_low = tl.dot(b_across, b_rest, b_low)
+            if dtype == tl.bfloat16:
+                if TWICE:
+                    b_rest_across = (b_across_x - b_across.to(tl.float32)).to(dtype)
+                else:
+                    b_rest_across = tl.trans(b_rest)
+                b_c = tl.dot(b_rest_across, b_rest, b_c)
         else:
             b_c = tl.dot(b_across, b_x, b_c, input_precision=PRECISION)
     if HALF:
