@@ -1,4 +1,4 @@
-"""bf16 on CPUs."""
+"""bf16 on CPUs, and in Triton kernels."""
 
 FAULTS = [
     (
@@ -56,5 +56,26 @@ FAULTS = [
         "mixed = residual.dtype == torch.float32 and dtype == torch.bfloat16",
         "mixed = residual.dtype == torch.float32",
         "ops/test_residual_layer_norm_cpp.py::test_serves_between_products_in_bf16",
+    ),
+    (
+        "token-moments-about-a-shift-in-float32",
+        "kernels/score_moments_per_head.py",
+        "b_shift = b_shift.to(p_x.dtype.element_ty).to(tl.float32)",
+        "b_shift = b_shift",
+        "kernels/test_token_moments.py::test_half_precision[torch.bfloat16-sm_90]",
+    ),
+    (
+        "token-moments-without-squares-of-rests",
+        "kernels/score_moments_per_head.py",
+        "b_c = tl.dot(b_rest_across, b_rest, b_c)",
+        "b_c += 0.0",
+        "kernels/test_token_moments.py::test_half_precision[torch.bfloat16-sm_90]",
+    ),
+    (
+        "token-moments-loads-rests-of-another-shift",
+        "kernels/score_moments_per_head.py",
+        "b_rest_across = (b_across_x - b_across.to(tl.float32)).to(dtype)",
+        "b_rest_across = b_across",
+        "kernels/test_token_moments.py::test_half_precision[torch.bfloat16-sm_100]",
     ),
 ]

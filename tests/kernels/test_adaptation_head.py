@@ -42,8 +42,7 @@ def test_half_precision(dtype, chunked):
     assert grad.dtype == torch.float32
 
 
-def test_bfloat16_logits_without_products(chunked):
-    """No product is taken in bfloat16, so the interpreter can be trusted with it here."""
+def test_bfloat16_logits_with_ties_and_weights(chunked):
     z = logits(2, 140, dtype=torch.bfloat16)
     z[:, 70:] = z[:, :70]
     check("adaptation_head", z, 17, 1.0, 1.0, True, 1e-6, _weight(2))

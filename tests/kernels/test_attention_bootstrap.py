@@ -79,6 +79,14 @@ def test_half_precision(dtype, per_head):
     assert {dq.dtype, dk.dtype} == {dtype}
 
 
+def test_bfloat16_with_means_anchors_and_three_modalities(per_head):
+    """Means of three deviations, as layers without a LayerNorm before them have."""
+    spans = (9, 4, 20)
+    q, k = qk(1, 2, spans, 8, torch.bfloat16, offset=3.0)
+    options = score_options(q, spans, per_head)
+    _bootstrap(q, k, options, True, _anchors(2, spans, per_head))
+
+
 def test_strides(per_head):
     """Dense, tokens before heads, transposed channels, and one head for all."""
     q, k = qk(1, 2, (6, 5), 8)

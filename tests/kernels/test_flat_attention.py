@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels_here import DEVICE, KERNELS, NATIVE, among_nan, check, composite, poisoned  # noqa: F401
+from kernels_here import DEVICE, HALVES, KERNELS, among_nan, check, composite, poisoned  # noqa: F401
 
 
 def _tensors(batch, heads, classes, d, shared=False, dtype=torch.float32, size=1.0):
@@ -41,9 +41,11 @@ def test_large_scores():
     _check(_tensors(1, 2, 70, 8, size=100.0), 0.7, slack=50.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if NATIVE else [torch.float16])
-def test_half_precision(dtype):
-    _check(_tensors(2, 1, 40, 12, dtype=dtype), 0.3, slack=2.0)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 40, 12), (1, 1, 70, 20, True)], ids=str)
+def test_half_precision(shape, dtype):
+    """One tile of classes, and two of them with queries that the batch shares."""
+    _check(_tensors(*shape, dtype=dtype), 0.3, slack=2.0)
 
 
 def test_wide_heads():

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 from fasttta.kernels import residual_layer_norm_plan as plan
-from kernels_here import DEVICE, KERNELS, among_nan, check, poisoned  # noqa: F401
+from kernels_here import DEVICE, HALVES, KERNELS, among_nan, check, poisoned  # noqa: F401
 
 from fasttta.ops import registry
 from fasttta.ops.residual_layer_norm import WIDEST
 
-TYPES = [torch.float32, torch.float16, torch.bfloat16]  # no products: the interpreter has them all
+TYPES = [torch.float32, *HALVES]
 HALF = torch.bfloat16
 # one token, one channel, less and more than a power of two, several blocks of partial sums
 SHAPES = [(2, 3, 5), (1, 1, 1), (3, 7, 64), (2, 1, 33), (19, 768), (6,)]

@@ -95,9 +95,15 @@ def test_a_prefix_that_samples_share():
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision(dtype, last):
     _check(_arguments([20, 30, 9], heads=1, d=12, batch=2, last=last, dtype=dtype), slack=2.0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_wide_heads_in_bfloat16(last):
+    """128 channels, which no other type has, and several tiles."""
+    _check(_arguments(SEVERAL[:4], 20, 1, 128, last=last, dtype=torch.bfloat16), slack=2.0)
 
 
 def test_large_scores():

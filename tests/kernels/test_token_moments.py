@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fasttta.kernels import launch
 from kernel_cases import SCORE_SHAPES, qk, score_options
 from kernels_here import DEVICE, HALVES, KERNELS, check, composite, poisoned  # noqa: F401
 
@@ -17,9 +18,11 @@ def test_several_tiles_of_tokens():
     check("token_moments", *qk(1, 1, (150, 33), 24), [150, 33])
 
 
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])  # which transposes, or loads again
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision(dtype):
+def test_half_precision(dtype, architecture, monkeypatch):
     """High and rest of a centred token hold what float32 sums need: nothing is lost to the type."""
+    monkeypatch.setattr(launch, "architecture", lambda _: architecture)
     q, k = qk(1, 2, (70, 18), 24, dtype)
     tokens = KERNELS["token_moments"](q, k, [70, 18])
     exact = composite.token_moments(q.double(), k.double(), [70, 18])
