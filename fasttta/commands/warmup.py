@@ -63,7 +63,7 @@ def warm(
     inputs = random_inputs(model, _of_batch(shapes, batch)) if shapes else None
     try:
         model = model.to(device)
-    except RuntimeError as error:  # an unknown device, or none
+    except (RuntimeError, AssertionError) as error:  # an unknown device, none, no build for it
         raise ValueError(f"--device {device}: {error}".split("\n")[0]) from error
     family = recognise(model, spec)
     if isinstance(family, ClipFamily):
