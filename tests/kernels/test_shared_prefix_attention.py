@@ -121,9 +121,10 @@ def _with(args, grad, place, row, value):
 
 @pytest.mark.parametrize("place", range(4), ids=["q", "k", "v", "grad"])
 @pytest.mark.parametrize("last", [False, True])
-def test_nan_stays_in_its_sequence(place, last):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_stays_in_its_sequence(dtype, place, last):
     """Tiles share products; of the second sequence's four tokens the second one is bad."""
-    args = _arguments([3, 4, 2], 2, 1, batch=2, last=last)
+    args = _arguments([3, 4, 2], 2, 1, batch=2, last=last, dtype=dtype)
     grad = torch.ones_like(args[0])
     row = 1 if last and place in (0, 3) else 4
     clean = _with(args, grad, place, row, 0.0)
