@@ -75,4 +75,3 @@ class WheelOfMachine(bdist_wheel):
         """Python, ABI and machine in the wheel's name."""
         python, abi, machine = super().get_tag()
         return (python, abi, machine) if self.root_is_pure else ("py3", "none", machine)
-

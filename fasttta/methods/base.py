@@ -142,9 +142,6 @@ class Method:
     frozen_encoder: ClassVar[bool]
     #: the kinds of models that it adapts: ``"fusion"``, ``"vision-language"``, ``"features"``
     families: ClassVar[tuple[str, ...]] = ("fusion",)
-    #: whether ``engine="auto"`` captures its steps on a GPU, which tests/engine/test_cuda.py does
-    #: for it. A subclass does not inherit it: its objective is another one
-    captured_by_default: ClassVar[bool] = False
     #: published settings: name -> options
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     #: keywords of ``adapt`` that are no options: tensors that ``constants`` takes
@@ -314,7 +311,9 @@ def updates_tensors(method: Method) -> bool:
 
 
 def captured_by_default(method: Method) -> bool:
-    """Whether the class itself, not a base of it, says ``captured_by_default``."""
+    """Whether ``engine="auto"`` captures the method's steps on a GPU, as tests/engine/test_cuda.py
+    does: its class says ``captured_by_default = True``. A subclass does not inherit it, as its
+    objective is another one."""
     return bool(vars(type(method)).get("captured_by_default", False))
 
 

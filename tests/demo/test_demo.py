@@ -178,6 +178,7 @@ def test_help_lists_what_works(capsys):
         "demo",
         "study",
         "inspect",
+        "warmup",
         "doctor",
     ]
     with pytest.raises(SystemExit):
