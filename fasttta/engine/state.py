@@ -88,6 +88,7 @@ class State:
                 "exp_avg_sq": torch.zeros_like(leaf),
             }
         self._recovery: Recovery | None = None  # made by the first step that may need it
+        self._begins: Mapping[str, Tensor] | None = None  # the start that it holds
         self.first = self.current = self._captured({}, _copies(self._written()))
         self._live: Snapshot | None = self.first  # held by the tensors above; None: unknown
 
@@ -149,9 +150,11 @@ class State:
         self._live = None
         with torch.inference_mode(False), torch.no_grad():
             _write(self._written(), wanted.written)
-            moved, self.start = self.start is not wanted.start, wanted.start
-            if moved and self._recovery is not None:
+            self.start = wanted.start
+            if self._recovery is not None and self._begins is not self.start:
+                self._begins = None  # until all is written: an interrupted sync is repeated
                 self._recovery.start_at(self._starts())
+                self._begins = self.start
         self.method, self.constants = wanted.method, wanted.constants
         self.generator.set_state(wanted.random)
         self._live = wanted
@@ -203,7 +206,7 @@ class State:
         with torch.no_grad():
             written = self._written()
             if self._recovery is None:
-                self._recovery = Recovery(written, self._starts())
+                self._recovery, self._begins = Recovery(written, self._starts()), self.start
             self._recovery.recover(flag, written)
 
     def _starts(self) -> dict[str, Tensor]:

@@ -43,4 +43,4 @@ def test_core(target):
         "_row_attention_kernel", "_weigh_rows_kernel", "_sums_kernel",
         "_attention_gradients_kernel", "_prefix_attention_kernel", "_prefix_gradients_kernel",
         "_add_tiles_kernel", "_normalise_kernel", "_row_gradients_kernel", "_activation_kernel",
-    } | (float8 if target in ("sm_90", "sm_100") else set())  # fmt: skip
+    } | (float8 if target in ("sm_90", "sm_100", "sm_120") else set())  # fmt: skip
